@@ -1,0 +1,99 @@
+"""The training loop that all three models share: a time budget, EMA, resumable, one line of progress a minute."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+
+class Clock:
+    """Training time and steps so far; saved and restored with the rest."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self.step = 0
+        self.elapsed = 0.0  # seconds
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used, in [0, 1]."""
+        return min(1.0, self.elapsed / (60 * self.minutes))
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "elapsed": self.elapsed}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step, self.elapsed = int(state["step"]), state["elapsed"]
+
+
+def train(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Clock], Tensor],
+    folder: Path,
+    minutes: float,
+    learning_rate: float,
+    save_every: float = 4.0,
+    on_save: Callable[[nn.Module, Clock], None] | None = None,
+) -> nn.Module:
+    """Train for a number of minutes and return the model with its averaged weights.
+
+    Args:
+        model: The module to train.
+        loss_of: ``(model, clock) -> loss``; takes its batch from ``clock.step``, so that a resumed run sees the data
+            that an unbroken one would have seen.
+        folder: Where checkpoints go. A run that finds one there goes on from it.
+        minutes: Training time in all, earlier runs counted in.
+        learning_rate: Peak of AdamW's rate; rises over the first 2 % of the time, then falls as a cosine to 1 %.
+        save_every: Minutes between checkpoints.
+        on_save: ``(averaged model, clock) -> None``, called at each checkpoint, for sample sheets.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    clock = Clock(minutes)
+    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    accelerator.register_for_checkpointing(clock, ema)
+    if folder.exists():
+        accelerator.load_state(str(folder))
+        accelerator.print(f"{folder.name}: going on from step {clock.step}, minute {clock.elapsed / 60:.1f}")
+
+    def save() -> None:
+        accelerator.save_state(str(folder))
+        if on_save and accelerator.is_main_process:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            on_save(model, clock)
+            ema.restore(model.parameters())
+
+    average, printed, saved = None, clock.elapsed, clock.elapsed
+    while clock.progress < 1:
+        start = time.monotonic()
+        rise = min(1.0, clock.progress / 0.02 + 0.01)
+        fall = 0.01 + 0.99 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * clock.progress)).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rise * fall
+        loss = loss_of(model, clock)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        clock.step += 1
+        clock.elapsed += time.monotonic() - start
+        if clock.elapsed - printed > 60:
+            printed = clock.elapsed
+            accelerator.print(
+                f"{folder.name}: minute {clock.elapsed / 60:.1f} of {minutes}, step {clock.step}, loss {average:.4f}",
+                flush=True,
+            )
+        if clock.elapsed - saved > 60 * save_every:
+            saved = clock.elapsed
+            save()
+    save()
+    ema.copy_to(model.parameters())
+    return accelerator.unwrap_model(model).eval()

@@ -1,0 +1,27 @@
+"""Token merging for 🤗 diffusers' Stable Diffusion."""
+
+from tomesd_plus import tomesd
+from tomesd_plus.config import ToMeConfig
+from tomesd_plus.pipeline import apply_token_merging, remove_token_merging, token_merging
+from tomesd_plus.processor import ToMeProcessor
+from tomesd_plus.report import TokenMergingReport
+from tomesd_plus.schedule import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule, StepsSchedule
+from tomesd_plus.tiny import load_tiny_pipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "LinearSchedule",
+    "Schedule",
+    "StepsSchedule",
+    "ToMeConfig",
+    "ToMeProcessor",
+    "TokenMergingReport",
+    "apply_token_merging",
+    "load_tiny_pipeline",
+    "remove_token_merging",
+    "token_merging",
+    "tomesd",
+]

@@ -1,0 +1,107 @@
+"""Every choice of token merging, in one validated object."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tomesd_plus.plan import MergeMode
+from tomesd_plus.schedule import ConstantSchedule, CosineSchedule, Schedule
+
+Ratio = float | Schedule
+Metric = Literal["attention_input", "block_input", "keys"]
+Destinations = Literal["random", "fixed"]
+
+LEVELS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class ToMeConfig:
+    """What to merge, where, and how much.
+
+    Args:
+        ratio: Share of tokens to remove, of all tokens at a level, in [0, 1): a number, a schedule from noise level to
+            ratio, or a mapping from level (downsample 1, 2, 4 or 8) to either. A mapping decides by itself which
+            levels are merged. A cell of ``a × b`` tokens keeps one destination, so no ratio may exceed 1 − 1/(a·b):
+            0.75 with the default cells. The default merges more at noisy steps, with a mean of 0.5.
+        max_downsample: Merge at levels of at most this downsample: 1, 2, 4 or 8. SD 1.x and 2.x have most of their
+            cost at 1; **SDXL has no attention at 1, set 2 there.** Ignored if ``ratio`` is a mapping.
+        cell_size: Height and width of the cells, in tokens, that hold one destination each. Larger cells allow higher
+            ratios.
+        destinations: ``"random"`` draws each cell's destination anew at every step, from a generator seeded by
+            ``seed`` and the noise level, so the same call gives the same image. ``"fixed"`` takes its first token.
+        metric: What cosine similarity is measured on: ``"attention_input"`` (after the block's norm),
+            ``"block_input"`` (before it, as tomesd does) or ``"keys"`` (the mean over heads of the attention's keys,
+            as ToMe for vision transformers does, https://arxiv.org/abs/2210.09461).
+        merge_self_attention: Merge around self-attention.
+        merge_cross_attention: Merge around cross-attention too, by the same plan.
+        merge_mlp: Merge around the feed-forward layer too, by the same plan. Costs more quality than the others.
+        mode: ``"merge"`` averages tokens, ``"prune"`` drops all but the destination.
+        keys_values_only: Keep every query and merge only the keys and values: keeps more detail, saves less.
+        proportional_attention: Let a merged key that stands for s tokens weigh s times, by adding log s to its
+            logits (https://arxiv.org/abs/2210.09461, "proportional attention"). It is what keeps pictures close.
+        share_plan: One plan for all blocks of a level in a step. Otherwise each block makes its own, which costs time
+            and needs as many matchings.
+        seed: Seed of the random destinations, at least 0.
+
+    Raises:
+        ValueError: A value is outside its range. The message names it and says what is allowed.
+    """
+
+    ratio: Ratio | Mapping[int, Ratio] = field(default_factory=CosineSchedule)
+    max_downsample: int = 1
+    cell_size: tuple[int, int] = (2, 2)
+    destinations: Destinations = "random"
+    metric: Metric = "attention_input"
+    merge_self_attention: bool = True
+    merge_cross_attention: bool = False
+    merge_mlp: bool = False
+    mode: MergeMode = "merge"
+    keys_values_only: bool = False
+    proportional_attention: bool = True
+    share_plan: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cell_size", tuple(self.cell_size))
+        for name, allowed in {
+            "destinations": ("random", "fixed"),
+            "metric": ("attention_input", "block_input", "keys"),
+            "mode": ("merge", "prune"),
+            "max_downsample": LEVELS,
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
+        if len(self.cell_size) != 2 or not all(isinstance(side, int) and side >= 1 for side in self.cell_size):
+            raise ValueError(f"cell_size must be two whole numbers of at least 1, not {self.cell_size!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
+        if not (self.merge_self_attention or self.merge_cross_attention or self.merge_mlp):
+            raise ValueError("nothing to merge: self-attention, cross-attention and MLP are all switched off")
+        if self.keys_values_only and not self.merge_self_attention:
+            raise ValueError("keys_values_only needs merge_self_attention")
+        if isinstance(self.ratio, Mapping):
+            object.__setattr__(self, "ratio", dict(self.ratio))
+            if not self.ratio or not set(self.ratio) <= set(LEVELS):
+                raise ValueError(f"ratio must map levels among {LEVELS} to ratios, not {self.ratio!r}")
+        for schedule in self.schedules.values():
+            self._check_maximum(schedule)
+
+    @property
+    def schedules(self) -> dict[int, Schedule]:
+        """The schedule of each level that is merged."""
+        if isinstance(self.ratio, Mapping):
+            return {level: _schedule(ratio) for level, ratio in sorted(self.ratio.items())}
+        return {level: _schedule(self.ratio) for level in LEVELS if level <= self.max_downsample}
+
+    def _check_maximum(self, schedule: Schedule) -> None:
+        height, width = self.cell_size
+        maximum = 1 - 1 / (height * width)
+        if max(schedule.ratios) > maximum + 1e-9:
+            raise ValueError(
+                f"a ratio of {max(schedule.ratios):g} is more than cells of {height} × {width} tokens allow "
+                f"({maximum:g}): each keeps one destination. Lower the ratio, or set a larger cell_size."
+            )
+
+
+def _schedule(ratio: Ratio) -> Schedule:
+    return ratio if isinstance(ratio, Schedule) else ConstantSchedule(ratio)

@@ -1,0 +1,241 @@
+"""What the layers of one model share while it runs: the step, its plans, and the record of what was merged."""
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from tomesd_plus.config import ToMeConfig
+from tomesd_plus.matching import bipartite_match, destination_mask, max_removed
+from tomesd_plus.plan import MergePlan
+from tomesd_plus.report import LayerRecord, StepRecord
+from tomesd_plus.step import Step, StepTracker
+
+
+class TokenMerger:
+    """Makes and keeps the plans of one model. Its bound methods are the hooks on the model; they copy and pickle.
+
+    Args:
+        config: What to merge.
+        train_timesteps: Timesteps of the model's training, for the noise level.
+        name: Stands before layer names in the report.
+    """
+
+    def __init__(self, config: ToMeConfig, train_timesteps: int = 1000, name: str = "") -> None:
+        self.config = config
+        self.name = name
+        self.tracker = StepTracker(train_timesteps)
+        self.records: dict[str, LayerRecord] = {}
+        self.steps: list[StepRecord] = []
+        self._schedules = config.schedules
+        self._handles: list[Any] = []
+        self._names: dict[nn.Module, str] = {}
+        self._attentions: list[nn.Module] = []
+        self._warned = False
+        self._end()
+
+    # Installing -------------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """True while the hooks are on a model."""
+        return bool(self._handles)
+
+    def attach(self, model: nn.Module, attentions: list[nn.Module]) -> None:
+        """Put hooks on a model.
+
+        Args:
+            model: A UNet or ControlNet.
+            attentions: Its attention layers whose processors use this merger. Once none does, the hooks go away.
+        """
+        self._attentions = attentions
+        self._names = {module: f"{self.name}{name}" for name, module in model.named_modules()}
+        self._handles = [
+            model.register_forward_pre_hook(self.begin_step, with_kwargs=True),
+            model.register_forward_hook(self.end_step),
+        ]
+        for block in model.modules():
+            if isinstance(block, BasicTransformerBlock):
+                self._handles.append(block.register_forward_pre_hook(self.enter_block, with_kwargs=True))
+                if self.config.merge_cross_attention and block.attn2 is not None:
+                    self._hook_around(block.attn2)
+                if self.config.merge_mlp:
+                    self._hook_around(block.ff)
+
+    def detach(self) -> None:
+        """Take the hooks off again. The records stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._attentions.clear()
+        self._names.clear()
+        self._end()
+
+    def _hook_around(self, layer: nn.Module) -> None:
+        self._handles.append(layer.register_forward_pre_hook(self.merge_input, with_kwargs=True))
+        self._handles.append(layer.register_forward_hook(self.unmerge_output))
+
+    # The model's hooks ------------------------------------------------------------------------------------------
+
+    def begin_step(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the model: read the step, drop the last one's plans, reseed."""
+        if not any(getattr(attention.processor, "merger", None) is self for attention in self._attentions):
+            self.detach()  # the processors were replaced: nothing is left behind
+            return
+        self._end()
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        self.step = self.tracker.observe(sample, timestep)
+        if self.step.new_generation:
+            self.records.clear()
+            self.steps.clear()
+        self.steps.append(StepRecord(self.step.index, self.step.noise_level))
+        # By the noise level, not by counting: the same step draws the same grid, whatever ran before it.
+        seed = hashlib.sha256(f"{self.config.seed} {self.step.noise_level:.6f}".encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
+
+    def end_step(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """After the model: forget the step, and say so once if nothing at all was merged."""
+        if self.step is not None and not self._warned:
+            self._warn_if_idle(self.step)
+        self.latest_plans = self.plans
+        self.step, self.block_plan, self.plans = None, None, {}
+
+    def enter_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a transformer block: note its raw input, or match on it at once."""
+        self.block_plan = None
+        if self.config.metric == "block_input" and self.step is not None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            self.block_plan = self._plan(hidden_states, None)
+
+    def merge_input(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Before cross-attention or MLP: merge the input by the block's plan."""
+        plan = self.block_plan
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if plan is None or not plan.fits(hidden_states) or kwargs.get("ip_adapter_masks") is not None:
+            return None
+        self.record(layer, plan.tokens, plan.removed)
+        hidden_states = plan.merge(hidden_states, self.config.mode)
+        return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
+
+    def unmerge_output(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """After it: bring the output back to the block's tokens."""
+        plan = self.block_plan
+        if plan is None or output.shape[1] != plan.tokens - plan.removed:
+            return None
+        return plan.unmerge(output)
+
+    # For the processors -----------------------------------------------------------------------------------------
+
+    def plan_for(self, attention: nn.Module, hidden_states: Tensor) -> MergePlan | None:
+        """The plan of a self-attention layer's input (batch, tokens, channels); ``None`` to leave it alone."""
+        if self.step is None:
+            return None
+        if self.config.metric == "block_input":
+            plan = self.block_plan
+            if plan is not None and not plan.fits(hidden_states):
+                plan = None
+        else:
+            plan = self.block_plan = self._plan(hidden_states, attention)
+        if plan is None or not self.config.merge_self_attention:
+            self.record(attention, hidden_states.shape[1], 0, self._reason(hidden_states.shape[1]))
+        else:
+            self.record(attention, plan.tokens, plan.removed)
+        return plan if self.config.merge_self_attention else None
+
+    def record(self, layer: nn.Module, tokens: int, removed: int, reason: str | None = None) -> None:
+        """Note what was done to a layer in this step."""
+        if self.step is None:
+            return
+        name = self._names.get(layer, type(layer).__name__)
+        record = self.records.setdefault(name, LayerRecord(name))
+        level = self.step.grid(tokens)
+        record.downsample = level[0] if level else None
+        record.calls += 1
+        record.tokens += tokens
+        record.removed += removed
+        record.reason = reason
+        if removed and level:
+            self.steps[-1].removed[level[0]] = removed / tokens
+
+    # Planning ---------------------------------------------------------------------------------------------------
+
+    def _plan(self, hidden_states: Tensor, attention: nn.Module | None) -> MergePlan | None:
+        assert self.step is not None
+        level = self.step.grid(hidden_states.shape[1])
+        if level is None or level[0] not in self._schedules:
+            return None
+        downsample, height, width = level
+        removed = self._removed(downsample, height, width)
+        if removed == 0:
+            return None
+        plan = self.plans.get(downsample)
+        if not self.config.share_plan or plan is None or not plan.fits(hidden_states):
+            plan = self._match(_metric(self.config, hidden_states, attention), height, width, removed)
+            self.plans[downsample] = plan
+        return plan
+
+    def _removed(self, downsample: int, height: int, width: int) -> int:
+        assert self.step is not None
+        ratio = self._schedules[downsample](self.step.noise_level)
+        return min(int(height * width * ratio), max_removed(height, width, self.config.cell_size))
+
+    def _match(self, metric: Tensor, height: int, width: int, removed: int) -> MergePlan:
+        mask = self._destinations(height, width, metric.shape[0], metric.device)
+        sources = max_removed(height, width, self.config.cell_size)
+        return bipartite_match(metric, mask, height * width - sources, removed)
+
+    def _destinations(self, height: int, width: int, batch: int, device: torch.device) -> Tensor:
+        generator = self.generator if self.config.destinations == "random" else None
+        return destination_mask(height, width, self.config.cell_size, generator, device)
+
+    def _reason(self, tokens: int) -> str:
+        assert self.step is not None
+        level = self.step.grid(tokens)
+        if level is None:
+            return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
+        if level[0] not in self._schedules:
+            return f"level {level[0]} is not merged by the configuration"
+        if not self.config.merge_self_attention:
+            return "merge_self_attention is off"
+        if not max_removed(*level[1:], self.config.cell_size):
+            return f"no cell fits in {level[1]} × {level[2]} tokens"
+        return "the ratio is 0 at this noise level"
+
+    def _warn_if_idle(self, step: Step) -> None:
+        wanted = [level for level, schedule in self._schedules.items() if schedule(step.noise_level) > 0]
+        if not wanted or any(record.removed for record in self.records.values()):
+            return
+        self._warned = True
+        levels = sorted({record.downsample for record in self.records.values() if record.downsample})
+        if levels and not set(levels) & set(wanted):
+            why = f"this model has self-attention at levels {levels} only; set max_downsample={levels[0]}"
+            if levels[0] == 2:
+                why += " (SDXL has none at full resolution)"
+        else:
+            why = "; ".join(sorted({record.reason for record in self.records.values() if record.reason}))
+            why = why or "no self-attention layer carries a ToMeProcessor"
+        warnings.warn(f"Token merging has merged nothing: {why}.", stacklevel=2)
+
+    def _end(self) -> None:
+        """No step is under way."""
+        self.step: Step | None = None
+        self.plans: dict[int, MergePlan] = {}
+        self.latest_plans: dict[int, MergePlan] = {}
+        self.block_plan: MergePlan | None = None
+        self.generator: torch.Generator | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        transient = dict.fromkeys(("step", "block_plan", "generator"))
+        return self.__dict__ | transient | {"plans": {}, "latest_plans": {}}
+
+
+def _metric(config: ToMeConfig, hidden_states: Tensor, attention: Any) -> Tensor:
+    if config.metric != "keys":
+        return hidden_states.detach()
+    with torch.no_grad():
+        keys = attention.to_k(hidden_states)  # (batch, tokens, heads · channels)
+        return keys.unflatten(-1, (attention.heads, -1)).mean(dim=2)

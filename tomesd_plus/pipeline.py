@@ -1,0 +1,124 @@
+"""Apply and remove token merging: the one place where a pipeline's models are changed."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from tomesd_plus.config import Ratio, ToMeConfig
+from tomesd_plus.merger import TokenMerger
+from tomesd_plus.processor import ToMeProcessor, adopt
+from tomesd_plus.report import TokenMergingReport
+
+
+def apply_token_merging(
+    pipe: Any, config: ToMeConfig | float | None = None, *, ratio: Ratio | Mapping[int, Ratio] | None = None, **options: Any
+) -> TokenMergingReport:
+    """Merge tokens in a pipeline's UNet and ControlNets, around the attention processors that are there.
+
+    Args:
+        pipe: A diffusers pipeline with a UNet, or a UNet or ControlNet itself.
+        config: What to merge; ``ToMeConfig()`` by default. A number is taken as the ratio.
+        ratio: Short for ``ToMeConfig(ratio=…)``.
+        options: Other fields of :class:`ToMeConfig`.
+
+    Returns:
+        A report of what merging does, which follows the pipeline as it runs.
+
+    Raises:
+        TypeError: ``pipe`` has no UNet, or both a config and options are given.
+        ValueError: Merging is on already, or an option is out of range.
+
+    Example:
+        >>> from tomesd_plus import apply_token_merging, load_tiny_pipeline
+        >>> pipe = load_tiny_pipeline()
+        >>> report = apply_token_merging(pipe, ratio=0.5)
+        >>> image = pipe("a large star on a blue background", num_inference_steps=2).images[0]
+        >>> report.removed
+        {1: 0.5, 2: 0.0, 4: 0.0}
+    """
+    if isinstance(config, (int, float)):
+        config, ratio = None, config
+    if ratio is not None:
+        options["ratio"] = ratio
+    if config is not None and options:
+        raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
+    config = config or ToMeConfig(**options)
+    return merge_with(pipe, lambda train_timesteps, name: TokenMerger(config, train_timesteps, name))
+
+
+def remove_token_merging(pipe: Any) -> None:
+    """Undo :func:`apply_token_merging`, or ``set_attn_processor(ToMeProcessor())``.
+
+    The very processors that were there before are back, and no hook stays. Warns if merging is off.
+    """
+    found = False
+    for model in _models(pipe).values():
+        for module in model.modules():
+            processor = getattr(module, "processor", None)
+            if isinstance(processor, ToMeProcessor):
+                found = True
+                processor.merger.detach()
+                module.set_processor(processor.inner)
+    if not found:
+        warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
+
+
+@contextmanager
+def token_merging(pipe: Any, config: ToMeConfig | float | None = None, **options: Any) -> Iterator[TokenMergingReport]:
+    """Merge tokens inside a ``with`` block; takes what :func:`apply_token_merging` takes, and yields its report."""
+    report = apply_token_merging(pipe, config, **options)
+    try:
+        yield report
+    finally:
+        remove_token_merging(pipe)
+
+
+def merge_with(pipe: Any, make_merger: Any) -> TokenMergingReport:
+    """Put processors and mergers on a pipeline's models.
+
+    Args:
+        pipe: As in :func:`apply_token_merging`.
+        make_merger: ``(train_timesteps, name) -> TokenMerger``, called for each model.
+    """
+    models = _models(pipe)
+    for name, model in models.items():
+        if is_merging(model):
+            raise ValueError(f"token merging is already applied to {name}: call remove_token_merging first")
+    scheduler = getattr(pipe, "scheduler", None)
+    train_timesteps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    mergers = {}
+    for name, model in models.items():
+        merger = make_merger(train_timesteps, f"{name}." if len(models) > 1 else "")
+        for module in model.modules():
+            if isinstance(module, Attention) and not module.is_cross_attention:
+                inner = module.processor
+                if not isinstance(inner, nn.Module):  # a module must stay registered on its layer: left alone
+                    module.set_processor(ToMeProcessor(inner=inner, merger=merger))
+        adopt(model, merger)
+        mergers[name] = merger
+    return TokenMergingReport(mergers)
+
+
+def is_merging(model: nn.Module) -> bool:
+    """True if a model carries a :class:`ToMeProcessor`."""
+    return any(isinstance(getattr(module, "processor", None), ToMeProcessor) for module in model.modules())
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    """The UNet and ControlNets of a pipeline, or the model itself, by name."""
+    if isinstance(pipe, nn.Module) and hasattr(pipe, "set_attn_processor"):
+        return {"model": pipe}
+    if not isinstance(getattr(pipe, "unet", None), nn.Module):
+        raise TypeError(
+            f"expected a diffusers pipeline with a UNet (SD 1.x, 2.x, SDXL) or a UNet, not {type(pipe).__name__}"
+        )
+    models = {"unet": pipe.unet}
+    controlnet = getattr(pipe, "controlnet", None)
+    nets = getattr(controlnet, "nets", None) or [controlnet]
+    for index, net in enumerate(net for net in nets if isinstance(net, nn.Module)):
+        models[f"controlnet{index or ''}"] = net
+    return models

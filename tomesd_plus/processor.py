@@ -1,0 +1,160 @@
+"""The attention processor: plan, merge, the processor that was there before, unmerge."""
+
+import weakref
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from tomesd_plus.config import ToMeConfig
+from tomesd_plus.merger import TokenMerger
+
+
+class ToMeProcessor:
+    """Merges tokens around self-attention; passes everything else through untouched.
+
+    One instance serves a whole model::
+
+        pipe.unet.set_attn_processor(ToMeProcessor())
+
+    At the model's first call it finds the model by itself and from then on knows noise level, step and latent size.
+    Set this way it replaces what processors the model had, an IP-Adapter's too; to keep them use
+    :func:`tomesd_plus.apply_token_merging`.
+
+    Args:
+        config: What to merge; ``ToMeConfig()`` by default.
+        inner: The processor to merge around; diffusers' scaled-dot-product one by default.
+        merger: The state shared with a model's other processors; made if not given.
+        options: Fields of :class:`ToMeConfig`, in place of ``config``.
+
+    Raises:
+        TypeError: Both ``config`` and options are given.
+        ValueError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        config: ToMeConfig | None = None,
+        *,
+        inner: Any = None,
+        merger: TokenMerger | None = None,
+        **options: Any,
+    ) -> None:
+        if options and (config is not None or merger is not None):
+            raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
+        self.inner = inner if inner is not None else AttnProcessor2_0()
+        self.merger = merger if merger is not None else TokenMerger(config or ToMeConfig(**options))
+        if merger is None:
+            _FirstCall(self)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend, with fewer tokens where that is understood; takes and returns what the inner processor does."""
+        plan = None
+        if not attn.is_cross_attention:
+            reason = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
+            if reason is None:
+                plan = self.merger.plan_for(attn, hidden_states)
+            elif hidden_states.ndim == 3:
+                self.merger.record(attn, hidden_states.shape[1], 0, reason)
+        if plan is None:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+
+        config = self.merger.config
+        merged = plan.merge(hidden_states, config.mode)
+        bias = None
+        if config.proportional_attention:
+            # (batch, 1, merged tokens), added to the logits of every head and query
+            bias = plan.sizes().log()[:, None].to(hidden_states.dtype)
+        if config.keys_values_only:
+            return self.inner(attn, hidden_states, merged, bias, temb, *args, **kwargs)
+        return plan.unmerge(self.inner(attn, merged, None, bias, temb, *args, **kwargs))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.merger.attached:  # a copy of a processor that no model has called yet
+            _FirstCall(self)
+
+
+class _FirstCall:
+    """A hook on every module's call, until the call of the model that carries the processor.
+
+    ``set_attn_processor`` tells a processor nothing of its model, so the processor waits for the model's first call,
+    puts the merger's hooks on the model, and gives the merger this first call, which those hooks came too late for.
+    """
+
+    def __init__(self, processor: ToMeProcessor) -> None:
+        self._processor = weakref.ref(processor)
+        self._model: nn.Module | None = None
+        self._timestep: Tensor | None = None
+        self._handle = register_module_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        processor = self._processor()
+        if processor is None or (self._model is None and processor.merger.attached):
+            self._handle.remove()
+        elif self._model is not None:
+            self._read_from_inside(module, args, processor.merger)
+        elif isinstance(module, ModelMixin) and _carries(module, processor):
+            adopt(module, processor.merger)
+            if len(args) >= 2:
+                self._handle.remove()
+                processor.merger.begin_step(module, args, {})
+            else:
+                self._model = module
+
+    def _read_from_inside(self, module: nn.Module, args: tuple, merger: TokenMerger) -> None:
+        # Such hooks are not shown keyword arguments. A model called with some hands them on, by position, to the two
+        # layers that every SD UNet and ControlNet calls first: time_proj(timestep), then conv_in(sample).
+        if module is getattr(self._model, "time_proj", None):
+            self._timestep = args[0]
+        elif module is getattr(self._model, "conv_in", None):
+            self._handle.remove()
+            assert self._model is not None
+            merger.begin_step(self._model, (args[0], self._timestep), {})
+
+
+def adopt(model: nn.Module, merger: TokenMerger) -> None:
+    """Hook a merger into a model and make it that of every processor there that has found no model yet."""
+    attentions = []
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, ToMeProcessor):
+            if not processor.merger.attached:
+                processor.merger = merger
+            if processor.merger is merger:
+                attentions.append(module)
+    merger.attach(model, attentions)
+
+
+def _carries(model: nn.Module, processor: ToMeProcessor) -> bool:
+    return any(getattr(module, "processor", None) is processor for module in model.modules())
+
+
+def _why_not(
+    attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None
+) -> str | None:
+    """Why a self-attention call is not understood, and so left alone; ``None`` if it is."""
+    if hidden_states.ndim != 3:
+        return "its input is not (batch, tokens, channels)"
+    if encoder_hidden_states is not None:
+        return "it attends to other states than its own"
+    if attention_mask is not None:
+        return "it has an attention mask"
+    if attn.group_norm is not None or attn.spatial_norm is not None:
+        return "it normalizes over the picture"
+    if attn.residual_connection:
+        return "it adds its input by itself"
+    if attn.added_kv_proj_dim is not None:
+        return "it attends to text too"
+    return None

@@ -1,0 +1,97 @@
+"""Where in a generation a model's call stands: noise level, step and latent size, read from the call itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tomesd_plus.config import LEVELS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a UNet.
+
+    Args:
+        index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
+        noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
+        height, width: Size of the latents.
+        batch: Batch size, both guidance branches counted.
+        new_generation: True if this is the first call of a generation.
+    """
+
+    index: int | None
+    noise_level: float
+    height: int
+    width: int
+    batch: int
+    new_generation: bool
+
+    def grid(self, tokens: int) -> tuple[int, int, int] | None:
+        """Find the level with that many tokens: ``(downsample, height, width)``, or ``None`` if none has."""
+        for downsample in LEVELS:
+            height, width = -(-self.height // downsample), -(-self.width // downsample)
+            if height * width == tokens:
+                return downsample, height, width
+        return None
+
+
+class StepTracker:
+    """Turns the arguments of a UNet's calls into steps, without waiting for a GPU at each step.
+
+    Pipelines pass the timestep as a view into the scheduler's timesteps. Its storage offset is the step index, and
+    the storage is copied to the host once per generation.
+
+    Args:
+        train_timesteps: Timesteps of training; the timestep ``train_timesteps - 1`` is noise level 1.
+    """
+
+    def __init__(self, train_timesteps: int = 1000) -> None:
+        self.train_timesteps = train_timesteps
+        self._forget()
+
+    def observe(self, sample: Tensor, timestep: Tensor | float | int) -> Step:
+        """Read a call's latents (batch, channels, height, width) and timestep (a number, 0-d, or one a sample)."""
+        if isinstance(timestep, Tensor) and timestep.ndim == 0 and _storage_elements(timestep) > 1:
+            index, value, new = self._observe_view(timestep)
+        else:
+            index = None
+            value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
+            new = self._last is None or value > self._last
+        self._last = value
+        noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
+        batch, _, height, width = sample.shape
+        return Step(index, noise_level, height, width, batch, new)
+
+    def _observe_view(self, timestep: Tensor) -> tuple[int, float, bool]:
+        index = int(timestep.storage_offset())
+        pointer = timestep.untyped_storage().data_ptr()
+        version = None if timestep.is_inference() else timestep._version
+        new = self._storage is None or self._storage.data_ptr() != pointer or self._version != version
+        if new:
+            # Held, so that its memory cannot become another schedule's and be taken for this one.
+            self._storage = torch.as_strided(timestep.detach(), (_storage_elements(timestep),), (1,), 0)
+            self._version = version
+            self._values = [float(value) for value in self._storage.tolist()]
+        new = new or self._index is None or index < self._index
+        self._index = index
+        return index, self._values[index], new
+
+    def _forget(self) -> None:
+        self._storage: Tensor | None = None
+        self._version: int | None = None
+        self._values: list[float] = []
+        self._index: int | None = None
+        self._last: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"train_timesteps": self.train_timesteps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.train_timesteps = state["train_timesteps"]
+        self._forget()
+
+
+def _storage_elements(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
