@@ -24,6 +24,12 @@ class TokenMerger:
         name: Stands before layer names in the report.
     """
 
+    step: Step | None  # None between calls of the model
+    plans: dict[int, tuple[MergePlan, int, int]]  # this step's, by level, with the level's height and width in tokens
+    latest_plans: dict[int, tuple[MergePlan, int, int]]  # those of the step that ended last
+    block_plan: MergePlan | None  # that of the transformer block under way
+    generator: torch.Generator | None  # of this step's random destinations
+
     def __init__(self, config: ToMeConfig, train_timesteps: int = 1000, name: str = "") -> None:
         self.config = config
         self.name = name
@@ -80,7 +86,7 @@ class TokenMerger:
 
     # The model's hooks ------------------------------------------------------------------------------------------
 
-    def begin_step(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: read the step, drop the last one's plans, reseed."""
         if not any(getattr(attention.processor, "merger", None) is self for attention in self._attentions):
             self.detach()  # the processors were replaced: nothing is left behind
@@ -97,21 +103,23 @@ class TokenMerger:
         seed = hashlib.sha256(f"{self.config.seed} {self.step.noise_level:.6f}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
 
-    def end_step(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def end_step(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model: forget the step, and say so once if nothing at all was merged."""
         if self.step is not None and not self._warned:
             self._warn_if_idle(self.step)
         self.latest_plans = self.plans
         self.step, self.block_plan, self.plans = None, None, {}
 
-    def enter_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a transformer block: note its raw input, or match on it at once."""
         self.block_plan = None
         if self.config.metric == "block_input" and self.step is not None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             self.block_plan = self._plan(hidden_states, None)
 
-    def merge_input(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def merge_input(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before cross-attention or MLP: merge the input by the block's plan."""
         plan = self.block_plan
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -121,7 +129,7 @@ class TokenMerger:
         hidden_states = plan.merge(hidden_states, self.config.mode)
         return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
 
-    def unmerge_output(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def unmerge_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After it: bring the output back to the block's tokens."""
         plan = self.block_plan
         if plan is None or output.shape[1] != plan.tokens - plan.removed:
@@ -172,10 +180,10 @@ class TokenMerger:
         removed = self._removed(downsample, height, width)
         if removed == 0:
             return None
-        plan = self.plans.get(downsample)
-        if not self.config.share_plan or plan is None or not plan.fits(hidden_states):
-            plan = self._match(_metric(self.config, hidden_states, attention), height, width, removed)
-            self.plans[downsample] = plan
+        if self.config.share_plan and downsample in self.plans and self.plans[downsample][0].fits(hidden_states):
+            return self.plans[downsample][0]
+        plan = self._match(_metric(self.config, hidden_states, attention), height, width, removed)
+        self.plans[downsample] = (plan, height, width)
         return plan
 
     def _removed(self, downsample: int, height: int, width: int) -> int:
@@ -222,11 +230,11 @@ class TokenMerger:
 
     def _end(self) -> None:
         """No step is under way."""
-        self.step: Step | None = None
-        self.plans: dict[int, MergePlan] = {}
-        self.latest_plans: dict[int, MergePlan] = {}
-        self.block_plan: MergePlan | None = None
-        self.generator: torch.Generator | None = None
+        self.step = None
+        self.plans = {}
+        self.latest_plans = {}
+        self.block_plan = None
+        self.generator = None
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("step", "block_plan", "generator"))

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -15,7 +15,11 @@ from tomesd_plus.report import TokenMergingReport
 
 
 def apply_token_merging(
-    pipe: Any, config: ToMeConfig | float | None = None, *, ratio: Ratio | Mapping[int, Ratio] | None = None, **options: Any
+    pipe: Any,
+    config: ToMeConfig | float | None = None,
+    *,
+    ratio: Ratio | Mapping[int, Ratio] | None = None,
+    **options: Any,
 ) -> TokenMergingReport:
     """Merge tokens in a pipeline's UNet and ControlNets, around the attention processors that are there.
 
@@ -62,7 +66,7 @@ def remove_token_merging(pipe: Any) -> None:
             if isinstance(processor, ToMeProcessor):
                 found = True
                 processor.merger.detach()
-                module.set_processor(processor.inner)
+                cast(Any, module).set_processor(processor.inner)
     if not found:
         warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
 

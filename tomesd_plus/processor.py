@@ -99,7 +99,7 @@ class _FirstCall:
         self._timestep: Tensor | None = None
         self._handle = register_module_forward_pre_hook(self)
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         processor = self._processor()
         if processor is None or (self._model is None and processor.merger.attached):
             self._handle.remove()
@@ -113,7 +113,7 @@ class _FirstCall:
             else:
                 self._model = module
 
-    def _read_from_inside(self, module: nn.Module, args: tuple, merger: TokenMerger) -> None:
+    def _read_from_inside(self, module: nn.Module, args: tuple[Any, ...], merger: TokenMerger) -> None:
         # Such hooks are not shown keyword arguments. A model called with some hands them on, by position, to the two
         # layers that every SD UNet and ControlNet calls first: time_proj(timestep), then conv_in(sample).
         if module is getattr(self._model, "time_proj", None):

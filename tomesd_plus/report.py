@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from tomesd_plus.merger import TokenMerger
-    from tomesd_plus.plan import MergePlan
 
 
 @dataclass
@@ -63,10 +64,22 @@ class TokenMergingReport:
         """The first model's steps."""
         return next(iter(self._mergers.values())).steps
 
-    @property
-    def plans(self) -> dict[int, "MergePlan"]:
-        """The first model's plans of its latest step, by level: which tokens were merged where."""
-        return next(iter(self._mergers.values())).latest_plans
+    def merge_map(self, level: int | None = None) -> Tensor | None:
+        """How many tokens each token was merged with, itself counted, in the first model's latest step.
+
+        Args:
+            level: The downsample to show; the finest that was merged by default.
+
+        Returns:
+            (height, width) of the level's tokens, int64, on the CPU, for the first sample of the batch; ``None`` if
+            nothing was merged there. With ``share_plan=False`` it shows the plan of the level's last block.
+        """
+        plans = next(iter(self._mergers.values())).latest_plans
+        level = min(plans, default=None) if level is None else level
+        if level not in plans:
+            return None
+        plan, height, width = plans[level]
+        return plan.sizes()[:1].gather(1, plan.inverse[:1]).reshape(height, width).cpu()
 
     @property
     def removed(self) -> dict[int, float]:

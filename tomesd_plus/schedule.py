@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -59,7 +60,7 @@ class Schedule(ABC):
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")
         edges = [1 - i / count for i in range(count + 1)]
-        grid = [[low + (high - low) * (i + 0.5) / 100 for i in range(100)] for high, low in zip(edges, edges[1:])]
+        grid = [[low + (high - low) * (i + 0.5) / 100 for i in range(100)] for high, low in pairwise(edges)]
         return StepsSchedule(tuple(self.mean(levels) for levels in grid))
 
     def plot(self, ax: Any = None, **kwargs: Any) -> Any:

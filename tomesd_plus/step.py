@@ -47,6 +47,12 @@ class StepTracker:
         train_timesteps: Timesteps of training; the timestep ``train_timesteps - 1`` is noise level 1.
     """
 
+    _storage: Tensor | None  # the scheduler's timesteps of the generation under way
+    _version: int | None
+    _values: list[float]  # the same on the host
+    _index: int | None
+    _last: float | None
+
     def __init__(self, train_timesteps: int = 1000) -> None:
         self.train_timesteps = train_timesteps
         self._forget()
@@ -79,11 +85,11 @@ class StepTracker:
         return index, self._values[index], new
 
     def _forget(self) -> None:
-        self._storage: Tensor | None = None
-        self._version: int | None = None
-        self._values: list[float] = []
-        self._index: int | None = None
-        self._last: float | None = None
+        self._storage = None
+        self._version = None
+        self._values = []
+        self._index = None
+        self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"train_timesteps": self.train_timesteps}

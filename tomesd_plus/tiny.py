@@ -9,7 +9,9 @@ from diffusers import StableDiffusionPipeline
 TINY_PIPELINE = Path(__file__).parent / "assets" / "tiny_pipeline"
 
 
-def load_tiny_pipeline(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> StableDiffusionPipeline:
+def load_tiny_pipeline(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> StableDiffusionPipeline:
     """Load the embedded text-to-image pipeline: 64 × 64 pictures of emoji on coloured backgrounds.
 
     It knows captions such as "a large red apple on a blue background", "a small dog on the left of a pink striped

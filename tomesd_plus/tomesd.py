@@ -46,21 +46,21 @@ def apply_patch(
     Returns:
         ``model``.
     """
-    options = {
-        "ratio": dict.fromkeys((level for level in LEVELS if level <= max_downsample), 0.0),
-        "cell_size": (sy, sx),
-        "destinations": "random" if use_rand else "fixed",
-        "metric": "block_input",
-        "merge_self_attention": merge_attn,
-        "merge_cross_attention": merge_crossattn,
-        "merge_mlp": merge_mlp,
-        "proportional_attention": False,
-        "share_plan": False,
-    }
     remove_patch(model)
-    if merge_attn or merge_crossattn or merge_mlp:
-        config = ToMeConfig(**options)
-        merge_with(model, lambda timesteps, name: _TomesdMerger(config, ratio, max_downsample, timesteps, name))
+    if not (merge_attn or merge_crossattn or merge_mlp):
+        return model
+    config = ToMeConfig(
+        ratio=dict.fromkeys(LEVELS, 0.0),  # the merger below has tomesd's own rule
+        cell_size=(sy, sx),
+        destinations="random" if use_rand else "fixed",
+        metric="block_input",
+        merge_self_attention=merge_attn,
+        merge_cross_attention=merge_crossattn,
+        merge_mlp=merge_mlp,
+        proportional_attention=False,
+        share_plan=False,
+    )
+    merge_with(model, lambda timesteps, name: _TomesdMerger(config, ratio, max_downsample, timesteps, name))
     return model
 
 
@@ -83,7 +83,7 @@ class _TomesdMerger(TokenMerger):
     def _plan(self, hidden_states: Tensor, attention: Any) -> MergePlan | None:
         if self.step is None:
             return None
-        batch, tokens, _ = hidden_states.shape
+        tokens = hidden_states.shape[1]
         original_height, original_width = self.step.height, self.step.width
         downsample = math.ceil(math.sqrt(original_height * original_width // tokens))
         if downsample > self.max_downsample:
@@ -99,7 +99,9 @@ class _TomesdMerger(TokenMerger):
 
     def _destinations(self, height: int, width: int, batch: int, device: torch.device) -> Tensor:
         random = self.config.destinations == "random" and batch % 2 == 0
-        return destination_mask(height, width, self.config.cell_size, self.global_generator if random else None, device)
+        return destination_mask(
+            height, width, self.config.cell_size, self.global_generator if random else None, device
+        )
 
 
 def _copy_of_global_generator(device: torch.device) -> torch.Generator:

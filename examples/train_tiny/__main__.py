@@ -43,8 +43,9 @@ def _text_encoder(clip):
     from transformers import CLIPTextModel
 
     encoder = CLIPTextModel(clip.config.text_config)
-    encoder.load_state_dict(clip.text_model.state_dict(), strict=False) if not hasattr(encoder, "text_model") else \
-        encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    encoder.load_state_dict(clip.text_model.state_dict(), strict=False) if not hasattr(
+        encoder, "text_model"
+    ) else encoder.text_model.load_state_dict(clip.text_model.state_dict())
     return encoder.eval()
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -132,14 +132,14 @@ def _background(scene: Scene, side: int, rng: np.random.Generator) -> Image.Imag
     return Image.fromarray(np.broadcast_to(rows[:, None], (side, side, 3)).astype(np.uint8))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprite(name: str) -> Image.Image:
     canvas = Image.new("RGBA", (180, 180))
     ImageDraw.Draw(canvas).text((20, 20), OBJECTS[name], font=_font(), embedded_color=True)
     return canvas.crop(canvas.getbbox())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font() -> ImageFont.FreeTypeFont:
     for path in FONT_PATHS:
         if path.exists():

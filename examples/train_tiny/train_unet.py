@@ -81,7 +81,9 @@ def train_unet(
     def loss_of(model: nn.Module, clock: Clock) -> Tensor:
         rng = np.random.default_rng((seed, 11, clock.step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        latents, count = (small, 2 * preset.unet_batch) if clock.progress < preset.small_share else (large, preset.unet_batch)
+        latents, count = (
+            (small, 2 * preset.unet_batch) if clock.progress < preset.small_share else (large, preset.unet_batch)
+        )
         chosen = rng.integers(len(dataset), size=count)
         dropped = rng.random(count) < UNCONDITIONAL_SHARE
         texts = ["" if drop else captions[i] for i, drop in zip(chosen, dropped, strict=True)]

@@ -1,0 +1,131 @@
+"""Tiny random pipelines of the real classes: made once, copied for each test."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WIDTH = 16  # of the text encoders
+
+
+def make_unet(**overrides: Any) -> UNet2DConditionModel:
+    """A UNet with self-attention at downsample 1 and 2."""
+    torch.manual_seed(0)
+    options = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**(options | overrides)).eval()
+
+
+def _tokenizer() -> CLIPTokenizer:
+    letters = [chr(c) for c in range(97, 123)]
+    words = [*letters, *(f"{c}</w>" for c in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[("c", "a"), ("ca", "t</w>")], model_max_length=77)
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=WIDTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+
+
+def _make(kind: str) -> Any:
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    config = _text_config(tokenizer)
+    parts: dict[str, Any] = {
+        "vae": _vae(),
+        "text_encoder": CLIPTextModel(config),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+    }
+    if kind == "sdxl":
+        parts["unet"] = make_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + WIDTH, transformer_layers_per_block=2,
+        )  # fmt: skip
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection(config), "tokenizer_2": tokenizer}
+        return StableDiffusionXLPipeline(**parts)
+    parts["unet"] = make_unet()
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if kind == "img2img":
+        return StableDiffusionImg2ImgPipeline(**parts)
+    if kind == "controlnet":
+        controlnet = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8))
+        for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+            torch.nn.init.normal_(layer.weight, std=0.5)  # zero as built, so that it would change nothing
+        return StableDiffusionControlNetPipeline(**parts, controlnet=controlnet)
+    return StableDiffusionPipeline(**parts)
+
+
+_made: dict[str, Any] = {}
+
+
+def make_pipeline(kind: str) -> Any:
+    """A fresh copy of a pipeline: sd, sdxl, img2img or controlnet."""
+    if kind not in _made:
+        _made[kind] = _make(kind)
+        _made[kind].set_progress_bar_config(disable=True)
+    return copy.deepcopy(_made[kind])
+
+
+def generate(pipe: Any, seed: int = 0, prompt: str | list[str] = "a cat", **options: Any) -> torch.Tensor:
+    """Run any of the pipelines: pixels (batch, 3, height, width)."""
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    kind = type(pipe).__name__
+    extra: dict[str, Any] = {"height": 32, "width": 32}
+    if "Img2Img" in kind:
+        extra = {"image": picture, "strength": 0.8}
+    elif "ControlNet" in kind:
+        extra |= {"image": picture}
+    call = extra | {"num_inference_steps": 4, "guidance_scale": 5.0} | options
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, generator=generator, output_type="pt", **call).images
+
+
+@pytest.fixture
+def pipe() -> StableDiffusionPipeline:
+    return make_pipeline("sd")
+
+
+@pytest.fixture(params=["sd", "sdxl", "img2img", "controlnet"])
+def any_pipe(request: pytest.FixtureRequest) -> Any:
+    return make_pipeline(request.param)
+
+
+def level_of(pipe: Any) -> int:
+    """The finest level at which a pipeline's UNet has self-attention."""
+    return 2 if "XL" in type(pipe).__name__ else 1

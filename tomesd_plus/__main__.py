@@ -1,0 +1,5 @@
+"""``python -m tomesd_plus`` is ``tomesd-plus``."""
+
+from tomesd_plus.cli import app
+
+app(prog_name="tomesd-plus")
