@@ -82,8 +82,7 @@ class ToMeProcessor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if not self.merger.attached:  # a copy of a processor that no model has called yet
-            _FirstCall(self)
+        _FirstCall(self)  # goes by itself if the copy's merger has its model, which a half-made copy cannot tell
 
 
 class _FirstCall:

@@ -65,6 +65,8 @@ class StepTracker:
             index = None
             value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
             new = self._last is None or value > self._last
+            if isinstance(timestep, Tensor) and timestep.ndim == 0:
+                new = new or value == self._last  # the one timestep of a schedule of one step, again
         self._last = value
         noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
         batch, _, height, width = sample.shape

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTextModel
 
 from .presets import PRESETS
 from .train_clip import train_clip
@@ -32,20 +34,16 @@ def main() -> None:
     print(f"saved {folder / 'pipeline'}")
 
 
-def save(pipeline, folder: Path) -> None:
+def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Save in fp16, readable by everybody."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def _text_encoder(clip):
-    from transformers import CLIPTextModel
-
+def _text_encoder(clip: CLIPModel) -> CLIPTextModel:
     encoder = CLIPTextModel(clip.config.text_config)
-    encoder.load_state_dict(clip.text_model.state_dict(), strict=False) if not hasattr(
-        encoder, "text_model"
-    ) else encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    encoder.load_state_dict(clip.text_model.state_dict())
     return encoder.eval()
 
 

@@ -1,6 +1,7 @@
 """Captioned pictures of emoji, made on the fly: every picture is a pure function of (scene, size, seed)."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -76,7 +77,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(tuple(map(str, objects)), str(rng.choice(list(COLORS))), str(rng.choice(PATTERNS)), position)
 
 
-def scenes(seed: int | tuple[int, ...], held_out: bool = False):
+def scenes(seed: int | tuple[int, ...], held_out: bool = False) -> Iterator[Scene]:
     """Yield scenes of the training captions, or of the held-out ones, without end."""
     rng = np.random.default_rng(seed)
     while True:

@@ -10,7 +10,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .data import held_out_scenes, picture_batch, scenes
+from .data import Scene, held_out_scenes, picture_batch, scenes
 from .loop import Clock, train
 from .presets import Preset
 
@@ -119,7 +119,7 @@ def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: li
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, dataset: list, size: int, seed: tuple[int, ...]) -> Tensor:
+def _encode(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...]) -> Tensor:
     """Scaled mean and standard deviation of each picture's latents: (pictures, 8, height, width), fp16."""
     parts = []
     for start in range(0, len(dataset), 64):

@@ -3,11 +3,12 @@
 import math
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data import held_out_scenes, picture_batch, scenes
 from .loop import Clock, train
@@ -36,7 +37,7 @@ def train_vae(preset: Preset, folder: Path, seed: int = 0) -> AutoencoderKL:
     torch.manual_seed(seed)
     vae = make_vae(preset)
 
-    def loss_of(model: nn.Module, clock: Clock) -> Tensor:
+    def loss_of(model: Any, clock: Clock) -> Tensor:
         # each picture gives four quarters, at a random corner: as many pixels from a quarter of the drawing
         batch = list(islice(scenes((seed, 3, clock.step)), max(1, preset.vae_batch // 4)))
         pixels = picture_batch(batch, preset.image_size, (seed, 4, clock.step))

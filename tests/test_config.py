@@ -1,0 +1,44 @@
+import pytest
+
+from tomesd_plus import ConstantSchedule, CosineSchedule, LinearSchedule, ToMeConfig
+
+
+def test_the_default_merges_more_at_noisy_steps():
+    (schedule,) = ToMeConfig().schedules.values()
+    assert isinstance(schedule, CosineSchedule) and schedule(1.0) > schedule(0.5) > schedule(0.0) > 0
+    assert schedule.mean() == pytest.approx(0.5)
+
+
+def test_levels_come_from_max_downsample_or_from_a_mapping():
+    assert list(ToMeConfig(ratio=0.5, max_downsample=4).schedules) == [1, 2, 4]
+    by_level = ToMeConfig(ratio={2: 0.25, 1: LinearSchedule(0.6, 0.2)})
+    assert by_level.schedules == {1: LinearSchedule(0.6, 0.2), 2: ConstantSchedule(0.25)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ratio": 1.0}, r"\[0, 1\)"),
+        ({"ratio": -0.1}, r"\[0, 1\)"),
+        ({"ratio": "half"}, r"\[0, 1\)"),
+        ({"ratio": 0.8}, "larger cell_size"),
+        ({"ratio": {3: 0.5}}, "levels among"),
+        ({"ratio": {}}, "levels among"),
+        ({"max_downsample": 3}, "max_downsample must be one of 1, 2, 4, 8"),
+        ({"cell_size": (2,)}, "cell_size"),
+        ({"cell_size": (0, 2)}, "cell_size"),
+        ({"metric": "queries"}, "'keys'"),
+        ({"destinations": "center"}, "'fixed'"),
+        ({"mode": "drop"}, "'prune'"),
+        ({"seed": -1}, "seed"),
+        ({"merge_self_attention": False}, "nothing to merge"),
+        ({"merge_self_attention": False, "merge_mlp": True, "keys_values_only": True}, "keys_values_only"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_in_words(options, words):
+    with pytest.raises(ValueError, match=words):
+        ToMeConfig(**options)
+
+
+def test_larger_cells_allow_larger_ratios():
+    assert ToMeConfig(ratio=0.9, cell_size=(4, 4)).schedules[1](0.5) == 0.9

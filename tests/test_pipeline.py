@@ -1,0 +1,326 @@
+"""Applying, removing and reporting, on every kind of pipeline."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from conftest import generate, level_of, make_pipeline, make_unet
+from diffusers import EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler, PNDMScheduler
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+from tomesd_plus import (
+    LinearSchedule,
+    StepsSchedule,
+    ToMeConfig,
+    ToMeProcessor,
+    apply_token_merging,
+    remove_token_merging,
+    token_merging,
+)
+
+
+def hooks(pipe):
+    return [
+        name
+        for component in ("unet", "controlnet")
+        for name, module in getattr(pipe, component, torch.nn.Module()).named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+def test_merging_changes_the_picture_and_the_report_says_by_how_much(any_pipe):
+    plain = generate(any_pipe)
+    level = level_of(any_pipe)
+    report = apply_token_merging(any_pipe, ratio={level: 0.5})
+    assert "has not run yet" in str(report)
+    merged = generate(any_pipe)
+    assert report.merged and report.removed[level] == pytest.approx(0.5, abs=0.01)
+    assert len(report.steps) == len({step.noise_level for step in report.steps}) >= 3
+    assert all(step.removed[level] == pytest.approx(0.5, abs=0.01) for step in report.steps)
+    assert not torch.equal(merged, plain)
+    assert (merged - plain).abs().mean() < 0.05
+    assert "50.0%" in str(report)
+
+
+def test_ratio_zero_is_bit_identical(any_pipe):
+    plain = generate(any_pipe)
+    report = apply_token_merging(any_pipe, ratio={level_of(any_pipe): 0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(generate(any_pipe), plain)
+    assert not report.merged and any(layer.reason == "the ratio is 0 at this noise level" for layer in report.layers)
+
+
+def test_removal_is_bit_identical_and_leaves_nothing_behind(any_pipe):
+    plain = generate(any_pipe)
+    before, hooked = any_pipe.unet.attn_processors, hooks(any_pipe)
+    report = apply_token_merging(any_pipe, ratio=0.5, max_downsample=2, merge_mlp=True, merge_cross_attention=True)
+    generate(any_pipe)
+    assert report.merged and hooks(any_pipe) != hooked
+    remove_token_merging(any_pipe)
+    assert all(any_pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+    assert hooks(any_pipe) == hooked
+    assert torch.equal(generate(any_pipe), plain)
+    assert report.merged  # it still tells of what was
+
+
+def test_the_same_call_gives_the_same_picture_in_any_company(any_pipe):
+    report = apply_token_merging(any_pipe, ratio=0.5, max_downsample=2, share_plan=False)
+    first = generate(any_pipe, seed=3)
+    assert report.merged
+    generate(any_pipe, seed=4, num_inference_steps=3)
+    generate(any_pipe, prompt=["a cat", "a dog"])
+    generate(make_pipeline("sd"))
+    if "Img2Img" not in type(any_pipe).__name__ and "ControlNet" not in type(any_pipe).__name__:
+        generate(any_pipe, height=48, width=24)
+    torch.rand(7)  # the global generator is nobody's business
+    assert torch.equal(generate(any_pipe, seed=3), first)
+
+
+def test_the_seed_of_the_destinations_matters_and_fixed_ones_have_none(pipe):
+    pictures = []
+    for options in (
+        {"seed": 0},
+        {"seed": 1},
+        {"destinations": "fixed", "seed": 0},
+        {"destinations": "fixed", "seed": 1},
+    ):
+        with token_merging(pipe, ratio=0.5, **options) as report:
+            pictures.append(generate(pipe))
+            assert report.merged
+    assert not torch.equal(pictures[0], pictures[1])
+    assert torch.equal(pictures[2], pictures[3])
+
+
+def test_applying_twice_is_an_error_and_removing_twice_a_warning(pipe):
+    apply_token_merging(pipe)
+    with pytest.raises(ValueError, match="already applied"):
+        apply_token_merging(pipe, ratio=0.2)
+    remove_token_merging(pipe)
+    with pytest.warns(UserWarning, match="not applied"):
+        remove_token_merging(pipe)
+
+
+def test_a_bad_option_leaves_the_pipeline_alone(pipe):
+    before = pipe.unet.attn_processors
+    with pytest.raises(ValueError):
+        apply_token_merging(pipe, ratio=1.5)
+    with pytest.raises(TypeError):
+        apply_token_merging(pipe, ToMeConfig(), ratio=0.2)
+    with pytest.raises(TypeError):
+        apply_token_merging(pipe, rato=0.2)
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
+    assert not hooks(pipe)
+
+
+@pytest.mark.parametrize("thing", [None, "runwayml/stable-diffusion-v1-5", torch.nn.Linear(2, 2)])
+def test_what_is_no_pipeline_is_refused(thing):
+    with pytest.raises(TypeError, match="expected a diffusers pipeline"):
+        apply_token_merging(thing)
+
+
+def test_the_context_manager_restores_after_an_error(pipe):
+    plain = generate(pipe)
+    with pytest.raises(RuntimeError, match="mine"), token_merging(pipe, 0.5) as report:
+        assert not torch.equal(generate(pipe), plain) and report.merged
+        raise RuntimeError("mine")
+    assert not hooks(pipe)
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_a_unet_alone_and_its_other_processors(pipe):
+    pipe.unet.set_attn_processor(AttnProcessor())
+    plain = generate(pipe)
+    report = apply_token_merging(pipe.unet, 0.5)
+    inner = {type(processor.inner) for processor in pipe.unet.attn_processors.values() if hasattr(processor, "inner")}
+    assert inner == {AttnProcessor}
+    assert not torch.equal(generate(pipe), plain) and report.merged
+    remove_token_merging(pipe.unet)
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_an_exception_in_mid_generation_leaves_no_trace_in_the_next_picture(pipe):
+    apply_token_merging(pipe, ratio=0.5)
+    first = generate(pipe)
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 1:
+            raise KeyboardInterrupt
+        return tensors
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, callback_on_step_end=stop)
+    assert torch.equal(generate(pipe), first)
+
+
+def test_sdxl_with_max_downsample_1_warns_once_and_says_what_to_set():
+    pipe = make_pipeline("sdxl")
+    plain = generate(pipe)
+    with token_merging(pipe, ratio=0.5) as report, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(generate(pipe), plain)
+        generate(pipe)
+    words = [str(w.message) for w in caught if "merged nothing" in str(w.message)]
+    assert len(words) == 1 and "max_downsample=2" in words[0]
+    assert not report.merged and {layer.reason for layer in report.layers} == {
+        "level 2 is not merged by the configuration"
+    }
+    with token_merging(pipe, ratio=0.5, max_downsample=2) as report:
+        assert not torch.equal(generate(pipe), plain) and report.removed == {2: 0.5}
+
+
+def test_cells_that_do_not_fit_warn(pipe):
+    with token_merging(pipe, ratio=0.5, cell_size=(20, 20)) as report, pytest.warns(UserWarning, match="no cell fits"):
+        generate(pipe)
+    assert not report.merged
+
+
+@pytest.mark.parametrize(
+    "scheduler", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler, PNDMScheduler]
+)
+def test_the_ratio_follows_the_noise_level_under_any_scheduler(pipe, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    schedule = LinearSchedule(0.7, 0.1)
+    report = apply_token_merging(pipe, ratio=schedule)
+    generate(pipe, num_inference_steps=6)
+    assert len(report.steps) == len(pipe.scheduler.timesteps)
+    for step in report.steps:
+        assert step.removed[1] == int(256 * schedule(step.noise_level)) / 256
+    assert len({step.removed[1] for step in report.steps}) >= 5
+
+
+def test_img2img_starts_in_the_middle_of_the_schedule():
+    pipe = make_pipeline("img2img")
+    report = apply_token_merging(pipe, ratio=StepsSchedule((0.6, 0.2)))
+    generate(pipe, strength=0.4, num_inference_steps=10)
+    assert {step.removed[1] for step in report.steps} == {int(256 * 0.2) / 256}
+
+
+def test_levels_have_their_own_ratios(pipe):
+    report = apply_token_merging(pipe, ratio={1: 0.5, 2: 0.25})
+    generate(pipe)
+    assert report.removed == {1: 0.5, 2: 0.25}
+
+
+def test_controlnets_are_covered_and_named():
+    pipe = make_pipeline("controlnet")
+    report = apply_token_merging(pipe, ratio=0.5)
+    generate(pipe)
+    removed = {layer.name.split(".")[0] for layer in report.layers if layer.removed}
+    assert removed == {"unet", "controlnet"}
+    remove_token_merging(pipe)
+    assert not any(isinstance(p, ToMeProcessor) for p in pipe.controlnet.attn_processors.values())
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_odd_batches_and_no_guidance(pipe, guidance_scale, prompts):
+    report = apply_token_merging(pipe, ratio=0.5)
+    pictures = generate(pipe, prompt=["a cat"] * prompts, guidance_scale=guidance_scale)
+    assert pictures.shape[0] == prompts and pictures.isfinite().all() and report.removed[1] == 0.5
+
+
+def test_guidance_switched_off_in_mid_run(pipe):
+    def switch_off(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    report = apply_token_merging(pipe, ratio=0.5)
+    options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    assert torch.equal(generate(pipe, **options), generate(pipe, **options))
+    assert report.removed[1] == 0.5
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 12), (13, 9), (17, 16), (4, 30), (1, 1)])
+def test_any_latent_size(height, width):
+    unet = make_unet()
+    report = apply_token_merging(unet, ratio=0.5, max_downsample=2)
+    sample = torch.randn(2, 4, height, width)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the 1 × 1 latents, in which no cell fits
+        output = unet(sample, 500, torch.randn(2, 7, 16)).sample
+    assert output.shape == sample.shape and output.isfinite().all()
+    assert report.removed.get(1, 0) == int(height * width * 0.5) / (height * width) * (height * width > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(pipe, dtype):
+    pipe.to(dtype)
+    report = apply_token_merging(pipe, ratio=0.5)
+    assert generate(pipe).isfinite().all() and report.merged
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+@pytest.mark.parametrize("bare", [True, False])
+def test_copies_merge_on_their_own(make_copy, bare):
+    pipe = make_pipeline("sd")
+    if bare:
+        pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5))
+    else:
+        apply_token_merging(pipe, ratio=0.5)
+    twin = make_pipeline("sd")
+    twin.unet = make_copy(pipe.unet)  # before any call
+    later = make_pipeline("sd")
+    first = generate(pipe)
+    later.unet = make_copy(pipe.unet)
+    assert torch.equal(generate(twin), first) and torch.equal(generate(later), first)
+    plain = generate(make_pipeline("sd"))
+    remove_token_merging(pipe)
+    assert torch.equal(generate(pipe), plain)
+    assert torch.equal(generate(twin), first) and torch.equal(generate(later), first)
+
+
+def test_saving_and_loading_a_merging_pipeline(pipe, tmp_path):
+    plain = generate(pipe)
+    apply_token_merging(pipe, ratio=0.5)
+    generate(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(loaded), plain)
+
+
+def test_gradients_in_training_mode():
+    unet = make_unet().train()
+    report = apply_token_merging(unet, ratio=0.5, merge_mlp=True)
+    unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 7, 16)).sample.square().mean().backward()
+    assert report.merged
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+
+
+def test_masks_are_left_alone():
+    unet = make_unet()
+    inputs = {"sample": torch.randn(2, 4, 16, 16), "timestep": 500, "encoder_hidden_states": torch.randn(2, 7, 16)}
+    mask = torch.ones(2, 256)
+    mask[:, 5] = 0
+    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    states = torch.randn(2, 256, 16)
+    plain = attention(states, attention_mask=mask), attention(states, encoder_hidden_states=states)
+    report = apply_token_merging(unet, ratio=0.5)
+    unet(**inputs)
+    assert report.merged
+    assert torch.equal(attention(states, attention_mask=mask), plain[0])
+    assert torch.equal(attention(states, encoder_hidden_states=states), plain[1])
+
+
+def test_a_merge_map_shows_groups_at_their_places(pipe):
+    report = apply_token_merging(pipe, ratio=0.5)
+    maps = []
+    generate(
+        pipe, height=32, width=24, callback_on_step_end=lambda p, i, t, tensors: maps.append(report.merge_map()) or {}
+    )
+    assert [m.shape for m in maps] == [(16, 12)] * len(maps)
+    groups = sum((maps[0] == size).sum().item() / size for size in range(1, 200))
+    assert groups == pytest.approx(16 * 12 - int(16 * 12 * 0.5))
+    assert report.merge_map(level=2) is None
+
+
+def test_default_processor_is_the_hosts(pipe):
+    apply_token_merging(pipe)
+    assert {type(p.inner) for p in pipe.unet.attn_processors.values() if isinstance(p, ToMeProcessor)} == {
+        AttnProcessor2_0
+    }

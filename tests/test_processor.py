@@ -1,0 +1,263 @@
+"""``set_attn_processor(ToMeProcessor())`` alone, and each option of the configuration."""
+
+import gc
+import math
+
+import pytest
+import torch
+from conftest import generate, level_of, make_pipeline, make_unet
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch.nn.modules import module as torch_module
+
+from tomesd_plus import LinearSchedule, TokenMergingReport, ToMeProcessor, apply_token_merging, token_merging
+from tomesd_plus.matching import bipartite_match, destination_mask
+
+INPUTS = {
+    "sample": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+    "encoder_hidden_states": torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1)),
+}
+
+
+def report_of(processor):
+    return TokenMergingReport({"model": processor.merger})
+
+
+def test_one_line_gives_what_apply_gives_from_the_first_step_on(any_pipe):
+    ratio = {level_of(any_pipe): LinearSchedule(0.7, 0.2)}
+    any_pipe.unet.set_attn_processor(ToMeProcessor(ratio=ratio))
+    bare = generate(any_pipe)
+    processor = next(iter(any_pipe.unet.attn_processors.values()))
+    steps = report_of(processor).steps
+    assert len({step.removed[level_of(any_pipe)] for step in steps}) == len(steps) >= 3
+    applied = make_pipeline(next(k for k in ("sdxl", "img2img", "controlnet", "sd") if _is(any_pipe, k)))
+    apply_token_merging(applied.unet, ratio=ratio)
+    assert torch.equal(bare, generate(applied))
+    assert torch.equal(bare, generate(any_pipe))
+
+
+def _is(pipe, kind):
+    return {"sdxl": "XL", "img2img": "Img2Img", "controlnet": "ControlNet", "sd": ""}[kind] in type(pipe).__name__
+
+
+def test_the_default_is_step_aware(pipe):
+    processor = ToMeProcessor()
+    pipe.unet.set_attn_processor(processor)
+    generate(pipe, num_inference_steps=6)
+    removed = [step.removed[1] for step in report_of(processor).steps]
+    assert removed == sorted(removed, reverse=True) and removed[0] > removed[-1]
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_the_first_call_of_a_unet_merges_however_it_is_called(keywords):
+    unet = make_unet()
+    processor = ToMeProcessor(ratio=0.5)
+    unet.set_attn_processor(processor)
+
+    def call():
+        if keywords:
+            return unet(**INPUTS, timestep=torch.tensor(700)).sample
+        return unet(INPUTS["sample"], 700, INPUTS["encoder_hidden_states"]).sample
+
+    with torch.no_grad():
+        first = call()
+        assert report_of(processor).removed[1] == 0.5
+        assert report_of(processor).steps[0].noise_level == pytest.approx(700 / 999)
+        assert torch.equal(call(), first)
+
+
+def test_nothing_is_left_in_the_process():
+    def count():
+        return len(torch_module._global_forward_pre_hooks)
+
+    before = count()
+    unet = make_unet()
+    unet.set_attn_processor(ToMeProcessor(ratio=0.5))
+    assert count() == before + 1
+    unet(INPUTS["sample"], 700, INPUTS["encoder_hidden_states"])
+    assert count() == before
+    forgotten = ToMeProcessor()
+    del forgotten
+    gc.collect()
+    torch.nn.Identity()(torch.zeros(1))
+    assert count() == before
+
+
+def test_the_hooks_go_when_the_processor_is_replaced():
+    unet = make_unet()
+    plain = unet(**INPUTS, timestep=700).sample
+    unet.set_attn_processor(ToMeProcessor(ratio=0.5))
+    assert not torch.equal(unet(**INPUTS, timestep=700).sample, plain)
+    unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(unet(**INPUTS, timestep=700).sample, plain)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in unet.modules())
+
+
+def test_a_second_processor_takes_over_from_the_first():
+    unet = make_unet()
+    for ratio in (0.25, 0.5):
+        processor = ToMeProcessor(ratio=ratio)
+        unet.set_attn_processor(processor)
+        unet(**INPUTS, timestep=700)
+        assert report_of(processor).removed[1] == ratio
+
+
+def test_a_processor_without_arguments_for_each_layer_makes_one_plan():
+    # as IP-Adapters re-make processors: cls() for every layer
+    unet = make_unet()
+    unet.set_attn_processor({name: ToMeProcessor() for name in unet.attn_processors})
+    unet(**INPUTS, timestep=700)
+    assert len({id(processor.merger) for processor in unet.attn_processors.values()}) == 1
+
+
+def test_config_and_options_exclude_each_other():
+    from tomesd_plus import ToMeConfig
+
+    with pytest.raises(TypeError, match="not both"):
+        ToMeProcessor(ToMeConfig(), ratio=0.5)
+
+
+# Options: each changes the result, and merges ----------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"cell_size": (2, 4)},
+    {"destinations": "fixed"},
+    {"metric": "block_input"},
+    {"metric": "keys"},
+    {"merge_cross_attention": True},
+    {"merge_mlp": True},
+    {"merge_self_attention": False, "merge_mlp": True},
+    {"merge_self_attention": False, "merge_cross_attention": True},
+    {"mode": "prune"},
+    {"keys_values_only": True},
+    {"keys_values_only": True, "mode": "prune"},
+    {"proportional_attention": False},
+    {"proportional_attention": False, "keys_values_only": True},
+    {"share_plan": False},
+    {"seed": 7},
+]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_every_option_does_something_of_its_own(bare):
+    outputs = []
+    for options in OPTIONS:
+        unet = make_unet()
+        if bare:
+            processor = ToMeProcessor(ratio=0.5, **options)
+            unet.set_attn_processor(processor)
+        else:
+            apply_token_merging(unet, ratio=0.5, **options)
+            processor = next(p for p in unet.attn_processors.values() if isinstance(p, ToMeProcessor))
+        with torch.no_grad():
+            output = unet(**INPUTS, timestep=700).sample
+            again = unet(**INPUTS, timestep=700).sample
+        assert report_of(processor).merged, options
+        assert torch.equal(output, again), options
+        outputs.append(output)
+    for i, one in enumerate(outputs):
+        for j in range(i):
+            assert not torch.equal(one, outputs[j]), (OPTIONS[i], OPTIONS[j])
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({}, {"attn1"}),
+        ({"merge_cross_attention": True}, {"attn1", "attn2"}),
+        ({"merge_mlp": True, "metric": "block_input"}, {"attn1", "ff"}),
+        ({"merge_self_attention": False, "merge_mlp": True}, {"ff"}),
+    ],
+)
+def test_the_report_names_the_layers_that_merged(options, layers):
+    unet = make_unet()
+    report = apply_token_merging(unet, ratio=0.5, **options)
+    unet(**INPUTS, timestep=700)
+    assert {layer.name.rsplit(".", 1)[1] for layer in report.layers if layer.removed} == layers
+    self_attention = {layer.name: layer.reason for layer in report.layers if layer.name.endswith("attn1")}
+    assert len(self_attention) == 7
+    assert sum(reason is None for reason in self_attention.values()) == (3 if "attn1" in layers else 0)
+
+
+def _layer(heads=2):
+    torch.manual_seed(0)
+    from diffusers.models.attention_processor import Attention
+
+    attn = Attention(16, heads=heads, dim_head=8, processor=AttnProcessor2_0()).eval()
+    x = torch.randn(2, 64, 16)
+    plan = bipartite_match(x, destination_mask(8, 8), 16, 40)
+    return attn, x, plan
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("keys_values_only", [False, True])
+def test_proportional_attention_is_attention_over_the_copied_tokens(heads, keys_values_only):
+    """Merged keys that weigh by their size give what attention over all N averaged tokens gives."""
+    attn, x, _ = _layer(heads)
+    unet_like = _OneLayer(attn)
+    report = apply_token_merging_to(unet_like, ratio=40 / 64, keys_values_only=keys_values_only)
+    with torch.no_grad():
+        result = unet_like(x)
+        plan = report.plan
+        copied = plan.unmerge(plan.merge(x))
+        queries = x if keys_values_only else copied
+        expected = AttnProcessor2_0()(attn, queries, copied)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        plain = _OneLayer(attn)
+        apply_token_merging_to(plain, ratio=40 / 64, keys_values_only=keys_values_only, proportional_attention=False)
+        assert (plain(x) - expected).abs().max() > 1e-3  # without it they differ
+
+
+class _OneLayer(torch.nn.Module):
+    """An attention layer that is called with an 8 × 8 grid of tokens at noise level 1."""
+
+    def __init__(self, attn):
+        super().__init__()
+        attn.set_processor(AttnProcessor2_0())
+        self.attn = attn
+
+    def forward(self, x):
+        return self.attn(x)
+
+
+class _Plan:
+    def __init__(self, merger):
+        self.merger = merger
+
+    @property
+    def plan(self):
+        return self.merger.plans[1][0]
+
+
+def apply_token_merging_to(model, **options):
+    processor = ToMeProcessor(inner=model.attn.processor, **options)
+    model.attn.set_processor(processor)
+    merger = processor.merger
+    merger.attach(model, [model.attn])
+    merger.detach()
+    merger.attach(torch.nn.Identity(), [model.attn])
+    merger.begin_step(model, (torch.zeros(2, 4, 8, 8), 999), {})
+    return _Plan(merger)
+
+
+def test_identical_tokens_lose_nothing_by_merging():
+    """Where every cell holds one value four times over, merging to a quarter is exact up to rounding."""
+    attn, _, _ = _layer()
+    cells = torch.randn(2, 4, 4, 16)
+    x = cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).reshape(2, 64, 16)
+    model = _OneLayer(attn)
+    with torch.no_grad():
+        expected = model(x)
+        apply_token_merging_to(model, ratio=0.75)
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_more_merging_is_further_away():
+    pipe = make_pipeline("sd")
+    plain = generate(pipe)
+    errors = []
+    for ratio in (0.1, 0.4, 0.7):
+        with token_merging(pipe, ratio=ratio):
+            errors.append((generate(pipe) - plain).square().mean().item())
+    assert 0 < errors[0] < errors[1] < errors[2] and not math.isnan(errors[2])
