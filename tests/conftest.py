@@ -1,7 +1,13 @@
 """Tiny random pipelines of the real classes: made once, copied for each test."""
 
 import copy
+import os
+import sys
+from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test uses a network
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the examples
 
 import pytest
 import torch

@@ -26,6 +26,7 @@ def test_levels_come_from_max_downsample_or_from_a_mapping():
         ({"ratio": {}}, "levels among"),
         ({"max_downsample": 3}, "max_downsample must be one of 1, 2, 4, 8"),
         ({"cell_size": (2,)}, "cell_size"),
+        ({"cell_size": 2}, "cell_size"),
         ({"cell_size": (0, 2)}, "cell_size"),
         ({"metric": "queries"}, "'keys'"),
         ({"destinations": "center"}, "'fixed'"),

@@ -108,8 +108,9 @@ def test_single_blocks_are_equal(flags, dtype):
     assert torch.equal(*caught)
 
 
-def test_pipelines_defaults_and_removal():
-    pipes = [make_pipeline("sd"), make_pipeline("sd")]
+@pytest.mark.parametrize("kind", ["sd", "controlnet"])
+def test_pipelines_defaults_and_removal(kind):
+    pipes = [make_pipeline(kind), make_pipeline(kind)]
     plain = generate(pipes[0])
     pictures = []
     for module, pipe in zip((tomesd, ours), pipes):

@@ -1,5 +1,6 @@
 """The ``tomesd-plus`` command."""
 
+import os
 import re
 import sys
 from enum import StrEnum
@@ -26,6 +27,7 @@ from tomesd_plus.evaluation import (
     load_model,
     peer_settings,
 )
+from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.pipeline import apply_token_merging
 from tomesd_plus.schedule import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule, StepsSchedule
 
@@ -35,6 +37,7 @@ PROMPTS = [
     "a large ladybug on a pink gradient background",
     "a small star and a small red heart on a purple background",
 ]
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
 SPREAD = 0.4  # between the noisy and the clean end of a schedule, where its mean leaves room for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES: dict[str, Schedule] = {
@@ -79,7 +82,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command("compare")
 def compare_command(
     prompts: Prompts = None,
-    model: Model = "tiny",
+    model: Model = TINY,
     ratio: Annotated[
         list[float] | None, typer.Option(help="Mean ratio in [0, 1); may be repeated. Default: 0.5")
     ] = None,
@@ -103,6 +106,8 @@ def compare_command(
     sampling = _sampling(steps, guidance, size)
     chosen = _prompts(prompts, model)
     _check_writable(out.parent)
+    if out.is_dir() or out.suffix.lower() not in PICTURES:
+        _fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
     pipe, where = _load(model, device, dtype)
     settings = [Setting.merging(f"ratio {value:g}", config) for value, config in zip(ratios, configs, strict=True)]
     if peers:
@@ -125,7 +130,7 @@ def compare_command(
 @app.command("generate")
 def generate_command(
     prompts: Prompts = None,
-    model: Model = "tiny",
+    model: Model = TINY,
     ratio: Annotated[float, typer.Option(help="Mean ratio in [0, 1); 0 leaves the pipeline untouched.")] = 0.5,
     schedule: ScheduleName = "cosine",
     more_at: MoreAt = Direction.noisy,
@@ -189,6 +194,8 @@ def make_schedule(name: str, mean: float, more_at: Direction = Direction.noisy, 
         raise ValueError(f"unknown schedule {name!r}: choose from {', '.join(SCHEDULES)}")
     if not 0 <= mean < 1:
         raise ValueError(f"a ratio must lie in [0, 1), not {mean:g}")
+    if mean > maximum:
+        raise ValueError(f"a ratio of {mean:g} is more than cells of 2 × 2 tokens allow, which is {maximum:g}")
     schedule = SCHEDULES[name].with_mean(mean, maximum)
     return schedule if more_at is Direction.noisy else schedule.reversed()
 
@@ -212,7 +219,7 @@ def _sampling(steps: int, guidance: float, size: str | None) -> Sampling:
 
 def _prompts(prompts: list[str] | None, model: str) -> list[str]:
     if not prompts:
-        if model != "tiny":
+        if model != TINY:
             _fail("give at least one prompt")
         return PROMPTS
     return prompts
@@ -243,6 +250,8 @@ def _run(call: Any) -> Any:
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "permission denied")
     except OSError as error:
         _fail(f"cannot write to {folder}: {error.strerror}")
 

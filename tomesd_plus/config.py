@@ -62,7 +62,8 @@ class ToMeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cell_size", tuple(self.cell_size))
+        if isinstance(self.cell_size, list):
+            object.__setattr__(self, "cell_size", tuple(self.cell_size))
         for name, allowed in {
             "destinations": ("random", "fixed"),
             "metric": ("attention_input", "block_input", "keys"),
@@ -71,7 +72,8 @@ class ToMeConfig:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {getattr(self, name)!r}")
-        if len(self.cell_size) != 2 or not all(isinstance(side, int) and side >= 1 for side in self.cell_size):
+        sides = self.cell_size if isinstance(self.cell_size, tuple) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
             raise ValueError(f"cell_size must be two whole numbers of at least 1, not {self.cell_size!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")

@@ -1,7 +1,8 @@
 """Apply and remove token merging: the one place where a pipeline's models are changed."""
 
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tomesd_plus.config import Ratio, ToMeConfig
-from tomesd_plus.merger import TokenMerger
+from tomesd_plus.merger import TokenMerger, mergers_on
 from tomesd_plus.processor import ToMeProcessor, adopt
 from tomesd_plus.report import TokenMergingReport
 
@@ -51,21 +52,24 @@ def apply_token_merging(
     if config is not None and options:
         raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
     config = config or ToMeConfig(**options)
-    return merge_with(pipe, lambda train_timesteps, name: TokenMerger(config, train_timesteps, name))
+    return merge_with(pipe, lambda timesteps, name, excluded: TokenMerger(config, timesteps, name, excluded))
 
 
 def remove_token_merging(pipe: Any) -> None:
     """Undo :func:`apply_token_merging`, or ``set_attn_processor(ToMeProcessor())``.
 
-    The very processors that were there before are back, and no hook stays. Warns if merging is off.
+    No hook stays. After ``apply_token_merging`` the very processors that were there before are back; after
+    ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
     """
     found = False
     for model in _models(pipe).values():
+        for merger in mergers_on(model):  # also those whose processors were replaced since
+            found = True
+            merger.detach()
         for module in model.modules():
             processor = getattr(module, "processor", None)
             if isinstance(processor, ToMeProcessor):
                 found = True
-                processor.merger.detach()
                 cast(Any, module).set_processor(processor.inner)
     if not found:
         warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
@@ -81,12 +85,23 @@ def token_merging(pipe: Any, config: ToMeConfig | float | None = None, **options
         remove_token_merging(pipe)
 
 
-def merge_with(pipe: Any, make_merger: Any) -> TokenMergingReport:
+def merging_report(pipe: Any) -> TokenMergingReport:
+    """The report of the merging that is on, however it was switched on; raises ValueError if it is off.
+
+    Bare processors count once their model has been called.
+    """
+    mergers = {name: mergers_on(model) for name, model in _models(pipe).items()}
+    if not any(mergers.values()):
+        raise ValueError("token merging is not applied, or its model has not been called yet")
+    return TokenMergingReport({name: found[0] for name, found in mergers.items() if found})
+
+
+def merge_with(pipe: Any, make_merger: Callable[[int, str, dict[str, str]], TokenMerger]) -> TokenMergingReport:
     """Put processors and mergers on a pipeline's models.
 
     Args:
         pipe: As in :func:`apply_token_merging`.
-        make_merger: ``(train_timesteps, name) -> TokenMerger``, called for each model.
+        make_merger: ``(train_timesteps, name, excluded layers) -> TokenMerger``, called for each model.
     """
     models = _models(pipe)
     for name, model in models.items():
@@ -96,12 +111,21 @@ def merge_with(pipe: Any, make_merger: Any) -> TokenMergingReport:
     train_timesteps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
     mergers = {}
     for name, model in models.items():
-        merger = make_merger(train_timesteps, f"{name}." if len(models) > 1 else "")
-        for module in model.modules():
-            if isinstance(module, Attention) and not module.is_cross_attention:
-                inner = module.processor
-                if not isinstance(inner, nn.Module):  # a module must stay registered on its layer: left alone
-                    module.set_processor(ToMeProcessor(inner=inner, merger=merger))
+        prefix = f"{name}." if len(models) > 1 else ""
+        layers = {
+            layer_name: layer
+            for layer_name, layer in model.named_modules()
+            if isinstance(layer, Attention) and not layer.is_cross_attention
+        }
+        excluded = {f"{prefix}{layer_name}": _why_excluded(layer) for layer_name, layer in layers.items()}
+        merger = make_merger(train_timesteps, prefix, {key: why for key, why in excluded.items() if why})
+        merging = [layer for layer_name, layer in layers.items() if not excluded[f"{prefix}{layer_name}"]]
+        if not merging:
+            warnings.warn(
+                f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3
+            )
+        for layer in merging:
+            layer.set_processor(ToMeProcessor(inner=layer.processor, merger=merger))
         adopt(model, merger)
         mergers[name] = merger
     return TokenMergingReport(mergers)
@@ -110,6 +134,17 @@ def merge_with(pipe: Any, make_merger: Any) -> TokenMergingReport:
 def is_merging(model: nn.Module) -> bool:
     """True if a model carries a :class:`ToMeProcessor`."""
     return any(isinstance(getattr(module, "processor", None), ToMeProcessor) for module in model.modules())
+
+
+def _why_excluded(layer: Attention) -> str | None:
+    """Why no processor can be wrapped around a layer's own, or ``None``."""
+    if isinstance(layer.processor, nn.Module):
+        return "its processor is a module, which must stay registered on the layer"
+    known = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}
+    extra = set(inspect.signature(layer.processor.__call__).parameters) - known
+    if extra:  # Attention hands on such arguments only to a processor whose own signature names them
+        return f"its processor takes arguments of its own ({', '.join(sorted(extra))})"
+    return None
 
 
 def _models(pipe: Any) -> dict[str, nn.Module]:
@@ -122,7 +157,7 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
         )
     models = {"unet": pipe.unet}
     controlnet = getattr(pipe, "controlnet", None)
-    nets = getattr(controlnet, "nets", None) or [controlnet]
+    nets = dict.fromkeys(getattr(controlnet, "nets", None) or [controlnet])  # one net may stand there twice
     for index, net in enumerate(net for net in nets if isinstance(net, nn.Module)):
         models[f"controlnet{index or ''}"] = net
     return models

@@ -1,7 +1,7 @@
 """The attention processor: plan, merge, the processor that was there before, unmerge."""
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_utils import ModelMixin
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus.config import ToMeConfig
-from tomesd_plus.merger import TokenMerger
+from tomesd_plus.merger import TokenMerger, mergers_on
 
 
 class ToMeProcessor:
@@ -20,8 +20,8 @@ class ToMeProcessor:
         pipe.unet.set_attn_processor(ToMeProcessor())
 
     At the model's first call it finds the model by itself and from then on knows noise level, step and latent size.
-    Set this way it replaces what processors the model had, an IP-Adapter's too; to keep them use
-    :func:`tomesd_plus.apply_token_merging`.
+    Set this way it replaces what processors the model had, an IP-Adapter's too, and takes 1,000 timesteps of training
+    for granted; to keep the processors use :func:`tomesd_plus.apply_token_merging`. An instance serves one model.
 
     Args:
         config: What to merge; ``ToMeConfig()`` by default.
@@ -46,6 +46,7 @@ class ToMeProcessor:
             raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
         self.inner = inner if inner is not None else AttnProcessor2_0()
         self.merger = merger if merger is not None else TokenMerger(config or ToMeConfig(**options))
+        self.default = config is None and not options
         if merger is None:
             _FirstCall(self)
 
@@ -65,8 +66,9 @@ class ToMeProcessor:
             reason = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
             if reason is None:
                 plan = self.merger.plan_for(attn, hidden_states)
-            elif hidden_states.ndim == 3:
-                self.merger.record(attn, hidden_states.shape[1], 0, reason)
+            else:
+                tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
+                self.merger.record(attn, tokens, 0, reason)
         if plan is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
@@ -94,46 +96,65 @@ class _FirstCall:
 
     def __init__(self, processor: ToMeProcessor) -> None:
         self._processor = weakref.ref(processor)
-        self._model: nn.Module | None = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._timestep: Tensor | None = None
         self._handle = register_module_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         processor = self._processor()
-        if processor is None or (self._model is None and processor.merger.attached):
+        if processor is None:
             self._handle.remove()
         elif self._model is not None:
             self._read_from_inside(module, args, processor.merger)
+        elif processor.merger.attached:
+            self._handle.remove()
         elif isinstance(module, ModelMixin) and _carries(module, processor):
-            adopt(module, processor.merger)
-            if len(args) >= 2:
+            if not adopt(module, processor.merger):
+                self._handle.remove()  # another merger took the processor over, and its hook sees this call
+            elif len(args) >= 2:
                 self._handle.remove()
                 processor.merger.begin_step(module, args, {})
             else:
-                self._model = module
+                self._model = weakref.ref(module)
 
     def _read_from_inside(self, module: nn.Module, args: tuple[Any, ...], merger: TokenMerger) -> None:
         # Such hooks are not shown keyword arguments. A model called with some hands them on, by position, to the two
         # layers that every SD UNet and ControlNet calls first: time_proj(timestep), then conv_in(sample).
-        if module is getattr(self._model, "time_proj", None):
-            self._timestep = args[0]
-        elif module is getattr(self._model, "conv_in", None):
+        model = self._model() if self._model is not None else None
+        if model is None or module is model:  # gone, or called again after its first call failed
             self._handle.remove()
-            assert self._model is not None
-            merger.begin_step(self._model, (args[0], self._timestep), {})
+        elif module is getattr(model, "time_proj", None):
+            self._timestep = args[0]
+        elif module is getattr(model, "conv_in", None):
+            self._handle.remove()
+            merger.begin_step(model, (args[0], self._timestep), {})
 
 
-def adopt(model: nn.Module, merger: TokenMerger) -> None:
-    """Hook a merger into a model and make it that of every processor there that has found no model yet."""
-    attentions = []
-    for module in model.modules():
-        processor = getattr(module, "processor", None)
-        if isinstance(processor, ToMeProcessor):
-            if not processor.merger.attached:
-                processor.merger = merger
-            if processor.merger is merger:
-                attentions.append(module)
-    merger.attach(model, attentions)
+def adopt(model: nn.Module, merger: TokenMerger) -> bool:
+    """Hook a merger into a model and make it that of every processor there that has found no model yet.
+
+    Loading or unloading an IP-Adapter makes the host replace every self-attention processor by ``cls()``. Where such
+    processors are found on a model that a merger is hooked into already, that one takes them over.
+
+    Returns:
+        True if the merger was hooked in; False if one that was there before has taken its processors over.
+    """
+    layers = [m for m in model.modules() if isinstance(getattr(m, "processor", None), ToMeProcessor)]
+    processors = {id(layer.processor): cast(ToMeProcessor, layer.processor) for layer in layers}
+    remade = len(processors) == len(layers) > 1 and all(
+        p.default and not p.merger.attached for p in processors.values()
+    )
+    before = mergers_on(model)
+    owner = before[0] if before and remade else merger
+    for processor in processors.values():
+        if not processor.merger.attached:
+            processor.merger = owner
+    attentions = [layer for layer in layers if cast(ToMeProcessor, layer.processor).merger is owner]
+    if owner is merger:
+        merger.attach(model, attentions)
+    else:
+        owner.attentions = attentions
+    return owner is merger
 
 
 def _carries(model: nn.Module, processor: ToMeProcessor) -> bool:

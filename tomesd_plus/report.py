@@ -56,13 +56,16 @@ class TokenMergingReport:
 
     @property
     def layers(self) -> list[LayerRecord]:
-        """Every layer that ran, in order of execution; with several models, names start with the model's."""
+        """Every layer around which merging is configured, in order of execution, and those it could not be put on.
+
+        With several models, names start with the model's.
+        """
         return [record for merger in self._mergers.values() for record in merger.records.values()]
 
     @property
     def steps(self) -> list[StepRecord]:
         """The first model's steps."""
-        return next(iter(self._mergers.values())).steps
+        return list(next(iter(self._mergers.values())).steps)
 
     def merge_map(self, level: int | None = None) -> Tensor | None:
         """How many tokens each token was merged with, itself counted, in the first model's latest step.
@@ -71,19 +74,20 @@ class TokenMergingReport:
             level: The downsample to show; the finest that was merged by default.
 
         Returns:
-            (height, width) of the level's tokens, int64, on the CPU, for the first sample of the batch; ``None`` if
-            nothing was merged there. With ``share_plan=False`` it shows the plan of the level's last block.
+            (height, width) of the level's tokens, int64, on the CPU, for the last sample of the batch, which under
+            guidance is one with the prompt; ``None`` if nothing was merged there. With ``share_plan=False`` it shows
+            the plan of the level's last block.
         """
-        plans = next(iter(self._mergers.values())).latest_plans
+        plans = {key[0]: plan for key, plan in next(iter(self._mergers.values())).plans.items()}
         level = min(plans, default=None) if level is None else level
         if level not in plans:
             return None
         plan, height, width = plans[level]
-        return plan.sizes()[:1].gather(1, plan.inverse[:1]).reshape(height, width).cpu()
+        return plan.sizes()[-1].gather(0, plan.inverse[-1]).reshape(height, width).cpu()
 
     @property
     def removed(self) -> dict[int, float]:
-        """Share of tokens removed at each level, over all layers that the configuration merges there."""
+        """Share of tokens removed at each level at which layers ran: of all tokens of all :attr:`layers` there."""
         shares: dict[int, float] = {}
         for level in sorted({layer.downsample for layer in self.layers if layer.downsample}):
             chosen = [layer for layer in self.layers if layer.downsample == level]

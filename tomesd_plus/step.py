@@ -59,13 +59,13 @@ class StepTracker:
 
     def observe(self, sample: Tensor, timestep: Tensor | float | int) -> Step:
         """Read a call's latents (batch, channels, height, width) and timestep (a number, 0-d, or one a sample)."""
-        if isinstance(timestep, Tensor) and timestep.ndim == 0 and _storage_elements(timestep) > 1:
+        if isinstance(timestep, Tensor) and _is_one_of_many(timestep):
             index, value, new = self._observe_view(timestep)
         else:
             index = None
             value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
             new = self._last is None or value > self._last
-            if isinstance(timestep, Tensor) and timestep.ndim == 0:
+            if isinstance(timestep, Tensor) and timestep.numel() == 1:
                 new = new or value == self._last  # the one timestep of a schedule of one step, again
         self._last = value
         noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
@@ -99,6 +99,12 @@ class StepTracker:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.train_timesteps = state["train_timesteps"]
         self._forget()
+
+
+def _is_one_of_many(timestep: Tensor) -> bool:
+    """True for an entry of a longer tensor, as it is or expanded to the batch."""
+    one = timestep.ndim == 0 or timestep.numel() == 1 or timestep.stride(0) == 0
+    return one and _storage_elements(timestep) > 1
 
 
 def _storage_elements(tensor: Tensor) -> int:

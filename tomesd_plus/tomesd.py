@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tomesd_plus.config import LEVELS, ToMeConfig
 from tomesd_plus.matching import destination_mask, max_removed
-from tomesd_plus.merger import TokenMerger
-from tomesd_plus.pipeline import is_merging, merge_with, remove_token_merging
+from tomesd_plus.merger import TokenMerger, mergers_on
+from tomesd_plus.pipeline import merge_with, remove_token_merging
 from tomesd_plus.plan import MergePlan
 
 __all__ = ["apply_patch", "remove_patch"]
@@ -60,27 +60,31 @@ def apply_patch(
         proportional_attention=False,
         share_plan=False,
     )
-    merge_with(model, lambda timesteps, name: _TomesdMerger(config, ratio, max_downsample, timesteps, name))
+    merge_with(
+        getattr(model, "unet", model),  # and no ControlNet
+        lambda timesteps, name, excluded: _TomesdMerger(config, ratio, max_downsample, timesteps, name, excluded),
+    )
     return model
 
 
 def remove_patch(model: Any) -> Any:
-    """Undo :func:`apply_patch`; does nothing if there is no patch. Returns ``model``."""
-    if is_merging(getattr(model, "unet", model)):
-        remove_token_merging(model)
+    """Undo :func:`apply_patch`; does nothing if there is no such patch. Returns ``model``."""
+    unet = getattr(model, "unet", model)
+    if any(isinstance(merger, _TomesdMerger) for merger in mergers_on(unet)):
+        remove_token_merging(unet)
     return model
 
 
 class _TomesdMerger(TokenMerger):
     """Levels, ratio and random numbers as tomesd has them."""
 
-    def __init__(self, config: ToMeConfig, ratio: float, max_downsample: int, timesteps: int, name: str) -> None:
-        super().__init__(config, timesteps, name)
+    def __init__(self, config: ToMeConfig, ratio: float, max_downsample: int, *base: Any) -> None:
+        super().__init__(config, *base)
         self.ratio = ratio
         self.max_downsample = max_downsample
         self.global_generator: torch.Generator | None = None
 
-    def _plan(self, hidden_states: Tensor, attention: Any) -> MergePlan | None:
+    def _plan(self, hidden_states: Tensor, layer: Any) -> MergePlan | None:
         if self.step is None:
             return None
         tokens = hidden_states.shape[1]

@@ -1,10 +1,12 @@
 """Train CLIP, autoencoder and UNet in turn, then save the pipeline as ``load_tiny_pipeline`` expects it."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
 from .presets import PRESETS
@@ -35,8 +37,16 @@ def main() -> None:
 
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Save in fp16, readable by everybody."""
+    """Save in fp16, readable by everybody, and by transformers 4 and 5 alike."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    # transformers 5 dropped a prefix of the names and two files; it still reads both, transformers 4 needs them
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = (" ".join(merge) for merge in model["merges"])
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -59,6 +59,7 @@ def train(
     accelerator.register_for_checkpointing(clock, ema)
     if folder.exists():
         accelerator.load_state(str(folder))
+        ema.to(accelerator.device)
         accelerator.print(f"{folder.name}: going on from step {clock.step}, minute {clock.elapsed / 60:.1f}")
 
     def save() -> None:

@@ -3,7 +3,7 @@
 import math
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from .data import held_out_scenes, picture_batch, scenes
 from .loop import Clock, train
 from .presets import Preset
 
-KL_WEIGHT = 1e-5  # a latent's share of the loss: keeps the latents near unit scale, costs little sharpness
+KL_WEIGHT = 1e-5  # of a position's divergence from the unit normal: keeps the latents' scale, costs little sharpness
 
 
 def make_vae(preset: Preset) -> AutoencoderKL:
@@ -49,19 +49,19 @@ def train_vae(preset: Preset, folder: Path, seed: int = 0) -> AutoencoderKL:
         posterior = model.encode(crops).latent_dist
         decoded = model.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).sum((1, 2, 3)).mean()
-        return (decoded - crops).square().mean() + KL_WEIGHT * kl / (crops.shape[1] * half * half) * 3
+        return (decoded - crops).square().mean() + KL_WEIGHT * kl / half**2
 
-    vae = train(vae, loss_of, folder / "vae", preset.vae_minutes, 2e-3)
+    trained: Any = train(vae, loss_of, folder / "vae", preset.vae_minutes, 2e-3)
     with torch.no_grad():
-        pixels = picture_batch(list(islice(scenes((seed, 6)), 64)), preset.image_size, (seed, 6)).to(vae.device)
-        latents = vae.encode(pixels).latent_dist.sample()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    print(f"vae: {reconstruction_psnr(vae, preset):.2f} dB on held-out pictures, latents' std {latents.std():.3f}")
-    return vae
+        pixels = picture_batch(list(islice(scenes((seed, 6)), 64)), preset.image_size, (seed, 6)).to(trained.device)
+        latents = trained.encode(pixels).latent_dist.sample()
+    trained.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    print(f"vae: {reconstruction_psnr(trained, preset):.2f} dB on held-out pictures, latents' std {latents.std():.3f}")
+    return cast(AutoencoderKL, trained)
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, preset: Preset, count: int = 128) -> float:
+def reconstruction_psnr(vae: Any, preset: Preset, count: int = 128) -> float:
     """Mean PSNR in dB of held-out pictures after encoding (mode of the posterior) and decoding."""
     pixels = picture_batch(held_out_scenes(count), preset.image_size, 7).to(vae.device)
     error = (vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1) - pixels).square().mean((1, 2, 3))

@@ -12,7 +12,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from tomesd_plus import tomesd
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.generate import Generated, Sampling, generate
-from tomesd_plus.pipeline import token_merging
+from tomesd_plus.pipeline import merging_report, token_merging
 from tomesd_plus.report import StepRecord, TokenMergingReport
 
 OTHER_SEED = 1_000_003  # added to a seed to make "another seed"
@@ -116,8 +116,8 @@ def compare(
     if equal_time:
         fewer = {
             max(1, round(sampling.steps / row.speedup))
-            for row in rows
-            if row.speedup > 1 and row.steps == sampling.steps
+            for setting, row in zip(settings, rows, strict=True)
+            if row.speedup > 1 and setting.steps is None and not setting.seed_offset
         }
         slower = [
             Setting(f"{steps} steps", lambda pipe: nullcontext(), steps=steps)
@@ -191,9 +191,9 @@ def _psnr(pixels: Tensor, reference: Tensor) -> float:
 
 
 @contextmanager
-def _tomesd(pipe: Any, ratio: float, max_downsample: int) -> Iterator[None]:
+def _tomesd(pipe: Any, ratio: float, max_downsample: int) -> Iterator[TokenMergingReport]:
     tomesd.apply_patch(pipe, ratio=ratio, max_downsample=max_downsample)
     try:
-        yield
+        yield merging_report(pipe)
     finally:
         tomesd.remove_patch(pipe)

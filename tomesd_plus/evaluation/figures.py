@@ -17,12 +17,12 @@ DIFFERENCE_GAIN = 4
 def comparison_figure(comparison: Comparison) -> Figure:
     """Draw baseline, each merging setting, its difference and its merge map, and below them the ratio over steps.
 
-    Settings without merge maps (fewer steps, another seed, tomesd) show their pictures alone. Of more than eight
+    Settings without merge maps (fewer steps, another seed, tomesd's way) show their pictures alone. Of more than eight
     prompts the first eight are drawn.
     """
     prompts = comparison.prompts[:MAX_PROMPTS]
-    merging = [row for row in comparison.rows if row.step_records]
-    others = [row for row in comparison.rows if not row.step_records]
+    merging = [row for row in comparison.rows if any(m is not None for m in row.merge_maps)]
+    others = [row for row in comparison.rows if row not in merging]
     columns = 1 + 3 * len(merging) + len(others)
     figure = Figure(figsize=(1.5 * columns + 0.6, 1.62 * len(prompts) + 2.4), layout="constrained")
     pictures, curve = np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=(1.62 * len(prompts), 2.2))))

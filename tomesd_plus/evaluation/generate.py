@@ -35,7 +35,7 @@ class Generated:
 
     Args:
         pixels: (3, height, width) in [0, 1], float32, on the CPU.
-        seconds: The whole call: text encoding, denoising, decoding.
+        seconds: The whole call: text encoding, denoising, decoding; without what ``on_step`` took.
         step_seconds: The median denoising step; the first is left out where there are more.
     """
 
@@ -61,11 +61,15 @@ def generate(
         on_step: Called with the number of the step after each one.
     """
     ticks: list[float] = []
+    watched = 0.0  # seconds spent in on_step
 
     def tick(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        ticks.append(_now())
+        nonlocal watched
+        tick = _now()
+        ticks.append(tick - watched)
         if on_step:
             on_step(step)
+        watched += _now() - tick
         return tensors
 
     start = _now()
@@ -80,7 +84,7 @@ def generate(
         output_type="pt",
         callback_on_step_end=tick,
     )
-    seconds = _now() - start
+    seconds = _now() - start - watched
     between = [late - early for early, late in pairwise(ticks)] or [seconds]
     return Generated(result.images[0].float().cpu(), seconds, statistics.median(between))
 
@@ -88,4 +92,6 @@ def generate(
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.mps.is_available():
+        torch.mps.synchronize()
     return time.perf_counter()
