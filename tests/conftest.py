@@ -1,8 +1,10 @@
 """Tiny random pipelines of the real classes: made once, copied for each test."""
 
 import copy
+import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,12 @@ def make_unet(**overrides: Any) -> UNet2DConditionModel:
 def _tokenizer() -> CLIPTokenizer:
     letters = [chr(c) for c in range(97, 123)]
     words = [*letters, *(f"{c}</w>" for c in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[("c", "a"), ("ca", "t</w>")], model_max_length=77)
+    with tempfile.TemporaryDirectory() as name:  # from files: transformers 4 and 5 both read them
+        folder = Path(name)
+        (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+        (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
+        return CLIPTokenizer.from_pretrained(folder)
 
 
 def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:

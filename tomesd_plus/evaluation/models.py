@@ -29,6 +29,7 @@ def load_model(name: str = TINY, device: str = "cpu", dtype: torch.dtype = torch
         ModelError: It cannot be found or read, or it has no UNet.
     """
     try:
+        # torch_dtype, not dtype: all supported versions of diffusers know it
         if name == TINY:
             pipe = load_tiny_pipeline(dtype, device)
         elif name.endswith((".safetensors", ".ckpt")):
