@@ -11,5 +11,5 @@ tomesd.apply_patch(pipe, ratio=0.5)  # the same arguments and, on a CPU, the sam
 pipe(prompt, generator=torch.Generator().manual_seed(0)).images[0].save("tomesd.png")
 tomesd.remove_patch(pipe)
 
-apply_token_merging(pipe, ratio=0.5)  # proportional attention, one plan per level, the same picture every time
+apply_token_merging(pipe, ratio=0.5)  # proportional attention; the same picture every time
 pipe(prompt, generator=torch.Generator().manual_seed(0)).images[0].save("tomesd_plus.png")

@@ -68,7 +68,7 @@ def test_removal_is_bit_identical_and_leaves_nothing_behind(any_pipe):
 
 
 def test_the_same_call_gives_the_same_picture_in_any_company(any_pipe):
-    report = apply_token_merging(any_pipe, ratio=0.5, max_downsample=2, share_plan=False)
+    report = apply_token_merging(any_pipe, ratio=0.5, max_downsample=2)
     first = generate(any_pipe, seed=3)
     assert report.merged
     generate(any_pipe, seed=4, num_inference_steps=3)
@@ -300,7 +300,7 @@ def test_gradient_checkpointing_runs_the_same_plans_again():
     gradients = []
     for checkpointing in (False, True):
         unet = make_unet().train()
-        report = apply_token_merging(unet, ratio=0.5, share_plan=False, merge_mlp=True)
+        report = apply_token_merging(unet, ratio=0.5, merge_mlp=True)
         if checkpointing:
             unet.enable_gradient_checkpointing()
         sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -133,7 +133,7 @@ OPTIONS = [
     {"keys_values_only": True, "mode": "prune"},
     {"proportional_attention": False},
     {"proportional_attention": False, "keys_values_only": True},
-    {"share_plan": False},
+    {"share_plan": True},
     {"seed": 7},
 ]
 

@@ -39,8 +39,9 @@ class ToMeConfig:
         keys_values_only: Keep every query and merge only the keys and values: keeps more detail, saves less.
         proportional_attention: Let a merged key that stands for s tokens weigh s times, by adding log s to its
             logits (https://arxiv.org/abs/2210.09461, "proportional attention"). It is what keeps pictures close.
-        share_plan: One plan for all blocks of a level in a step. Otherwise each block makes its own, which costs time
-            and needs as many matchings.
+        share_plan: One plan for all blocks of a level in a step, made by the first. Saves the other blocks' matchings,
+            but costs much fidelity: what is alike in the first block need not be in the last. Off, each block makes
+            its own.
         seed: Seed of the random destinations, at least 0.
 
     Raises:
@@ -58,7 +59,7 @@ class ToMeConfig:
     mode: MergeMode = "merge"
     keys_values_only: bool = False
     proportional_attention: bool = True
-    share_plan: bool = True
+    share_plan: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
