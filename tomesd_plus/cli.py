@@ -3,11 +3,14 @@
 import os
 import re
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import diffusers
 import torch
+import transformers
 import typer
 from PIL import Image
 from rich.console import Console
@@ -234,6 +237,10 @@ def _load(model: str, device: str | None, dtype: str | None) -> tuple[Any, str]:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         _fail(f"device {device!r} cannot be used: {str(error).splitlines()[0]}")
+    warnings.simplefilter("ignore", FutureWarning)
+    for library in (diffusers.utils.logging, transformers.utils.logging):  # their bars and hints are not for this user
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         return load_model(model, device, DTYPES[dtype]), f"{device}, {dtype}, torch {torch.__version__}"
     except ModelError as error:

@@ -1,7 +1,6 @@
 """The embedded pipeline: a small but real Stable Diffusion, inside the package."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -22,6 +21,5 @@ def load_tiny_pipeline(
         dtype: Of all its models. The files are fp16.
         device: Where to load it.
     """
-    options: dict[str, Any] = {"local_files_only": True, "safety_checker": None}
-    pipe = StableDiffusionPipeline.from_pretrained(TINY_PIPELINE, **options)
+    pipe = StableDiffusionPipeline.from_pretrained(TINY_PIPELINE, local_files_only=True, safety_checker=None)
     return pipe.to(device, dtype)

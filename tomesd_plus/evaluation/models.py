@@ -28,16 +28,16 @@ def load_model(name: str = TINY, device: str = "cpu", dtype: torch.dtype = torch
     Raises:
         ModelError: It cannot be found or read, or it has no UNet.
     """
+    options = {"torch_dtype": dtype}  # not "dtype", which the oldest supported diffusers does not know
     try:
-        # torch_dtype, not dtype: all supported versions of diffusers know it
         if name == TINY:
             pipe = load_tiny_pipeline(dtype, device)
         elif name.endswith((".safetensors", ".ckpt")):
             if not Path(name).is_file():
                 raise FileNotFoundError("there is no such file")
-            pipe = _single_file_class(name).from_single_file(name, torch_dtype=dtype)
+            pipe = _single_file_class(name).from_single_file(name, **options)
         else:
-            pipe = AutoPipelineForText2Image.from_pretrained(name, torch_dtype=dtype)
+            pipe = AutoPipelineForText2Image.from_pretrained(name, **options)
         if not hasattr(pipe, "unet"):
             raise ValueError(f"{type(pipe).__name__} has no UNet; SD 1.x, 2.x and SDXL have")
         pipe = pipe.to(device)
