@@ -141,3 +141,13 @@ def any_pipe(request: pytest.FixtureRequest) -> Any:
 def level_of(pipe: Any) -> int:
     """The finest level at which a pipeline's UNet has self-attention."""
     return 2 if "XL" in type(pipe).__name__ else 1
+
+
+def hooks(pipe: Any) -> list[str]:
+    """Names of the modules of a pipeline's UNet and ControlNet that carry forward hooks."""
+    return [
+        name
+        for component in ("unet", "controlnet")
+        for name, module in getattr(pipe, component, torch.nn.Module()).named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]

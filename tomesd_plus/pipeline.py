@@ -112,14 +112,15 @@ def merge_with(pipe: Any, make_merger: Callable[[int, str, dict[str, str]], Toke
     mergers = {}
     for name, model in models.items():
         prefix = f"{name}." if len(models) > 1 else ""
-        layers = {
-            layer_name: layer
-            for layer_name, layer in model.named_modules()
-            if isinstance(layer, Attention) and not layer.is_cross_attention
-        }
-        excluded = {f"{prefix}{layer_name}": _why_excluded(layer) for layer_name, layer in layers.items()}
-        merger = make_merger(train_timesteps, prefix, {key: why for key, why in excluded.items() if why})
-        merging = [layer for layer_name, layer in layers.items() if not excluded[f"{prefix}{layer_name}"]]
+        merging, excluded = [], {}
+        for layer_name, layer in model.named_modules():
+            if isinstance(layer, Attention) and not layer.is_cross_attention:
+                reason = _why_excluded(layer)
+                if reason is None:
+                    merging.append(layer)
+                else:
+                    excluded[f"{prefix}{layer_name}"] = reason
+        merger = make_merger(train_timesteps, prefix, excluded)
         if not merging:
             warnings.warn(
                 f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3

@@ -1,5 +1,6 @@
 """A tokenizer and a small CLIP, trained contrastively; its text encoder becomes the pipeline's."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -67,7 +68,5 @@ def train_clip(preset: Preset, folder: Path, seed: int = 0) -> tuple[CLIPModel, 
 
 
 def _merges(bpe: Tokenizer) -> list[list[str]]:
-    import json
-
     merges = json.loads(bpe.to_str())["model"]["merges"]
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]

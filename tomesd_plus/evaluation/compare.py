@@ -35,6 +35,11 @@ class Setting:
     seed_offset: int = 0
 
     @classmethod
+    def untouched(cls, name: str = "untouched", steps: int | None = None, seed_offset: int = 0) -> "Setting":
+        """The pipeline as it is."""
+        return cls(name, lambda pipe: nullcontext(), steps, seed_offset)
+
+    @classmethod
     def merging(cls, name: str, config: ToMeConfig) -> "Setting":
         """Token merging by this package."""
         return cls(name, lambda pipe: token_merging(pipe, config))
@@ -109,7 +114,7 @@ def compare(
     """
     if not prompts:
         raise ValueError("compare needs at least one prompt")
-    baseline = Setting("untouched", lambda pipe: nullcontext())
+    baseline = Setting.untouched()
     for setting in (baseline, *settings):
         _run(pipe, setting, prompts[0], seed, replace(sampling, steps=min(2, sampling.steps)), on_step)
     reference, *rows = _rows(pipe, prompts, [baseline, *settings], sampling, seed, on_step)
@@ -120,7 +125,7 @@ def compare(
             if row.speedup > 1 and setting.steps is None and not setting.seed_offset
         }
         slower = [
-            Setting(f"{steps} steps", lambda pipe: nullcontext(), steps=steps)
+            Setting.untouched(f"{steps} steps", steps=steps)
             for steps in sorted(fewer, reverse=True)
             if steps < sampling.steps
         ]
@@ -131,7 +136,7 @@ def compare(
 
 def peer_settings(ratios: Sequence[float], max_downsample: int = 1) -> list[Setting]:
     """The settings that frame a comparison: tomesd at the same ratios, and the noise floor, another seed."""
-    floor = Setting("another seed", lambda pipe: nullcontext(), seed_offset=OTHER_SEED)
+    floor = Setting.untouched("another seed", seed_offset=OTHER_SEED)
     return [*(Setting.tomesd(ratio, max_downsample) for ratio in ratios), floor]
 
 
@@ -154,7 +159,7 @@ def _rows(
             row.psnr.append(_psnr(image.pixels, base.pixels))
             row.ssim.append(_ssim(image.pixels, base.pixels))
             if report is not None:
-                row.removed, row.step_records = report.removed, list(report.steps)
+                row.removed, row.step_records = report.removed, report.steps
     return rows
 
 
