@@ -1,17 +1,22 @@
 """The embedded pipeline: real, offline, small, and merging works on it."""
 
+import csv
 import stat
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import generate
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tomesd_plus import apply_token_merging, load_tiny_pipeline
-from tomesd_plus.tiny import TINY_PIPELINE
+from tomesd_plus.evaluation.distances import Statistics
+from tomesd_plus.evaluation.features import ClipFeatures
+from tomesd_plus.tiny import ASSETS, TINY_CLIP, TINY_REFERENCE, held_out_captions
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +41,13 @@ def test_it_is_a_real_pipeline_of_the_promised_shape(tiny):
 
 
 def test_its_files_are_small_and_readable_by_all():
-    files = [path for path in TINY_PIPELINE.rglob("*") if path.is_file()]
-    assert 1e6 < sum(path.stat().st_size for path in files) < 25e6
-    assert all(path.stat().st_mode & stat.S_IROTH for path in files)
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert 1e6 < sum(path.stat().st_size for path in files) < 40e6
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o644 for path in files)
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 4  # UNet, VAE, text encoder, CLIP
+    for path in weights:
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
 
 
 def test_dtype_can_be_chosen():
@@ -79,6 +88,76 @@ def test_merging_keeps_the_picture_and_merges(tiny):
     assert torch.equal(picture(), plain)
 
 
+# The CLIP model and the reference ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return ClipFeatures.load(TINY_CLIP)
+
+
+@pytest.fixture(scope="module")
+def check():
+    """The check of the embedded pipeline, which draws real pictures."""
+    data = pytest.importorskip("examples.train_tiny.data")
+    if not any(path.exists() for path in data.FONT_PATHS):
+        pytest.skip("Noto Color Emoji is missing: apt-get install fonts-noto-color-emoji")
+    return pytest.importorskip("examples.train_tiny.check")
+
+
+def test_the_text_encoder_is_that_of_the_clip_model(tiny, clip):
+    mine = dict(tiny.text_encoder.named_parameters())
+    theirs = {name.removeprefix("text_model."): p for name, p in clip.model.text_model.named_parameters()}
+    assert len(theirs) > 20
+    for name, parameter in mine.items():
+        assert torch.equal(parameter, theirs[name.removeprefix("text_model.")]), name
+
+
+def test_the_clip_model_recognizes_real_pictures_of_unseen_captions(clip, check):
+    scenes = check.embedded_scenes()[:100]
+    features = clip.of_images(check.to_uint8(check.picture_batch(scenes, 64, 5)))
+    colors, objects = check.zero_shot(clip, features, scenes)
+    assert check.share(colors, 1) >= 0.99 and check.share(objects, 5) >= 0.95
+    shuffled, _ = check.zero_shot(clip, features.roll(1, dims=0), scenes)
+    assert check.share(shuffled, 1) < 0.5
+
+
+def test_the_reference_is_of_held_out_pictures(clip, check):
+    with np.load(TINY_REFERENCE) as file:
+        features, count = torch.from_numpy(file["features"]), int(file["count"])
+    assert features.shape == (2000, 64) and count == 2000
+    stored, again = Statistics.load(TINY_REFERENCE), Statistics.of(features)
+    assert torch.allclose(stored.mean, again.mean, atol=1e-4)
+    assert torch.allclose(stored.covariance, again.covariance, atol=1e-4)
+    first = check.held_out_scenes(2000)[:8]
+    drawn = clip.of_images(check.to_uint8(check.picture_batch(first, 64, check.REFERENCE_SEED)))
+    assert (drawn * features[:8].float()).sum(dim=-1).min() > 0.999
+    other = clip.of_images(
+        check.to_uint8(check.picture_batch(check.held_out_scenes(2000)[8:16], 64, check.REFERENCE_SEED))
+    )
+    assert (other * features[:8].float()).sum(dim=-1).min() < 0.9
+
+
+def test_captions_are_many_different_and_held_out(check):
+    captions = held_out_captions()
+    assert len(captions) == len(set(captions)) == 500
+    assert all(scene.held_out for scene in check.embedded_scenes())
+
+
+@pytest.mark.slow
+def test_the_check_prints_and_writes_its_table(check, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results" / "table.csv"
+    monkeypatch.setattr("sys.argv", ["check", "--pictures", "12", "--steps", "8", "--out", str(out)])
+    check.main()
+    with out.open() as file:
+        generated, real, blurred, noise = csv.DictReader(file)
+    distances = [float(row["distance"]) for row in (real, blurred, noise)]
+    assert distances == sorted(distances) and distances[0] < float(generated["distance"]) < distances[2]
+    assert float(generated["background colour"]) >= 0.8 > float(noise["background colour"])
+    assert float(generated["CLIP score"]) > float(noise["CLIP score"])
+    assert "generated" in capsys.readouterr().out
+
+
 # The data it is trained on -----------------------------------------------------------------------------------------
 
 
@@ -105,7 +184,7 @@ def test_pictures_are_a_function_of_their_seed():
 
 @pytest.mark.slow
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="training needs transformers 5")
-def test_training_from_nothing_yields_a_pipeline_that_loads_and_merges(tmp_path, monkeypatch):
+def test_training_from_nothing_yields_a_pipeline_that_loads_and_merges(tmp_path, monkeypatch, capsys):
     data = pytest.importorskip("examples.train_tiny.data")
     if not any(path.exists() for path in data.FONT_PATHS):
         pytest.skip("Noto Color Emoji is missing: apt-get install fonts-noto-color-emoji")
@@ -113,9 +192,17 @@ def test_training_from_nothing_yields_a_pipeline_that_loads_and_merges(tmp_path,
 
     monkeypatch.setattr("sys.argv", ["train_tiny", "--preset", "smoke", "--folder", str(tmp_path)])
     main()
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "assets" / "tiny_pipeline", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(torch.float32)
     report = apply_token_merging(pipe, ratio=0.5)
     assert generate(pipe, height=64, width=64).isfinite().all() and report.removed[1] == 0.5
     assert (tmp_path / "samples.png").exists()
+    clip = ClipFeatures.load(tmp_path / "assets" / "tiny_clip")
+    assert clip.of_texts(["a large dog"]).shape == (
+        1,
+        Statistics.load(tmp_path / "assets" / "tiny_reference.npz").mean.numel(),
+    )
+    assert len((tmp_path / "assets" / "held_out_captions.txt").read_text().splitlines()) == 20
+    main()  # goes on from the checkpoints, whose time is up, and exports once more
+    assert "going on from step" in capsys.readouterr().out

@@ -5,7 +5,12 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-TINY_PIPELINE = Path(__file__).parent / "assets" / "tiny_pipeline"
+ASSETS = Path(__file__).parent / "assets"
+TINY_PIPELINE = ASSETS / "tiny_pipeline"
+TINY_CLIP = ASSETS / "tiny_clip"
+"""A ``CLIPModel`` trained on the same pictures, with tokenizer and image processor; 64 × 64 pixels, 64 dimensions."""
+TINY_REFERENCE = ASSETS / "tiny_reference.npz"
+"""Of 2,000 held-out pictures, by the tiny CLIP: ``mu``, ``sigma``, ``count``, and ``features`` (2000, 64)."""
 
 
 def load_tiny_pipeline(
@@ -22,4 +27,11 @@ def load_tiny_pipeline(
         device: Where to load it.
     """
     pipe = StableDiffusionPipeline.from_pretrained(TINY_PIPELINE, local_files_only=True, safety_checker=None)
-    return pipe.to(device, dtype)
+    pipe.text_encoder.float()  # transformers keeps the files' dtype, diffusers does not
+    pipe = pipe.to(device)
+    return pipe if dtype == torch.float32 else pipe.to(dtype)  # the host warns of every change of dtype
+
+
+def held_out_captions() -> list[str]:
+    """500 different captions that training never saw; the reference statistics have the same mixture of them."""
+    return (ASSETS / "held_out_captions.txt").read_text().splitlines()

@@ -1,14 +1,11 @@
-"""Train CLIP, autoencoder and UNet in turn, then save the pipeline as ``load_tiny_pipeline`` expects it."""
+"""Train CLIP, autoencoder and UNet in turn, then write the files that the package embeds."""
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
+from .export import export
 from .presets import PRESETS
 from .train_clip import train_clip
 from .train_unet import make_pipeline, train_unet
@@ -31,24 +28,9 @@ def main() -> None:
         return
     vae = train_vae(preset, folder)
     unet = train_unet(preset, folder, vae, _text_encoder(clip), tokenizer)
-    save(make_pipeline(unet, vae, _text_encoder(clip), tokenizer), folder / "pipeline")
-    clip.half().save_pretrained(folder / "clip_model")
-    print(f"saved {folder / 'pipeline'}")
-
-
-def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Save in fp16, readable by everybody, and by transformers 4 and 5 alike."""
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    # transformers 5 dropped a prefix of the names and two files; it still reads both, transformers 4 needs them
-    weights = folder / "text_encoder" / "model.safetensors"
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
-    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    merges = (" ".join(merge) for merge in model["merges"])
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    pipeline = make_pipeline(unet, vae, _text_encoder(clip), tokenizer)
+    export(pipeline, clip, folder / "assets", preset.reference_pictures)
+    print(f"saved {folder / 'assets'}")
 
 
 def _text_encoder(clip: CLIPModel) -> CLIPTextModel:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -37,7 +38,7 @@ def make_unet(preset: Preset) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=preset.clip_width,
-        attention_head_dim=4,  # the number of heads, by diffusers' naming
+        attention_head_dim=2,  # the number of heads, by diffusers' naming
         norm_num_groups=16,
     )
 
@@ -74,8 +75,8 @@ def train_unet(
     schedule = DDPMScheduler(**SCHEDULE)
     dataset = list(islice(scenes((seed, 8)), preset.latents))
     captions = [scene.caption for scene in dataset]
-    small = _encode(vae, dataset, preset.image_size // 2, (seed, 9))
-    large = _encode(vae, dataset, preset.image_size, (seed, 10))
+    small = _encoded(vae, dataset, preset.image_size // 2, (seed, 9), folder)
+    large = _encoded(vae, dataset, preset.image_size, (seed, 10), folder)
     print(f"unet: {len(dataset)} pictures encoded", flush=True)
 
     def loss_of(model: nn.Module, clock: Clock) -> Tensor:
@@ -92,7 +93,8 @@ def train_unet(
         mean, std = latents[torch.from_numpy(chosen)].float().to(device).chunk(2, dim=1)
         clean = mean + std * torch.randn(mean.shape, generator=generator).to(device)
         noise = torch.randn(mean.shape, generator=generator).to(device)
-        timesteps = torch.randint(1000, (count,), generator=generator).to(device)
+        spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count  # one from each equal part
+        timesteps = (1000 * spread).long().to(device)
         noisy = schedule.add_noise(clean, noise, timesteps)
         target = schedule.get_velocity(clean, noise, timesteps)
         return (model(noisy, timesteps, states).sample.float() - target).square().mean()
@@ -118,6 +120,14 @@ def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: li
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
 
+def _encoded(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...], folder: Path) -> Tensor:
+    """Encode the pictures, or read what an earlier run has left."""
+    path = folder / f"latents_{size}.safetensors"
+    if not path.exists():
+        save_file({"latents": _encode(vae, dataset, size, seed)}, path)
+    return load_file(path)["latents"]
+
+
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...]) -> Tensor:
     """Scaled mean and standard deviation of each picture's latents: (pictures, 8, height, width), fp16."""
@@ -126,4 +136,4 @@ def _encode(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int
         pixels = picture_batch(dataset[start : start + 64], size, (*seed, start)).to(vae.device)
         posterior = vae.encode(pixels).latent_dist
         parts.append(torch.cat([posterior.mean, posterior.std], dim=1).mul(vae.config.scaling_factor).half().cpu())
-    return torch.cat(parts)
+    return torch.cat(parts).contiguous()
