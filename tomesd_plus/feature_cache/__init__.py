@@ -1,0 +1,17 @@
+"""A feature cache for Stable Diffusion UNets: on most steps only the outer layers run.
+
+The idea is DeepCache's (Ma et al. 2023, https://arxiv.org/abs/2312.00858).
+"""
+
+from tomesd_plus.feature_cache.apply import apply_feature_cache, feature_cache, remove_feature_cache
+from tomesd_plus.feature_cache.config import FeatureCacheConfig, IntervalSchedule
+from tomesd_plus.feature_cache.report import FeatureCacheReport
+
+__all__ = [
+    "FeatureCacheConfig",
+    "FeatureCacheReport",
+    "IntervalSchedule",
+    "apply_feature_cache",
+    "feature_cache",
+    "remove_feature_cache",
+]

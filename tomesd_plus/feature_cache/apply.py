@@ -1,0 +1,94 @@
+"""Apply and remove a feature cache."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tomesd_plus.feature_cache.cache import FeatureCache, feature_cache_on
+from tomesd_plus.feature_cache.config import FeatureCacheConfig
+from tomesd_plus.feature_cache.report import FeatureCacheReport
+
+
+def apply_feature_cache(
+    pipe: Any, config: FeatureCacheConfig | int | None = None, **options: Any
+) -> FeatureCacheReport:
+    """Run a pipeline's whole UNet on some steps only, and its outer layers on the others.
+
+    What the skipped layers would give, the last full step gave: the deep layers change little from step to step. The
+    idea is DeepCache's (https://arxiv.org/abs/2312.00858), and so are, on a CPU, the bits. Works with token merging
+    and offloading in any order of applying and removing, and with ``torch.compile``: one graph for full steps and one
+    for cached ones (an adaptive cache breaks the UNet's graph once). ControlNets run at every step. What is kept is
+    free again at the next generation's start, or once the cache is removed.
+
+    Args:
+        pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself.
+        config: When a step is full; ``FeatureCacheConfig()`` by default. A number is taken as the interval.
+        options: Fields of :class:`FeatureCacheConfig`, in place of ``config``.
+
+    Returns:
+        A report of which steps were full, which follows the pipeline as it runs.
+
+    Raises:
+        TypeError: ``pipe`` has no such UNet, or both a config and options are given.
+        ValueError: A cache is on already, or an option is out of range.
+
+    Example:
+        >>> from tomesd_plus import load_tiny_pipeline
+        >>> from tomesd_plus.feature_cache import apply_feature_cache
+        >>> pipe = load_tiny_pipeline()
+        >>> report = apply_feature_cache(pipe, interval=2)
+        >>> image = pipe("a large star on a blue background", num_inference_steps=4).images[0]
+        >>> [step.full for step in report.steps]
+        [True, False, True, False]
+    """
+    if isinstance(config, int):
+        options, config = {"interval": config, **options}, None
+    if config is not None and options:
+        raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
+    config = config or FeatureCacheConfig(**options)
+    unet = _unet(pipe)
+    if feature_cache_on(unet) is not None:
+        raise ValueError("a feature cache is already applied: call remove_feature_cache first")
+    scheduler = getattr(pipe, "scheduler", None)
+    train_timesteps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    cache = FeatureCache(config, train_timesteps)
+    try:
+        cache.attach(unet)
+    except BaseException:
+        cache.detach(unet)
+        raise
+    return FeatureCacheReport(cache)
+
+
+def remove_feature_cache(pipe: Any) -> None:
+    """Undo :func:`apply_feature_cache`: nothing stays on the UNet. Warns if no cache is on."""
+    unet = _unet(pipe)
+    cache = feature_cache_on(unet)
+    if cache is None:
+        warnings.warn("no feature cache is applied, so there is nothing to remove", stacklevel=2)
+        return
+    cache.detach(unet)
+
+
+@contextmanager
+def feature_cache(
+    pipe: Any, config: FeatureCacheConfig | int | None = None, **options: Any
+) -> Iterator[FeatureCacheReport]:
+    """Cache features inside a ``with`` block; takes what :func:`apply_feature_cache` takes, and yields its report."""
+    report = apply_feature_cache(pipe, config, **options)
+    try:
+        yield report
+    finally:
+        remove_feature_cache(pipe)
+
+
+def _unet(pipe: Any) -> nn.Module:
+    unet = getattr(pipe, "unet", pipe)
+    if not isinstance(unet, nn.Module) or not hasattr(unet, "down_blocks") or not hasattr(unet, "conv_in"):
+        raise TypeError(
+            f"expected a diffusers pipeline with a UNet (SD 1.x, 2.x, SDXL) or a UNet, not {type(pipe).__name__}"
+        )
+    return unet

@@ -1,0 +1,196 @@
+"""What a UNet's skipped layers share: which kind of step is under way, and what the last full step left."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from tomesd_plus.feature_cache.config import FeatureCacheConfig
+from tomesd_plus.feature_cache.layers import inner_layers, make_skippable, restore_forwards
+from tomesd_plus.feature_cache.report import CacheStep
+from tomesd_plus.step import Step, StepTracker
+
+# A step may call the UNet more than once, with each guidance branch by itself. More calls are no longer one step's.
+_MOST_CALLS = 4
+
+
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+@dataclass
+class _Features:
+    """What a full step left: the skipped layers' outputs by name, the early feature, and which step it was."""
+
+    step: Step
+    number: int
+    outputs: dict[str, Any] = field(default_factory=dict)
+    early: Tensor | None = None
+
+
+def _outside_of_graphs(hook: Hook) -> Hook:
+    """Keep a hook that reads values out of the graphs of ``torch.compile``, when it is called from inside of one."""
+    return cast(Hook, torch.compiler.disable(hook))
+
+
+class FeatureCache:
+    """Decides for each call of one UNet whether it is full, and keeps the features between.
+
+    Its bound methods are the hooks on the UNet; they copy and pickle.
+
+    Args:
+        config: When a step is full, and which layers the others run.
+        train_timesteps: Timesteps of the model's training, for the noise level.
+    """
+
+    mode: Literal["idle", "undecided", "full", "cached"]  # idle outside of the UNet's calls
+    outputs: dict[str, Any]  # those of the call under way
+    steps: deque[CacheStep]  # of the latest generation
+    _features: dict[int, _Features]  # by the number of the call in its step
+    _step: Step | None  # the latest call's
+    _timestep: float | None  # likewise
+    _number: int  # of the step's noise level in its generation
+    _call: int  # of this step's calls
+
+    def __init__(self, config: FeatureCacheConfig, train_timesteps: int = 1000) -> None:
+        self.config = config
+        self.tracker = StepTracker(train_timesteps)
+        self.steps = deque(maxlen=1000)  # a caller may never begin a new generation
+        self.skipped: tuple[str, ...] = ()
+        self._handles: list[Any] = []
+        self._forget()
+
+    # Installing -------------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """True while the hooks are on a UNet."""
+        return bool(self._handles)
+
+    def attach(self, unet: nn.Module) -> None:
+        """Make a UNet's inner layers skippable and put hooks on it."""
+        layers = inner_layers(unet, self.config.branch)
+        self.skipped = tuple(layers)
+        make_skippable(layers, self)
+        self._handles.append(unet.register_forward_pre_hook(self.begin_step, with_kwargs=True))
+        self._handles.append(unet.register_forward_hook(self.end_step, always_call=True))
+        if self.config.threshold is not None:
+            self._handles.append(unet.get_submodule("conv_in").register_forward_hook(self.read_early_feature))
+
+    def detach(self, unet: nn.Module) -> None:
+        """Take everything off again and free what is kept. The record of steps stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        restore_forwards(unet)
+        self._forget()
+
+    # Hooks ------------------------------------------------------------------------------------------------------
+
+    @_outside_of_graphs
+    def begin_step(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the UNet: tell the kind of this step, unless the early feature must be seen first."""
+        if not self.attached:  # a compiled UNet may still call hooks that were removed
+            return
+        make_skippable(inner_layers(unet, self.config.branch), self)  # offloading may have put old forwards back
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        self._place(self.tracker.observe(sample, timestep))
+        reason = self._why_full()
+        if reason is None and self.config.threshold is not None:
+            self.mode = "undecided"
+        else:
+            self._decide(reason)
+
+    @_outside_of_graphs
+    def read_early_feature(self, conv_in: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """After ``conv_in``, the UNet's first layer: decide by how much its output has changed."""
+        if self.mode == "undecided":
+            early, threshold = self._features[self._call].early, self.config.threshold
+            assert early is not None and threshold is not None
+            change = float((output - early).abs().mean() / early.abs().mean())
+            self._decide("changed" if change > threshold else None, change)
+        if self.mode == "full":
+            self._features[self._call].early = output.detach()
+
+    def end_step(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the UNet, also after one that failed: its layers are ordinary ones again."""
+        self.mode = "idle"
+        self.outputs = {}
+
+    # Deciding ---------------------------------------------------------------------------------------------------
+
+    def _place(self, step: Step) -> None:
+        """Find the step's number in its generation, and which of the step's calls this is."""
+        last, self._step = self._step, step
+        # Of timesteps, not of noise levels, which are cut off at 0: half of EDM's timesteps lie below.
+        last_timestep, self._timestep = self._timestep, self.tracker._last
+        same_noise = last_timestep == self._timestep
+        same_step = same_noise and last is not None and last.index == step.index
+        if step.new_generation or (same_step and self._call + 1 == _MOST_CALLS):
+            self._features.clear()
+            self.steps.clear()
+            self._number = self._call = 0
+            return
+        self._call = self._call + 1 if same_step else 0
+        if not same_noise:
+            self._number += 1
+
+    def _why_full(self) -> str | None:
+        """Why the step at hand is full whatever the early feature says; ``None`` if nothing asks for it."""
+        step, kept = self._step, self._features.get(self._call)
+        assert step is not None
+        if kept is None or kept.outputs.keys() != set(self.skipped):
+            return "first step" if step.new_generation else "nothing kept"
+        if (step.batch, step.height, step.width) != (kept.step.batch, kept.step.height, kept.step.width):
+            return "other batch or size"
+        if self.config.full_steps is not None:
+            return "listed" if self._number in self.config.full_steps else None
+        age = self._number - kept.number
+        if age >= self.config.interval_at(step.noise_level):
+            return "interval"
+        if age == 0 and self.config.threshold is None:
+            return "same noise level"
+        return None
+
+    def _decide(self, reason: str | None, change: float | None = None) -> None:
+        assert self._step is not None
+        if reason is not None:
+            self._features[self._call] = _Features(self._step, self._number)
+        self.mode = "cached" if reason is None else "full"
+        self.outputs = self._features[self._call].outputs
+        self.steps.append(CacheStep(self._step.index, self._step.noise_level, reason, change))
+
+    # State ------------------------------------------------------------------------------------------------------
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that is kept between steps."""
+        tensors = [feature.early for feature in self._features.values() if feature.early is not None]
+        for feature in self._features.values():
+            seam = feature.outputs.get(self.skipped[-1], ())
+            tensors += seam if isinstance(seam, tuple) else [seam]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def _forget(self) -> None:
+        self.mode = "idle"
+        self.outputs = {}
+        self._features = {}
+        self._step = None
+        self._timestep = None
+        self._number = self._call = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "mode": "idle", "outputs": {}, "_features": {}, "_step": None}
+
+
+def feature_cache_on(unet: nn.Module) -> FeatureCache | None:
+    """The cache whose hooks are on a UNet, or ``None``. A compiled UNet's may be on either of its two modules."""
+    for module in (unet, getattr(unet, "_orig_mod", None)):
+        hooks = module._forward_pre_hooks.values() if isinstance(module, nn.Module) else ()
+        for owner in (getattr(hook, "__self__", None) for hook in hooks):
+            if isinstance(owner, FeatureCache):
+                return owner
+    return None

@@ -1,0 +1,90 @@
+"""When the whole UNet runs, and which of its layers always do."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class IntervalSchedule:
+    """Interval as a function of the noise level: plateaus of equal length, from noisy to clean.
+
+    Args:
+        intervals: One for each plateau, each at least 1; a smaller one means more full steps.
+
+    Raises:
+        ValueError: There is no plateau, or an interval is no whole number of at least 1.
+
+    Example:
+        >>> dense_at_both_ends = IntervalSchedule((2, 5, 5, 2))
+        >>> [dense_at_both_ends(level) for level in (1.0, 0.6, 0.4, 0.0)]
+        [2, 5, 5, 2]
+    """
+
+    intervals: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "intervals", tuple(self.intervals))
+        if not self.intervals or not all(_whole(interval, 1) for interval in self.intervals):
+            raise ValueError(f"intervals must be whole numbers of at least 1, one or more, not {self.intervals!r}")
+
+    def __call__(self, noise_level: float) -> int:
+        """The interval at a noise level in [0, 1]."""
+        index = int((1 - noise_level) * len(self.intervals))
+        return self.intervals[min(max(index, 0), len(self.intervals) - 1)]
+
+
+@dataclass(frozen=True)
+class FeatureCacheConfig:
+    """Which steps are full, and which layers the others run.
+
+    A generation's first step is always full, and so is one whose batch or size the kept features do not fit.
+
+    Args:
+        interval: A step is full once it is this many steps after the last full one, at least 1. With 1 every step is
+            full, and the pictures are the untouched ones; with 3 two cached steps follow each full one. An
+            :class:`IntervalSchedule` makes full steps denser at chosen noise levels. Steps at one noise level count
+            once (Heun and PNDM have such), and do the same.
+        branch: How many layers run on cached steps, as DeepCache counts: ``3 · block + layer``, from the outside. With
+            0 the last layer of the last up block runs alone: fastest. Each more is slower and closer.
+        full_steps: The full steps themselves, counted from 0 at the start of a generation; ``interval`` is ignored.
+        threshold: Make it adaptive: a step is full once the output of ``conv_in``, the cheapest early feature, has
+            changed by more than this share since the last full step (mean absolute change over mean absolute value,
+            larger than 0), and at the latest after ``interval``. The report tells each step's change. It reads one
+            number back from the device at each step.
+
+    Raises:
+        ValueError: A value is outside its range. The message names it and says what is allowed.
+    """
+
+    interval: int | IntervalSchedule = 3
+    branch: int = 0
+    full_steps: tuple[int, ...] | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.interval, IntervalSchedule) and not _whole(self.interval, 1):
+            raise ValueError(
+                f"interval must be a whole number of at least 1, or an IntervalSchedule, not {self.interval!r}"
+            )
+        if not _whole(self.branch, 0):
+            raise ValueError(f"branch must be a whole number of at least 0, not {self.branch!r}")
+        if self.full_steps is not None:
+            object.__setattr__(self, "full_steps", tuple(self.full_steps))
+            if not all(_whole(step, 0) for step in self.full_steps):
+                raise ValueError(f"full_steps must be whole numbers of at least 0, not {self.full_steps!r}")
+            if self.threshold is not None:
+                raise ValueError("give either full_steps or threshold, not both: each chooses the full steps")
+        if self.threshold is not None and not (_number(self.threshold) and self.threshold > 0):
+            raise ValueError(f"threshold must be a number larger than 0, not {self.threshold!r}")
+
+    def interval_at(self, noise_level: float) -> int:
+        """The interval at a noise level in [0, 1]."""
+        return self.interval if isinstance(self.interval, int) else self.interval(noise_level)
+
+
+def _whole(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,80 @@
+"""What the cache did: which steps were full, and why."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tomesd_plus.feature_cache.cache import FeatureCache
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One call of the UNet in the latest generation.
+
+    Args:
+        index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
+        noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
+        reason: Why it was full; ``None`` if it was cached.
+        change: Of the early feature since the last full step, as a share; ``None`` unless the choice depended on it.
+    """
+
+    index: int | None
+    noise_level: float
+    reason: str | None
+    change: float | None = None
+
+    @property
+    def full(self) -> bool:
+        """True if all layers ran."""
+        return self.reason is not None
+
+
+class FeatureCacheReport:
+    """A live view of what a feature cache does; it always tells of the latest generation.
+
+    Args:
+        cache: The cache of the pipeline's UNet.
+    """
+
+    def __init__(self, cache: "FeatureCache") -> None:
+        self._cache = cache
+
+    @property
+    def steps(self) -> list[CacheStep]:
+        """The UNet's calls, in order."""
+        return list(self._cache.steps)
+
+    @property
+    def full(self) -> int:
+        """How many calls were full."""
+        return sum(step.full for step in self.steps)
+
+    @property
+    def cached(self) -> int:
+        """How many were not."""
+        return len(self.steps) - self.full
+
+    @property
+    def skipped_layers(self) -> tuple[str, ...]:
+        """Names of the layers that cached steps skip. A block stands for all that is in it."""
+        return self._cache.skipped
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that is kept from the last full step: one feature map, and the early feature if that is watched."""
+        return self._cache.kept_bytes
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "Feature cache: the model has not run yet."
+        lines = [f"{'step':>4} {'noise level':>11}  {'kind':<6} {'change':>7}  full because"]
+        for step in self.steps:
+            index = "-" if step.index is None else step.index
+            kind = "full" if step.full else "cached"
+            change = "" if step.change is None else f"{step.change:.1%}"
+            lines.append(f"{index:>4} {step.noise_level:>11.3f}  {kind:<6} {change:>7}  {step.reason or ''}".rstrip())
+        lines.append(
+            f"{self.full} full and {self.cached} cached steps; cached ones skip {len(self.skipped_layers)} layers "
+            f"and blocks; {self.kept_bytes / 2**20:.1f} MiB kept."
+        )
+        return "\n".join(lines)
