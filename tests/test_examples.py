@@ -10,6 +10,7 @@ WRITES = {
     "report.py": [],
     "plot_schedules.py": ["schedules.png"],
     "from_tomesd.py": ["tomesd.png", "tomesd_plus.png"],
+    "evaluate_fid.py": ["evaluate_fid"],
 }
 
 

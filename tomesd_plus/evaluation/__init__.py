@@ -1,20 +1,62 @@
 """Measure what merging does to speed and pictures. Uses only the package's public API."""
 
 from tomesd_plus.evaluation.compare import Comparison, Row, Setting, compare, peer_settings
+from tomesd_plus.evaluation.configurations import Configuration, complete, load_configurations, parse_configuration
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.experiment import Experiment, describe
+from tomesd_plus.evaluation.features import ClipFeatures, Extractor, InceptionFeatures, load_extractor
 from tomesd_plus.evaluation.figures import comparison_figure
-from tomesd_plus.evaluation.generate import Generated, Sampling, generate
+from tomesd_plus.evaluation.generate import Generated, GeneratedBatch, Sampling, generate, generate_batch
+from tomesd_plus.evaluation.generation import generate_images
+from tomesd_plus.evaluation.items import Item, Share, make_items
 from tomesd_plus.evaluation.models import ModelError, load_model
+from tomesd_plus.evaluation.prompts import Prompts, load_prompts
+from tomesd_plus.evaluation.report import joined, write_report
+from tomesd_plus.evaluation.results import Result, as_markdown, load_results
+from tomesd_plus.evaluation.run import generate_experiment
+from tomesd_plus.evaluation.score import Scoring, score
+from tomesd_plus.evaluation.speed import Speed, equal_time_rows, measured_speeds
 
 __all__ = [
+    "ClipFeatures",
     "Comparison",
+    "Configuration",
+    "EvaluationError",
+    "Experiment",
+    "Extractor",
     "Generated",
+    "GeneratedBatch",
+    "InceptionFeatures",
+    "Item",
     "ModelError",
+    "Prompts",
+    "Result",
     "Row",
     "Sampling",
+    "Scoring",
     "Setting",
+    "Share",
+    "Speed",
+    "as_markdown",
     "compare",
     "comparison_figure",
+    "complete",
+    "describe",
+    "equal_time_rows",
     "generate",
+    "generate_batch",
+    "generate_experiment",
+    "generate_images",
+    "joined",
+    "load_configurations",
+    "load_extractor",
     "load_model",
+    "load_prompts",
+    "load_results",
+    "make_items",
+    "measured_speeds",
+    "parse_configuration",
     "peer_settings",
+    "score",
+    "write_report",
 ]

@@ -1,12 +1,25 @@
-"""How far apart two sets of pictures are: pure functions of their features."""
+"""How far apart two sets of pictures are: pure functions of their features.
 
+Features are (count, dimensions), a tensor or an array, which may lie on the disk: they are read a block at a time.
+``weights`` say how often each of them is taken, which is how the bootstrap resamples.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Features = Tensor | np.ndarray
+Kernel = Callable[[Tensor, Tensor], Tensor]
+
+BLOCK = 1024  # features at a time
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -24,12 +37,25 @@ class Statistics:
     count: int | None = None
 
     @classmethod
-    def of(cls, features: Tensor) -> "Statistics":
-        """Of features (count, dimensions); at least two, else ValueError."""
+    def of(cls, features: Features, weights: Tensor | None = None) -> "Statistics":
+        """Of features (count, dimensions); at least two, else ValueError.
+
+        Args:
+            features: Any number; they are read twice.
+            weights: (count,), how often each is taken; once by default.
+        """
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"statistics need features (count ≥ 2, dimensions), not {tuple(features.shape)}")
-        features = features.double().cpu()
-        return cls(features.mean(dim=0), features.T.cov(), len(features))
+        weights = torch.ones(len(features), dtype=torch.float64) if weights is None else weights.double()
+        total = weights.sum()
+        mean = torch.zeros(features.shape[1], dtype=torch.float64)
+        for rows, block in _blocks(features):
+            mean += weights[rows] @ block / total
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for rows, block in _blocks(features):
+            centred = block - mean
+            covariance += (centred * weights[rows, None]).T @ centred / (total - 1)
+        return cls(mean, covariance, int(total))
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
@@ -37,8 +63,10 @@ class Statistics:
         with np.load(path) as file:
             if missing := {"mu", "sigma"} - set(file.files):
                 raise ValueError(f"{path} has no {' and '.join(sorted(missing))}: not a file of statistics")
-            count = int(file["count"]) if "count" in file.files else None
-            return cls(torch.from_numpy(file["mu"]).double(), torch.from_numpy(file["sigma"]).double(), count)
+            mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit")
+            return cls(mean, covariance, int(file["count"]) if "count" in file.files else None)
 
     def save(self, path: str | Path, **more: np.ndarray) -> None:
         """Write a ``.npz`` file that pytorch-fid can read; ``more`` are further arrays to keep beside."""
@@ -47,18 +75,100 @@ class Statistics:
             arrays["count"] = np.array(self.count)
         np.savez_compressed(path, **arrays)
 
+    @cached_property
+    def root(self) -> Tensor:
+        """The symmetric square root of the covariance, (dimensions, dimensions)."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """The Fréchet distance of two normal distributions; over InceptionV3's features it is called FID.
 
-    It grows as features become fewer: compare only sets of the same count. Covariances may be singular.
+    It grows as features become fewer: compare only sets of the same count. Covariances may be singular. Of ``a`` the
+    root is kept, so give the set first that many others are compared with.
 
     From Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", https://arxiv.org/abs/1706.08500.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared")
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    mixed = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    mixed = torch.linalg.eigvalsh(a.root @ b.covariance @ a.root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * mixed
     return max(0.0, distance.item())
+
+
+def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """KID's kernel, (x · y / dimensions + 1)³: from (n, dimensions) and (m, dimensions) to (n, m).
+
+    From Bińkowski et al., "Demystifying MMD GANs", https://arxiv.org/abs/1801.01401.
+    """
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """CMMD's kernel, 1,000 · exp(−|x − y|² / 2σ²), σ = 10: from (n, dimensions) and (m, dimensions) to (n, m).
+
+    From Jayasumana et al., "Rethinking FID", https://arxiv.org/abs/2401.09603. There features have length 1.
+    """
+    square = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
+    return CMMD_SCALE * torch.exp(-square.clamp(min=0) / (2 * CMMD_SIGMA**2))
+
+
+def kernel_distance(
+    features: Features,
+    reference: Features,
+    kernel: Kernel,
+    weights: Tensor | None = None,
+    within_reference: float | None = None,
+) -> Tensor:
+    """The unbiased estimate of the squared maximum mean discrepancy; it may fall a little below 0.
+
+    With :func:`polynomial_kernel` over InceptionV3's features it is KID, over all pairs instead of the mean of random
+    subsets, which has the same expectation and less noise; with :func:`gaussian_kernel` over CLIP's it is CMMD (the
+    published code counts each feature's pair with itself too, which adds what vanishes with the count).
+
+    From Gretton et al., "A Kernel Two-Sample Test", https://jmlr.org/papers/v13/gretton12a.html.
+
+    Args:
+        features: (count ≥ 2, dimensions).
+        reference: (count ≥ 2, dimensions).
+        kernel: From two blocks of features to (n, m).
+        weights: (resamples, count), how often each of ``features`` is taken; each once by default.
+        within_reference: What :func:`within` says of the reference, where it is known.
+
+    Returns:
+        (resamples,), float64; (1,) without ``weights``.
+    """
+    if features.shape[1] != reference.shape[1]:
+        raise ValueError(f"features of {features.shape[1]} and {reference.shape[1]} dimensions cannot be compared")
+    if within_reference is None:
+        within_reference = within(reference, kernel).item()
+    weights = torch.ones(1, len(features)) if weights is None else weights
+    weights = weights.double()
+    across = torch.zeros(len(weights), dtype=torch.float64)
+    for rows, block in _blocks(features):
+        for _, other in _blocks(reference):
+            across += weights[:, rows] @ kernel(block, other).sum(dim=1)
+    across /= weights.sum(dim=1) * len(reference)
+    return within(features, kernel, weights) + within_reference - 2 * across
+
+
+def within(features: Features, kernel: Kernel, weights: Tensor | None = None) -> Tensor:
+    """The mean of the kernel over all pairs of two different features: (resamples,), float64."""
+    if len(features) < 2:
+        raise ValueError("a kernel distance needs at least two features")
+    weights = torch.ones(1, len(features), dtype=torch.float64) if weights is None else weights.double()
+    total = torch.zeros(len(weights), dtype=torch.float64)
+    for rows, block in _blocks(features):
+        for columns, other in _blocks(features):
+            values = kernel(block, other)
+            if rows == columns:
+                values.fill_diagonal_(0)
+            total += ((weights[:, rows] @ values) * weights[:, columns]).sum(dim=1)
+    return total / (weights.sum(dim=1).square() - weights.square().sum(dim=1))
+
+
+def _blocks(features: Features) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(features), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(features)))
+        yield rows, torch.from_numpy(np.array(features[rows], dtype=np.float64))

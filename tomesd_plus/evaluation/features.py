@@ -1,12 +1,39 @@
 """From pictures and prompts to feature vectors."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
+
+from tomesd_plus.evaluation.errors import EvaluationError, optional_import
+from tomesd_plus.evaluation.images import Images
+from tomesd_plus.tiny import TINY_CLIP
+
+INCEPTION = "inception"
+TINY = "tiny"
+
+
+class Extractor(Protocol):
+    """Turns pictures into features.
+
+    Attributes:
+        name: Shown beside distances over its features.
+        dimensions: Of a feature.
+        batch_size: Pictures at a time.
+    """
+
+    name: str
+    dimensions: int
+    batch_size: int
+
+    def of_images(self, images: Tensor) -> Tensor:
+        """From (count, 3, height, width), uint8, to (count, dimensions), float32, on the CPU."""
 
 
 class ClipFeatures:
@@ -17,21 +44,33 @@ class ClipFeatures:
         tokenizer: Its tokenizer.
         processor: What prepares its pictures: resizes, crops, normalizes.
         batch_size: Pictures or texts at a time.
+        name: Shown beside figures that rest on it.
     """
 
     def __init__(
-        self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessor, batch_size: int = 64
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        processor: Any,
+        batch_size: int = 64,
+        name: str = "CLIP",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.processor = processor
         self.batch_size = batch_size
+        self.name = name
+        self.dimensions: int = model.config.projection_dim
 
     @classmethod
-    def load(cls, name: str | Path, device: str | torch.device = "cpu") -> "ClipFeatures":
-        """Load a CLIP model by hub id or from a folder, in float32."""
+    def load(cls, name: str | Path, device: str | torch.device = "cpu", label: str | None = None) -> "ClipFeatures":
+        """Load a CLIP model by hub id or from a folder, in float32; ``label`` is its name in tables."""
         model = CLIPModel.from_pretrained(name).to(device, torch.float32)
-        return cls(model, CLIPTokenizer.from_pretrained(name), CLIPImageProcessor.from_pretrained(name))
+        # Of two that transformers 5 has, the one that resizes with Pillow: features do not hang on what is installed
+        processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        return cls(
+            model, CLIPTokenizer.from_pretrained(name), processor.from_pretrained(name), name=label or str(name)
+        )
 
     def of_images(self, images: Tensor) -> Tensor:
         """Features (count, dimensions) of length 1, float32, on the CPU.
@@ -40,7 +79,9 @@ class ClipFeatures:
             images: (count, 3, height, width), uint8, of any size.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise ValueError(f"expected uint8 images (count, 3, height, width), not {images.dtype} {images.shape}")
+            raise ValueError(
+                f"expected uint8 images (count, 3, height, width), not {images.dtype} {tuple(images.shape)}"
+            )
         return self._features(self._image_features, images)
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
@@ -62,6 +103,93 @@ class ClipFeatures:
     def _text_features(self, texts: Sequence[str]) -> Any:
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         return self.model.get_text_features(**tokens.to(self.model.device))
+
+
+class InceptionFeatures:
+    """InceptionV3's pooled features, (count, 2048), over which Fréchet and kernel distances are called FID and KID.
+
+    The network is torch-fidelity's port of the original one, and pictures are resized as pytorch-fid does, without
+    antialiasing, so that figures compare with published ones.
+
+    Args:
+        weights: The port's weights as a file; downloaded by default.
+        device: Where it runs.
+    """
+
+    def __init__(self, weights: str | None = None, device: str | torch.device = "cpu") -> None:
+        if weights is not None and not Path(weights).is_file():
+            raise EvaluationError(f"InceptionV3's weights: there is no file {weights}")
+        network = "torch_fidelity.feature_extractor_inceptionv3"
+        module = optional_import(network, "features of InceptionV3", "torch-fidelity")
+        try:
+            model = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
+        except Exception as error:  # no network, a broken file: whatever the download and the loader raise
+            raise EvaluationError(
+                f"cannot load InceptionV3's weights: {error}. Without a network, fetch torch-fidelity's "
+                "weights-inception-2015-12-05-6726825d.pth elsewhere and name the file with --inception-weights"
+            ) from error
+        self.model = model.eval().to(device)
+        self.device = device
+        self.name = "InceptionV3"
+        self.dimensions = 2048
+        self.batch_size = 32
+
+    @torch.inference_mode()
+    def of_images(self, images: Tensor) -> Tensor:
+        """Features (count, 2048), float32, on the CPU, of uint8 images (count, 3, height, width)."""
+        return self.model(images.to(self.device))[0].flatten(1).float().cpu()
+
+
+def load_extractor(name: str, device: str | torch.device = "cpu", inception_weights: str | None = None) -> Extractor:
+    """Load an extractor.
+
+    Args:
+        name: ``"inception"``, ``"tiny"`` for the embedded CLIP, or any CLIP model's hub id or folder.
+        device: Where it runs.
+        inception_weights: A file, for ``"inception"``.
+
+    Raises:
+        EvaluationError: Its weights or its library cannot be had.
+    """
+    if name == INCEPTION:
+        return InceptionFeatures(inception_weights, device)
+    try:
+        return ClipFeatures.load(TINY_CLIP, device, "tiny CLIP") if name == TINY else ClipFeatures.load(name, device)
+    except Exception as error:  # whatever a stranger's files or a missing network make the loaders raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise EvaluationError(f"cannot load the CLIP model {name!r}: {reason}") from error
+
+
+def extract(
+    extractor: Extractor, images: Images, file: Path, on_images: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, list[int]]:
+    """Extract the features of images onto the disk, so that memory does not grow with their number.
+
+    Args:
+        extractor: What makes features.
+        images: Any number; those that cannot be read are left out.
+        file: Where the features go, as ``.npy``.
+        on_images: Called with the number of images done.
+
+    Raises:
+        OSError: The disk has no room for the features.
+
+    Returns:
+        Features (count, dimensions), float32, mapped from the disk, and the indices of their images.
+    """
+    shape = (len(images), extractor.dimensions)
+    features = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # else a disk that is full would end the process without a word, later
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    kept: list[int] = []
+    for indices, batch in images.batches(extractor.batch_size):
+        features[len(kept) : len(kept) + len(indices)] = extractor.of_images(batch).numpy()
+        kept += indices
+        if on_images:
+            on_images(len(indices))
+    features.flush()
+    return features[: len(kept)], kept
 
 
 def clip_scores(image_features: Tensor, text_features: Tensor) -> Tensor:

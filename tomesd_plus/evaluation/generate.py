@@ -1,8 +1,8 @@
-"""One picture from one prompt and seed, with its times."""
+"""Pictures from prompts and seeds, with their times."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -44,6 +44,22 @@ class Generated:
     step_seconds: float
 
 
+@dataclass(frozen=True)
+class GeneratedBatch:
+    """Pictures made in one call, and how long it took.
+
+    Args:
+        pixels: (count, 3, height, width) in [0, 1], float32, on the CPU; NaN where a half-precision model overflows.
+        seconds, step_seconds: As in :class:`Generated`, for all pictures together.
+        withheld: Which pictures the pipeline's safety checker replaced by black ones.
+    """
+
+    pixels: Tensor
+    seconds: float
+    step_seconds: float
+    withheld: tuple[bool, ...]
+
+
 def generate(
     pipe: Any,
     prompt: str,
@@ -60,6 +76,18 @@ def generate(
         sampling: Steps, guidance and size.
         on_step: Called with the number of the step after each one.
     """
+    batch = generate_batch(pipe, [prompt], [seed], sampling, on_step)
+    return Generated(batch.pixels[0], batch.seconds, batch.step_seconds)
+
+
+def generate_batch(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    on_step: Callable[[int], None] | None = None,
+) -> GeneratedBatch:
+    """Generate a picture for each prompt and seed in one call; each has a generator of its own."""
     ticks: list[float] = []
     watched = 0.0  # seconds spent in on_step
 
@@ -72,21 +100,25 @@ def generate(
         watched += _now() - tick
         return tensors
 
+    negative = None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(prompts)
     start = _now()
     result = pipe(
-        prompt,
-        negative_prompt=sampling.negative_prompt,
+        list(prompts),
+        negative_prompt=negative,
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
         height=sampling.height,
         width=sampling.width,
-        generator=torch.Generator().manual_seed(seed),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
         callback_on_step_end=tick,
     )
     seconds = _now() - start - watched
     between = [late - early for early, late in pairwise(ticks)] or [seconds]
-    return Generated(result.images[0].float().cpu(), seconds, statistics.median(between))
+    withheld = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
+    return GeneratedBatch(
+        torch.as_tensor(result.images).float().cpu(), seconds, statistics.median(between), tuple(map(bool, withheld))
+    )
 
 
 def _now() -> float:

@@ -1,0 +1,132 @@
+"""Prompts from wherever they lie."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tomesd_plus.evaluation import EvaluationError, load_prompts, make_items
+from tomesd_plus.evaluation.images import Images
+from tomesd_plus.tiny import held_out_captions
+
+FILES = {
+    "lines.txt": "a cat\na dög\n",
+    "parti.tsv": "Prompt\tCategory\na cat\tAnimals\na dög\tAnimals\n",
+    "draw.csv": 'Category,Prompts\nx,a cat\ny,"a dög"\n',
+    "list.json": '["a cat", "a dög"]',
+    "objects.json": '[{"id": 3, "caption": "a cat"}, {"caption": "a dög"}]',
+    "coco.json": json.dumps(
+        {"images": [], "annotations": [{"image_id": 1, "caption": t} for t in ("a cat", "a dög")]}
+    ),
+    "lines.jsonl": '{"text": "a cat"}\n\n{"text": "a dög"}\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file(name, tmp_path):
+    (tmp_path / name).write_text(FILES[name], encoding="utf-8")
+    prompts = load_prompts(str(tmp_path / name))
+    assert prompts.entries == (("000000", "a cat"), ("000001", "a dög")) and prompts.skipped == 0
+
+
+def test_the_embedded_ones():
+    prompts = load_prompts(limit=5)
+    assert [text for _, text in prompts.entries] == held_out_captions()[:5]
+
+
+def test_empty_prompts_are_counted_and_the_others_keep_their_places(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\n   \na dog\n")
+    prompts = load_prompts(str(tmp_path / "p.txt"))
+    assert prompts.entries == (("000000", "a cat"), ("000003", "a dog")) and prompts.skipped == 2
+
+
+def test_a_column_by_name(tmp_path):
+    (tmp_path / "p.tsv").write_text("caption\tother\na\tb\n")
+    assert load_prompts(str(tmp_path / "p.tsv"), column="other").entries[0][1] == "b"
+    with pytest.raises(EvaluationError, match="'caption', 'other'"):
+        load_prompts(str(tmp_path / "p.tsv"), column="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.txt", b"\n \n", "no prompt that is not empty"),
+        ("p.txt", b"\xff\xfe\x00", "cannot read prompts"),
+        ("p.json", b"[1, 2", "cannot read prompts"),
+        ("p.json", b'{"a": 1}', "expected a list"),
+        ("p.tsv", b"x\ty\n1\t2\n", "choose a column"),
+        ("p.csv", b"", "choose a column"),
+    ],
+)
+def test_what_cannot_be_read_is_said(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EvaluationError, match=words):
+        load_prompts(str(tmp_path / name))
+
+
+def test_missing_files_and_libraries_are_said(tmp_path, monkeypatch):
+    with pytest.raises(EvaluationError, match="No such file"):
+        load_prompts(str(tmp_path / "none.txt"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(EvaluationError, match="pip install datasets"):
+        load_prompts("nobody/no-prompts")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(EvaluationError, match="pip install pyarrow"):
+        load_prompts("p.parquet")
+
+
+class Data:
+    """What datasets.load_dataset gives, as far as it is used."""
+
+    def __init__(self, **columns):
+        self.columns, self.column_names = columns, list(columns)
+
+    def __getitem__(self, key):
+        return (
+            self.columns[key] if isinstance(key, str) else {name: values[key] for name, values in self.columns.items()}
+        )
+
+    def __len__(self):
+        return len(self.columns[self.column_names[0]])
+
+
+def test_data_sets_give_prompts_and_images(monkeypatch):
+    from PIL import Image
+
+    picture = Image.new("RGB", (4, 4), (9, 8, 7))
+    calls = []
+
+    def load_dataset(name, split):
+        calls.append((name, split))
+        if split == "none":
+            raise ValueError("unknown split")
+        return Data(Prompt=["a cat", ""], image=[picture, picture])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    prompts = load_prompts("some/set", split="test")
+    assert prompts.entries == (("000000", "a cat"),) and prompts.skipped == 1
+    images = Images.of_data_set("some/set", "validation")
+    assert len(images) == 2 and images.read(1)[:, 0, 0].tolist() == [9, 8, 7]
+    assert calls == [("some/set", "test"), ("some/set", "validation")]
+    with pytest.raises(EvaluationError, match="unknown split"):
+        load_prompts("some/set", split="none")
+
+
+def test_parquet_by_pyarrow(monkeypatch):
+    column = SimpleNamespace(to_pylist=lambda: ["a cat", "a dog"])
+    module = SimpleNamespace(
+        read_schema=lambda path: SimpleNamespace(names=["id", "caption"]),
+        read_table=lambda path, columns: {columns[0]: column},
+    )
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=module))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
+    assert [text for _, text in load_prompts("p.parquet").entries] == ["a cat", "a dog"]
+
+
+def test_noise_depends_on_the_item_alone():
+    items = make_items([("000000", "a cat"), ("000001", "a cat"), ("000002", "a dog")], seeds=(0, 1))
+    assert len({item.noise_seed() for item in items} | {item.noise_seed(10) for item in items}) == 12
+    assert len({item.name for item in items}) == 6
+    again = make_items([("000002", "a dog")], seeds=(1,))
+    assert again[0] == items[-1] and again[0].noise_seed() == items[-1].noise_seed()

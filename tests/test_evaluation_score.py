@@ -1,0 +1,318 @@
+"""The second pass: figures, tables and pictures, from whatever lies in the folders."""
+
+import csv
+import json
+import shutil
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+from tomesd_plus.cli import app
+from tomesd_plus.evaluation import (
+    EvaluationError,
+    Experiment,
+    Sampling,
+    Scoring,
+    complete,
+    generate_experiment,
+    joined,
+    load_extractor,
+    load_results,
+    make_items,
+    parse_configuration,
+    score,
+    write_report,
+)
+from tomesd_plus.evaluation.distances import Statistics
+from tomesd_plus.evaluation.fidelity import fidelity, load_lpips, psnr, ssim
+from tomesd_plus.evaluation.images import Images
+from tomesd_plus.evaluation.pictures import Point, pareto_front
+
+SAMPLING = Sampling(steps=3, height=32, width=32)
+ITEMS = tuple(make_items([(f"{index:06}", f"a cat {'abcdef'[index]}") for index in range(4)]))
+TINY = ("Fréchet distance (tiny CLIP)", "kernel distance (tiny CLIP)", "CMMD (tiny CLIP)", "CLIP score (tiny CLIP)")
+
+
+@pytest.fixture(scope="module")
+def scoring():
+    return Scoring([load_extractor("tiny")], "embedded", resamples=20)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, scoring):
+    """An evaluation, generated and scored."""
+    out = tmp_path_factory.mktemp("evaluation")
+    configurations = complete([parse_configuration("merge: 0.25"), parse_configuration("merge: 0.75")])
+    experiment = Experiment(out, ITEMS, "a test", skipped_prompts=2)
+    generate_experiment(make_pipeline("sd"), "random weights", experiment, configurations, SAMPLING, timed_runs=1,
+                        equal_time=False)  # fmt: skip
+    write_report(score(out, scoring), out)
+    return out
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "evaluation")
+
+
+def rows(folder):
+    return {row.name: row for row in load_results(folder)}
+
+
+def test_every_row_has_every_figure_with_its_interval(finished):
+    table = rows(finished)
+    assert list(table) == ["baseline", "merge: 0.25", "merge: 0.75", "another seed (noise floor)"]
+    for name, row in table.items():
+        fidelity_metrics = () if name == "baseline" else ("PSNR dB", "SSIM")
+        assert set(row.metrics) == {*TINY, *fidelity_metrics}
+        for estimate in row.metrics.values():
+            assert estimate.low <= estimate.value <= estimate.high and estimate.count == 4
+        assert (row.images, row.failed, row.unreadable) == (4, 0, 0)
+        assert row.speed.seconds > 0 and row.speed.memory_mib > 50
+    values = {name: row.metrics["PSNR dB"].value for name, row in table.items() if name != "baseline"}
+    assert values["merge: 0.25"] > values["merge: 0.75"] > values["another seed (noise floor)"]
+    assert table["merge: 0.75"].speed.removed[0]["removed"]["1"] > 0.5
+
+
+def test_figures_are_those_of_the_images(finished, scoring):
+    folder = Experiment.load(finished).folder("merge-0.75")
+    images = [torch.from_numpy(np.array(Image.open(folder.image(item)))).permute(2, 0, 1) for item in ITEMS]
+    clip = scoring.extractors[0]
+    features = clip.of_images(torch.stack(images))
+    texts = clip.of_texts([item.prompt for item in ITEMS])
+    row = rows(finished)["merge: 0.75"]
+    assert row.metrics[TINY[3]].value == pytest.approx(
+        100 * (features * texts).sum(1).clamp(min=0).mean().item(), rel=1e-4
+    )
+    base = Experiment.load(finished).folder("baseline")
+    originals = [np.array(Image.open(base.image(item)), dtype=float) for item in ITEMS]
+    errors = [((image.permute(1, 2, 0).numpy() - original) ** 2).mean() for image, original in zip(images, originals)]
+    assert row.metrics["PSNR dB"].value == pytest.approx(
+        np.mean([10 * np.log10(255**2 / e) for e in errors]), rel=1e-4
+    )
+
+
+def test_every_row_says_how_it_was_made(finished):
+    with (finished / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["configuration"] for line in lines][:2] == ["baseline", "merge: 0.25"]
+    for line in lines:
+        for key in ("images", "steps", "scheduler", "guidance_scale", "dtype", "device", "torch", "diffusers", "seeds",
+                    "model", "prompts", "references", "seconds", "speedup", "memory_mib", *TINY[:1]):  # fmt: skip
+            assert line[key], key
+    markdown = (finished / "results.md").read_text()
+    assert "random weights, 32 × 32, DDIMScheduler, guidance 5, float32, CPU" in markdown
+    assert "| another seed (noise floor) | 4 | 1000003 | 3 |" in markdown
+    assert "2 empty prompts were left out." in markdown
+    assert "4 generated images for the 64 dimensions of tiny CLIP" in markdown
+    assert "FID" not in markdown
+
+
+def test_pictures_are_drawn(finished):
+    for name in ("pareto", "grid", "ratios"):
+        with Image.open(finished / f"{name}.png") as picture:
+            assert picture.width > 500 and len(np.unique(np.asarray(picture))) > 50
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [Point("a", 1.0, 40), Point("b", 1.5, 30), Point("c", 1.2, 30), Point("d", 1.4, 35), Point("e", 1.5, 29)]
+    assert [point.name for point in pareto_front(points)] == ["a", "d", "b"]
+
+
+def test_a_report_can_be_made_again_and_joined(finished, out, tmp_path):
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for name in ("results.csv", "results.md", "pareto.png", "grid.png"):
+        (out / name).unlink()
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 0, result.output
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    result = CliRunner().invoke(app, ["report", str(finished), str(out), "--out", str(tmp_path / "both")])
+    assert result.exit_code == 0, result.output
+    both = load_results(tmp_path / "both")
+    assert len(both) == 8 and both[4].name == "evaluation: baseline" and both[4].images_at.samefile(out / "baseline")
+    assert (tmp_path / "both" / "grid.png").exists()
+    assert [row.metrics for row in joined([out])] == [row.metrics for row in joined([finished])]
+
+
+def test_scoring_again_gives_the_same_even_after_a_kill(out, scoring):
+    before = (out / "results.json").read_bytes()
+    (out / ".features-killed").mkdir()
+    (out / ".features-killed" / "images.npy").write_bytes(b"half")
+    score(out, scoring)
+    assert (out / "results.json").read_bytes() == before and not list(out.glob(".features-*"))
+
+
+def test_lost_images_are_counted_and_said(out, scoring):
+    experiment = Experiment.load(out)
+    folder = experiment.folder("merge-0.25")
+    folder.image(ITEMS[0]).write_bytes(folder.image(ITEMS[0]).read_bytes()[:100])
+    folder.image(ITEMS[1]).unlink()
+    folder.save(ITEMS[1], torch.full((3, 32, 32), float("nan")))
+    score(out, scoring)
+    row = rows(out)["merge: 0.25"]
+    assert (row.images, row.failed, row.unreadable) == (2, 1, 1)
+    assert {estimate.count for estimate in row.metrics.values()} == {2}
+    assert any("1 items gave no image: not a number" in note for note in row.notes)
+    assert any("over fewer images" in note for note in row.notes)
+    assert any(f"1 images cannot be read: {ITEMS[0].name}.png" in note for note in row.notes)
+    assert "| 2 (2 lost) |" in (out / "results.md").read_text()
+    assert rows(out)["merge: 0.75"].images == 4
+
+
+def test_pairs_of_different_size_are_left_out_and_said(out, scoring):
+    path = Experiment.load(out).folder("merge-0.25").image(ITEMS[0])
+    Image.new("RGB", (16, 16)).save(path)
+    score(out, scoring)
+    row = rows(out)["merge: 0.25"]
+    assert row.metrics["PSNR dB"].count == 3 and row.metrics[TINY[0]].count == 4
+    assert "1 pairs of images differ in size and were left out." in row.notes
+
+
+def test_missing_images_are_said(out, scoring):
+    Experiment.load(out).folder("merge-0.25").image(ITEMS[0]).unlink()
+    with pytest.raises(EvaluationError, match=r"1 of 'merge-0\.25'"):
+        score(out, scoring)
+    shutil.rmtree(out / "merge-0.25")
+    score(out, scoring)
+    assert "merge: 0.25" not in rows(out)
+    shutil.rmtree(out / "baseline")
+    with pytest.raises(EvaluationError, match="no images of the baseline"):
+        score(out, scoring)
+
+
+def test_references_may_be_folders_or_other_tools_statistics(out, scoring, tmp_path):
+    clip = scoring.extractors[0]
+    own = Experiment.load(out).folder("baseline")
+    score(out, replace(scoring, reference=str(own.path)))
+    row = rows(out)["baseline"]
+    assert row.metrics[TINY[0]].value < 1e-6 and row.references == {"tiny CLIP": str(own.path)}
+    assert any("4 reference images for the 64 dimensions" in note for note in row.notes)
+    statistics = Statistics.of(clip.of_images(torch.randint(0, 256, (90, 3, 32, 32), dtype=torch.uint8)))
+    np.savez(tmp_path / "theirs.npz", mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())
+    score(out, replace(scoring, reference=str(tmp_path / "theirs.npz")))
+    row = rows(out)["baseline"]
+    assert TINY[0] in row.metrics and TINY[2] not in row.metrics
+    assert any("CMMD (tiny CLIP) is left out" in note for note in row.notes)
+    score(out, replace(scoring, reference=None))
+    assert set(rows(out)["baseline"].metrics) == {TINY[3]}
+
+
+def test_references_that_cannot_be_used_are_said(out, scoring, tmp_path, monkeypatch):
+    np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "one.png")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name, words in {
+        "other.npz": "made with another network",
+        "broken.npz": "cannot read statistics",
+        "none.npz": "No such file",
+        "empty": "a distance needs at least 2",
+        "no-such": "pip install datasets",
+    }.items():
+        with pytest.raises(EvaluationError, match=words):
+            score(out, replace(scoring, reference=str(tmp_path / name)))
+
+
+def test_equal_images_have_the_highest_figures(tmp_path):
+    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert psnr(picture, picture) == 100 and ssim(picture, picture) == pytest.approx(1)
+    assert psnr(picture, (picture + 0.1)) == pytest.approx(20, abs=0.01)
+
+
+def test_lpips_is_used_where_it_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(EvaluationError, match="pip install torchvision"):
+        load_lpips()
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    images = Images.of_paths([tmp_path / "a.png"])
+    assert fidelity(images, images, {"LPIPS": lambda a, b: (a - b).abs().max()}).values == {"LPIPS": [0.0]}
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, scoring):
+    """No more images are open at a time than a batch holds; features lie on the disk."""
+    from tomesd_plus.evaluation.features import extract
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images, alive = Images.of_paths([tmp_path / "a.png"] * 100), []
+
+    class Watching(SimpleNamespace):
+        def of_images(self, batch):
+            alive.append(len(batch))
+            return torch.zeros(len(batch), 2)
+
+    features, kept = extract(Watching(name="w", dimensions=2, batch_size=7), images, tmp_path / "f.npy")
+    assert max(alive) == 7 and sum(alive) == len(kept) == 100 and isinstance(features, np.memmap)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "generate", "--features", "tiny"], "'evaluate generate' does not take --features"),
+        (["evaluate", "score", "--steps", 3, "--limit", 2], "does not take --limit, --steps"),
+        (["evaluate", "score", "--out", "nowhere"], "nowhere holds no evaluation"),
+        (["evaluate", "-c", "merge: 0.9"], "0.9 is more than the cells allow"),
+        (["evaluate", "--configurations", "none.yaml"], "cannot read configurations from none.yaml"),
+        (["evaluate", "--prompts", "none.txt"], "cannot read prompts from none.txt"),
+        (["evaluate", "--shard", "2/2"], "a shard is i/n"),
+        (["evaluate", "--features", "no/clip"], "cannot load the CLIP model 'no/clip'"),
+        (["evaluate", "--features", "inception", "--inception-weights", "none.pth"], "there is no file none.pth"),
+        (["evaluate", "generate", "--model", "no/model"], "cannot load model 'no/model'"),
+        (["report", "nowhere"], "nowhere has no results.json"),
+        (["report", "a", "b"], "need --out"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(cli, arguments, words):
+    result = cli(*arguments)
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.strip().splitlines() if "LPIPS is left out" not in line]
+    assert words in lines[-1] and len(lines) == 1
+    assert "Traceback" not in result.output
+
+
+def test_a_folder_of_other_programs_results_is_said(cli, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"accuracy": 1}))
+    result = cli("report", tmp_path)
+    assert result.exit_code == 2 and "is not an evaluation's" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_passes_of_a_shard_at_a_time(cli, tmp_path):
+    make_pipeline("sd").save_pretrained(tmp_path / "model")
+    common = ["--model", "model", "--limit", 3, "--size", 32, "--steps", 2, "--timed-runs", 0, "-c", "merge: 0.5"]
+    assert cli("evaluate", "generate", *common, "--shard", "0/2").exit_code == 0
+    unfinished = cli("evaluate", "score", "--features", "tiny")
+    assert unfinished.exit_code == 2 and "images are yet to be generated: 1 of 'baseline'" in unfinished.stderr
+    last = cli("evaluate", *common, "--shard", "1/2")
+    assert last.exit_code == 0 and "Once all shards are done" in last.stderr
+    result = cli("evaluate", "score", "--features", "tiny", "--no-lpips")
+    assert result.exit_code == 0, result.output
+    assert "merge: 0.5" in result.stdout and {row.images for row in load_results(tmp_path / "evaluation")} == {3}
+    refused = cli("evaluate", "generate", *common[:-1], "merge: 0.25", "--guidance", 3)
+    assert refused.exit_code == 2 and "was made with another configuration" in refused.stderr
+
+
+def test_progress_ends_where_it_said(out, scoring):
+    done, totals = {}, {}
+
+    def on_progress(name, count, total):
+        done[name] = done.get(name, 0) + count
+        totals[name] = total
+
+    score(out, scoring, on_progress)
+    assert done == totals and done == {
+        "score: baseline": 4, "score: merge: 0.25": 8, "score: merge: 0.75": 8, "score: another seed (noise floor)": 8,
+    }  # fmt: skip

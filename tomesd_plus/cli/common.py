@@ -1,0 +1,109 @@
+"""What all commands do: load a model, show progress, and fail in one line."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import diffusers
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from tomesd_plus.evaluation import EvaluationError, ModelError, load_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+T = TypeVar("T")
+console = Console()
+
+
+def load(model: str, device: str | None, dtype: str | None) -> tuple[Any, str]:
+    """A pipeline, and a few words on where it runs."""
+    device = device or default_device()
+    dtype = dtype or ("float32" if device == "cpu" else "float16")
+    if dtype not in DTYPES:
+        fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"device {device!r} cannot be used: {str(error).splitlines()[0]}")
+    quiet()
+    try:
+        return load_model(model, device, DTYPES[dtype]), f"{device}, {dtype}, torch {torch.__version__}"
+    except ModelError as error:
+        fail(str(error))
+
+
+def default_device() -> str:
+    """The best there is; a launcher's process takes the GPU of its number."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    return "mps" if torch.mps.is_available() else "cpu"
+
+
+def quiet() -> None:
+    """Switch off the host libraries' bars and hints, which are not for a command's user."""
+    warnings.simplefilter("ignore", FutureWarning)
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
+def run(call: Callable[[], T]) -> T:
+    """Call, and turn what the user can put right into one line."""
+    try:
+        return call()
+    except (EvaluationError, ModelError, ValueError) as error:  # ValueError: the host's own checks, of sizes and such
+        fail(str(error))
+    except OSError as error:
+        at = f" {error.filename}" if error.filename else ""
+        fail(f"cannot read or write{at}: {error.strerror or error}. What is finished is kept: run the command again")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, or fail before there is anything to lose."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "permission denied")
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}")
+
+
+class RateColumn(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+
+def progress_bar(unit: str = "steps") -> Progress:
+    """A bar with rate and time left, on standard error."""
+    return Progress(
+        TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+        RateColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
+    print(f"tomesd-plus: {' '.join(message.split())}", file=sys.stderr)
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with one line on standard error."""
+    say(message)
+    raise typer.Exit(2)

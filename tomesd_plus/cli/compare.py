@@ -1,0 +1,99 @@
+"""``tomesd-plus compare``: the same seeds with and without merging."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tomesd_plus.cli.common import check_writable, console, fail, load, progress_bar, run
+from tomesd_plus.cli.options import (
+    Device,
+    Dtype,
+    Guidance,
+    MaxDownsample,
+    Model,
+    MoreAt,
+    Prompts,
+    ScheduleName,
+    Seed,
+    Size,
+    Steps,
+    config_from,
+    prompts_from,
+    sampling_from,
+)
+from tomesd_plus.evaluation import Comparison, Setting, compare, comparison_figure, peer_settings
+from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.schedules import Direction
+
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
+
+
+def compare_command(
+    prompts: Prompts = None,
+    model: Model = TINY,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Mean ratio in [0, 1); may be repeated. Default: 0.5")
+    ] = None,
+    schedule: ScheduleName = "cosine",
+    more_at: MoreAt = Direction.noisy,
+    max_downsample: MaxDownsample = 1,
+    steps: Steps = 25,
+    guidance: Guidance = 5.0,
+    seed: Seed = 0,
+    size: Size = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    peers: Annotated[
+        bool, typer.Option(help="Add rows: tomesd's way, fewer steps in equal time, another seed.")
+    ] = True,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("compare.png"),
+) -> None:
+    """Compare the untouched pipeline with merging on the same seeds: a table, and a picture."""
+    ratios = ratio or [0.5]
+    configs = [config_from(schedule, value, more_at, max_downsample) for value in ratios]
+    sampling = sampling_from(steps, guidance, size)
+    chosen = prompts_from(prompts, model)
+    check_writable(out.parent)
+    if out.is_dir() or out.suffix.lower() not in PICTURES:
+        fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
+    pipe, where = load(model, device, dtype)
+    settings = [Setting.merging(f"ratio {value:g}", config) for value, config in zip(ratios, configs, strict=True)]
+    if peers:
+        settings += peer_settings(ratios, max_downsample)
+    with progress_bar() as progress:
+        total = (1 + len(settings)) * (len(chosen) * steps + min(2, steps))
+        task = progress.add_task("", total=total)
+
+        def on_step(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+            if progress.finished and peers:
+                progress.update(task, total=None)  # the equal-time rows' number is not known before
+
+        result = run(lambda: compare(pipe, chosen, settings, sampling, seed, equal_time=peers, on_step=on_step))
+    console.print(comparison_table(result, f"{model}, {steps} steps, {schedule} schedule, {where}"))
+    comparison_figure(result).savefig(out, dpi=150)
+    console.print(f"Picture: {out}")
+
+
+def comparison_table(comparison: Comparison, title: str) -> Table:
+    """The table that ``compare`` prints."""
+    table = Table(
+        title=title, caption="Medians of time, means of PSNR and SSIM to the untouched picture of the same seed."
+    )
+    for name in ("setting", "s / image", "ms / step", "speed-up", "PSNR dB", "SSIM", "tokens removed"):
+        table.add_column(name, justify="left" if name in ("setting", "tokens removed") else "right")
+    for row in (comparison.baseline, *comparison.rows):
+        levels = ", ".join(f"level {level}: {share:.0%}" for level, share in row.removed.items() if share)
+        same = row is comparison.baseline
+        table.add_row(
+            row.name,
+            f"{row.seconds:.2f}",
+            f"{1000 * row.step_seconds:.0f}",
+            f"{row.speedup:.2f}×",
+            "" if same else f"{sum(row.psnr) / len(row.psnr):.1f}",
+            "" if same else f"{sum(row.ssim) / len(row.ssim):.3f}",
+            levels or ("none" if row.step_records else ""),
+        )
+    return table

@@ -1,0 +1,207 @@
+"""``tomesd-plus evaluate``: what configurations cost in quality and save in time, over many prompts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import TaskID
+
+from tomesd_plus.cli.common import check_writable, default_device, fail, load, progress_bar, quiet, run, say
+from tomesd_plus.cli.options import Device, Dtype, Guidance, Model, Size, Steps, sampling_from
+from tomesd_plus.cli.report import print_report
+from tomesd_plus.evaluation import (
+    EvaluationError,
+    Experiment,
+    Scoring,
+    Share,
+    complete,
+    generate_experiment,
+    load_configurations,
+    load_extractor,
+    load_prompts,
+    make_items,
+    parse_configuration,
+    score,
+    write_report,
+)
+from tomesd_plus.evaluation.configurations import Configuration
+from tomesd_plus.evaluation.features import INCEPTION
+from tomesd_plus.evaluation.fidelity import load_lpips
+from tomesd_plus.evaluation.generation import wait_for
+from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.prompts import EMBEDDED
+from tomesd_plus.evaluation.run import OnProgress
+from tomesd_plus.evaluation.speed import FILE as SPEEDS
+from tomesd_plus.evaluation.speed import load_speeds
+
+
+class Stage(StrEnum):
+    """Which pass to run."""
+
+    all = "all"
+    generate = "generate"
+    score = "score"
+
+
+SCORES = {"features", "reference", "reference_split", "reference_column", "inception_weights", "resamples", "lpips"}
+BOTH = {"stage", "out", "device"}
+
+Conf = Annotated[
+    list[str] | None,
+    typer.Option("--configuration", "-c", help="Such as 'merge: 0.5', 'cache: 3', 'tomesd: 0.5'; may be repeated."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="Folder of pictures, data set id, or .npz. Default with 'tiny' features: embedded."),
+]
+
+
+def evaluate_command(
+    context: typer.Context,
+    stage: Annotated[Stage, typer.Argument(help="generate, score, or both: all.")] = Stage.all,
+    out: Annotated[Path, typer.Option(help="The folder of the evaluation; one that is there is resumed.")] = Path(
+        "evaluation"
+    ),
+    configuration: Conf = None,
+    configurations: Annotated[Path | None, typer.Option(help="A YAML file of configurations.")] = None,
+    model: Model = TINY,
+    prompts: Annotated[
+        str, typer.Option(help="A .txt, .tsv, .csv, .json, .jsonl or .parquet file, a data set id, or 'embedded'.")
+    ] = EMBEDDED,
+    column: Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption, text …")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set of prompts.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="First seed of each prompt.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Images a prompt, with the next seeds.")] = 1,
+    steps: Steps = 25,
+    guidance: Guidance = 5.0,
+    size: Size = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    shard: Annotated[str | None, typer.Option(help="i/n, i from 0: generate only this part of the images.")] = None,
+    timed_runs: Annotated[int, typer.Option(min=0, help="Timings of each configuration; 0: no speeds.")] = 5,
+    noise_floor: Annotated[bool, typer.Option(help="Add the baseline with other seeds.")] = True,
+    equal_time: Annotated[bool, typer.Option(help="Add the baseline with fewer steps, in equal time.")] = True,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="inception, tiny (embedded), or a CLIP's id or folder; may be repeated. Default: see below."
+        ),
+    ] = None,
+    inception_weights: Annotated[str | None, typer.Option(help="A file. Default: downloaded.")] = None,
+    reference: Reference = None,
+    reference_split: Annotated[str, typer.Option(help="Split of a data set of pictures.")] = "validation",
+    reference_column: Annotated[str | None, typer.Option(help="Its column. Default: image …")] = None,
+    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples for 95 % intervals; 0: none.")] = 100,
+    lpips: Annotated[
+        bool | None, typer.Option("--lpips/--no-lpips", help="LPIPS. Default: where its weights can be had.")
+    ] = None,
+) -> None:
+    """Speed, fidelity, distances to real pictures and CLIP scores of configurations, beside the baseline.
+
+    Generates images, then scores them; `evaluate generate` and `evaluate score` do one of both. Stop it at any moment
+    and run it again. `torchrun` and `accelerate launch` run it in many processes. Default features: the embedded
+    CLIP for the embedded model, else InceptionV3 if there is a reference.
+    """
+    _refuse_others(context, stage)
+    share = run(lambda: Share.here(shard))
+    alone = share.count == share.launched  # no other shards whose images scoring would have to wait for
+    scoring = None
+    if stage is not Stage.generate and share.index == 0 and alone:  # first: what is missing is said before the work
+        quiet()
+        scoring = run(lambda: _scoring(features or _default_features(out, model, stage, reference), device,
+                                       inception_weights, reference, lpips))  # fmt: skip
+        scoring = replace(scoring, reference_split=reference_split, reference_column=reference_column,
+                          resamples=resamples)  # fmt: skip
+    if stage is not Stage.score:
+        chosen = run(lambda: _configurations(configuration, configurations, noise_floor))
+        sampling = sampling_from(steps, guidance, size)
+        given = run(lambda: load_prompts(prompts, column, split, limit))
+        items = tuple(make_items(given.entries, range(seed, seed + seeds)))
+        check_writable(out)
+        pipe, _ = load(model, device, dtype)
+        with _bar() as on_progress:
+            experiment, failures = run(
+                partial(generate_experiment, pipe, model, Experiment(out, items, given.source, given.skipped), chosen,
+                        sampling, batch_size, share, timed_runs, equal_time, on_progress)
+            )  # fmt: skip
+        say(f"Images: {out}" + (f"; {failures} items gave none, the *.failed files say why" if failures else ""))
+        if timed_runs and equal_time and not load_speeds(experiment):
+            say(f"No rows of equal time: shard 0 measures speeds. Put its {SPEEDS} into {out} and run this again.")
+        if stage is Stage.all and not alone:
+            say(f"Once all shards are done and in one folder: tomesd-plus evaluate score --out {out}")
+        if scoring and share.launched > 1:
+            wait_for(lambda: not experiment.missing())
+    if scoring is None:
+        return
+    with _bar() as on_progress:
+        results = run(lambda: score(out, scoring, on_progress))
+    print_report(results, run(lambda: write_report(results, out)), out)
+
+
+def _configurations(texts: list[str] | None, path: Path | None, noise_floor: bool) -> list[Configuration]:
+    chosen = [*(load_configurations(path) if path else []), *map(parse_configuration, texts or [])]
+    return complete(chosen or [parse_configuration("merge: 0.5")], noise_floor)
+
+
+def _scoring(
+    names: list[str], device: str | None, weights: str | None, reference: str | None, lpips: bool | None
+) -> Scoring:
+    device = device or default_device()
+    if reference is None and names == [TINY]:
+        reference = EMBEDDED
+    metric = None
+    if lpips is not False:
+        try:
+            metric = load_lpips(device)
+        except EvaluationError as error:
+            if lpips:
+                raise
+            say(f"LPIPS is left out. {error}")
+    return Scoring([load_extractor(name, device, weights) for name in names], reference, lpips=metric)
+
+
+def _default_features(out: Path, model: str, stage: Stage, reference: str | None) -> list[str]:
+    if stage is Stage.score:
+        experiment = Experiment.load(out)
+        model = experiment.folder(experiment.configurations[0]).manifest["model"]
+    if model == TINY:
+        return [TINY]
+    return [INCEPTION] if reference else []
+
+
+def _refuse_others(context: typer.Context, stage: Stage) -> None:
+    """An option of the other pass would do nothing, so it is an error."""
+    given = {
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    wrong = {
+        Stage.all: set(),
+        Stage.generate: given & SCORES,
+        Stage.score: given - SCORES - BOTH,
+    }[stage]
+    if wrong:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
+        fail(f"'evaluate {stage}' does not take {options}: give it to the other pass")
+
+
+@contextmanager
+def _bar() -> Iterator[OnProgress]:
+    """A bar for each thing that is done, as it comes up."""
+    tasks: dict[str, TaskID] = {}
+    with progress_bar("") as progress:
+
+        def on_progress(name: str, count: int, total: int) -> None:
+            if name not in tasks:
+                for task in tasks.values():
+                    progress.update(task, visible=False)
+                tasks[name] = progress.add_task(name[:24], total=total or None)
+            progress.update(tasks[name], advance=count)
+
+        yield on_progress

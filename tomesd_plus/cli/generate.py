@@ -1,0 +1,66 @@
+"""``tomesd-plus generate``: pictures from prompts."""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from tomesd_plus.cli.common import check_writable, load, progress_bar, run
+from tomesd_plus.cli.options import (
+    Device,
+    Dtype,
+    Guidance,
+    MaxDownsample,
+    Model,
+    MoreAt,
+    Prompts,
+    ScheduleName,
+    Seed,
+    Size,
+    Steps,
+    config_from,
+    prompts_from,
+    sampling_from,
+)
+from tomesd_plus.evaluation import generate
+from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.schedules import Direction
+from tomesd_plus.pipeline import apply_token_merging
+
+
+def generate_command(
+    prompts: Prompts = None,
+    model: Model = TINY,
+    ratio: Annotated[float, typer.Option(help="Mean ratio in [0, 1); 0 leaves the pipeline untouched.")] = 0.5,
+    schedule: ScheduleName = "cosine",
+    more_at: MoreAt = Direction.noisy,
+    max_downsample: MaxDownsample = 1,
+    steps: Steps = 25,
+    guidance: Guidance = 5.0,
+    seed: Seed = 0,
+    size: Size = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("images"),
+) -> None:
+    """Generate a picture for each prompt, with or without merging."""
+    config = config_from(schedule, ratio, more_at, max_downsample)
+    sampling = sampling_from(steps, guidance, size)
+    chosen = prompts_from(prompts, model)
+    check_writable(out)
+    pipe, where = load(model, device, dtype)
+    if ratio > 0:
+        apply_token_merging(pipe, config)
+    with progress_bar() as progress:
+        task = progress.add_task(where, total=len(chosen) * steps)
+        for index, prompt in enumerate(chosen):
+            call = partial(generate, pipe, prompt, seed + index, sampling, lambda step: progress.advance(task))
+            image = run(call)
+            words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60] or "prompt"
+            path = out / f"{index:03}-{seed + index}-{words}.png"
+            pixels = image.pixels.mul(255).round().clamp(0, 255).byte()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+            progress.console.print(f"{path}  {image.seconds:.2f} s")

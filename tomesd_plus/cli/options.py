@@ -1,0 +1,59 @@
+"""Options that several commands share, and what is made of them."""
+
+import re
+from typing import Annotated
+
+import typer
+
+from tomesd_plus.cli.common import DTYPES, fail
+from tomesd_plus.config import ToMeConfig
+from tomesd_plus.evaluation import Sampling
+from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.schedules import SCHEDULES, Direction, make_schedule
+
+PROMPTS = [
+    "a large dog on a blue background",
+    "a small strawberry on the left of a yellow striped background",
+    "a large ladybug on a pink gradient background",
+    "a small star and a small red heart on a purple background",
+]
+
+Prompts = Annotated[list[str] | None, typer.Argument(help="One prompt or several.", show_default=False)]
+Model = Annotated[str, typer.Option(help="'tiny' (embedded), a hub id, a folder, or a .safetensors checkpoint.")]
+ScheduleName = Annotated[str, typer.Option("--schedule", help=f"Ratio over steps: {', '.join(SCHEDULES)}.")]
+MoreAt = Annotated[Direction, typer.Option(help="Merge more at noisy steps or at clean ones.")]
+MaxDownsample = Annotated[int, typer.Option(help="Merge at levels of at most this downsample: 1, 2, 4, 8; SDXL: 2.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(min=0, help="Guidance scale; 1 switches it off.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the first prompt; the next have the next.")]
+Size = Annotated[str | None, typer.Option(help="Pixels: 512, or WIDTHxHEIGHT. Default: the model's own.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps … Default: the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}. Default: float16 on a GPU, else float32.")]
+
+
+def config_from(schedule: str, ratio: float, more_at: Direction, max_downsample: int) -> ToMeConfig:
+    """The merging that options ask for."""
+    try:
+        return ToMeConfig(ratio=make_schedule(schedule, ratio, more_at), max_downsample=max_downsample)
+    except ValueError as error:
+        fail(str(error))
+
+
+def sampling_from(steps: int, guidance: float, size: str | None) -> Sampling:
+    """The sampling that options ask for."""
+    width = height = None
+    if size is not None:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
+        if not match or int(match[1]) == 0 or int(match[2] or 1) == 0:
+            fail(f"size must be a number of pixels or WIDTHxHEIGHT, not {size!r}")
+        width, height = int(match[1]), int(match[2] or match[1])
+    return Sampling(steps, guidance, height, width)
+
+
+def prompts_from(prompts: list[str] | None, model: str) -> list[str]:
+    """The prompts given; the embedded model has some of its own."""
+    if not prompts:
+        if model != TINY:
+            fail("give at least one prompt")
+        return PROMPTS
+    return prompts

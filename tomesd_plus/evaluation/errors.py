@@ -1,0 +1,16 @@
+"""What goes wrong in a way that its user can put right."""
+
+import importlib
+from typing import Any
+
+
+class EvaluationError(Exception):
+    """Something that the user can put right; the message is one line that says what, and how."""
+
+
+def optional_import(module: str, purpose: str, package: str | None = None) -> Any:
+    """Import a library that only some evaluations need; an EvaluationError says what it is for and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise EvaluationError(f"{purpose} needs {module}: pip install {package or module}") from error

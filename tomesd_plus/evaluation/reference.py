@@ -1,0 +1,86 @@
+"""The pictures that generated ones are to resemble: a folder, a data set, or statistics that were saved."""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tomesd_plus.evaluation.distances import Features, Kernel, Statistics, within
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.features import Extractor, extract
+from tomesd_plus.evaluation.images import Images
+from tomesd_plus.evaluation.prompts import EMBEDDED
+from tomesd_plus.tiny import TINY_REFERENCE
+
+
+@dataclass
+class Reference:
+    """Features of the reference pictures.
+
+    Args:
+        source: Where they come from.
+        statistics: Their mean and covariance.
+        features: Themselves, for kernel distances; files of other tools lack them.
+        unreadable: How many pictures could not be read.
+    """
+
+    source: str
+    statistics: Statistics
+    features: Features | None
+    unreadable: int = 0
+    _within: dict[Kernel, float] = field(default_factory=dict)
+
+    def within(self, kernel: Kernel) -> float:
+        """The reference's own part of a kernel distance, computed once."""
+        if kernel not in self._within and self.features is not None:
+            self._within[kernel] = within(self.features, kernel).item()
+        return self._within[kernel]
+
+
+def load_reference(
+    source: str,
+    extractor: Extractor,
+    file: Path,
+    split: str = "validation",
+    column: str | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> Reference:
+    """Load the reference of one extractor.
+
+    Args:
+        source: ``"embedded"`` for the package's own pictures, by the embedded CLIP; a folder of pictures; a ``.npz``
+            file (``mu`` and ``sigma`` as pytorch-fid writes them; with ``features``, as ours have, kernel distances
+            too); or a data set's id.
+        extractor: What makes the features of the generated pictures too.
+        file: Where the features of pictures go.
+        split, column: Of a data set.
+        on_images: Called with the number of pictures done.
+
+    Raises:
+        EvaluationError: It cannot be read, or its features are of another extractor.
+    """
+    path = TINY_REFERENCE if source == EMBEDDED else Path(source)
+    if path.suffix == ".npz":
+        return _load_statistics(path, extractor, source)
+    images = Images.of_folder(path) if path.is_dir() else Images.of_data_set(source, split, column)
+    features, kept = extract(extractor, images, file, on_images)
+    if len(kept) < 2:
+        raise EvaluationError(f"{source} has {len(kept)} readable pictures; a distance needs at least 2")
+    return Reference(source, Statistics.of(features), features, len(images.unreadable))
+
+
+def _load_statistics(path: Path, extractor: Extractor, source: str) -> Reference:
+    try:
+        statistics = Statistics.load(path)
+        with np.load(path) as arrays:
+            features = arrays["features"] if "features" in arrays.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"cannot read statistics from {path}: {error}") from error
+    if len(statistics.mean) != extractor.dimensions:
+        raise EvaluationError(
+            f"{path} holds statistics of {len(statistics.mean)} dimensions, but {extractor.name} has "
+            f"{extractor.dimensions}: they were made with another network"
+        )
+    return Reference(source, statistics, features)
