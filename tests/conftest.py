@@ -23,7 +23,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tomesd_plus import ToMeProcessor
 
 WIDTH = 16  # of the text encoders
 
@@ -151,3 +154,38 @@ def hooks(pipe: Any) -> list[str]:
         for name, module in getattr(pipe, component, torch.nn.Module()).named_modules()
         if module._forward_hooks or module._forward_pre_hooks
     ]
+
+
+# One layer alone -----------------------------------------------------------------------------------------------------
+
+INPUTS = {  # of a UNet
+    "sample": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+    "encoder_hidden_states": torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1)),
+}
+
+
+def attention_layer(heads=2):
+    torch.manual_seed(0)
+    return Attention(16, heads=heads, dim_head=8, processor=AttnProcessor2_0()).eval(), torch.randn(2, 64, 16)
+
+
+class OneLayer(torch.nn.Module):
+    """An attention layer that is called with an 8 × 8 grid of tokens at noise level 1."""
+
+    def __init__(self, attn):
+        super().__init__()
+        attn.set_processor(AttnProcessor2_0())
+        self.attn = attn
+
+    def forward(self, x):
+        return self.attn(x)
+
+
+def merge_in(model, **options):
+    """Merge in a model that is one attention layer or one block, at noise level 1; returns the merger."""
+    attn = next(m for m in model.modules() if isinstance(m, Attention) and not m.is_cross_attention)
+    processor = ToMeProcessor(inner=attn.processor, **options)
+    attn.set_processor(processor)
+    processor.merger.attach(torch.nn.ModuleList([model]), [attn])
+    processor.merger.begin_step(model, (torch.zeros(2, 4, 8, 8), 999), {})
+    return processor.merger

@@ -1,6 +1,6 @@
 import pytest
 
-from tomesd_plus import ConstantSchedule, CosineSchedule, LinearSchedule, ToMeConfig
+from tomesd_plus import AdaptiveRatio, ConstantSchedule, CosineSchedule, LinearSchedule, ToMeConfig
 
 
 def test_the_default_merges_more_at_noisy_steps():
@@ -32,6 +32,14 @@ def test_levels_come_from_max_downsample_or_from_a_mapping():
         ({"destinations": "center"}, "'fixed'"),
         ({"mode": "drop"}, "'prune'"),
         ({"seed": -1}, "seed"),
+        ({"window": 0}, "window"),
+        ({"plan_per": "step"}, "'stage'"),
+        ({"plan_every": 0}, "plan_every"),
+        ({"queries_only": True, "keys_values_only": True}, "only one"),
+        ({"queries_only": True, "merge_block": True}, "only one"),
+        ({"queries_only": True, "merge_self_attention": False, "merge_mlp": True}, "queries_only needs"),
+        ({"merge_block": True, "metric": "keys"}, "merge_block"),
+        ({"ratio": AdaptiveRatio(ratios=(0.5, 0.9))}, "larger cell_size"),
         ({"merge_self_attention": False}, "nothing to merge"),
         ({"merge_self_attention": False, "merge_mlp": True, "keys_values_only": True}, "keys_values_only"),
     ],

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tomesd_plus.matching import bipartite_match, destination_mask, max_removed
+from tomesd_plus.matching import make_cells, match, max_removed, merge_most_similar
 from tomesd_plus.plan import MergePlan
 
 
@@ -11,15 +11,13 @@ from tomesd_plus.plan import MergePlan
 def plans(draw):
     height, width = draw(st.integers(2, 9)), draw(st.integers(2, 9))
     cell = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    sources = max_removed(height, width, cell)
-    if sources == 0:
+    if max_removed(height, width, cell) == 0:
         cell = (2, 2)
-        sources = max_removed(height, width, cell)
-    removed = draw(st.integers(1, sources))
+    removed = draw(st.integers(1, max_removed(height, width, cell)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     metric = torch.randn(draw(st.integers(1, 3)), height * width, 5, generator=generator)
-    mask = destination_mask(height, width, cell, generator)
-    return bipartite_match(metric, mask, height * width - sources, removed), metric, removed
+    cells = make_cells(height, width, cell, draw(st.sampled_from([None, 1, 2, 3])), generator)
+    return merge_most_similar(*match(metric, cells), cells, removed), metric, removed
 
 
 @settings(deadline=None, max_examples=60)
@@ -27,13 +25,14 @@ def plans(draw):
 def test_a_plan_is_a_partition_and_its_unmerge_reaches_every_token(case):
     plan, metric, removed = case
     batch, tokens, _ = metric.shape
-    every = torch.cat([plan.unmerged, plan.destination, plan.merged], dim=1).sort(dim=1).values
-    assert torch.equal(every, torch.arange(tokens).expand(batch, -1))
     assert plan.removed == removed and plan.tokens == tokens and plan.batch == batch
     merged = plan.merge(metric)
     assert merged.shape == (batch, tokens - removed, 5)
     assert plan.unmerge(merged).shape == metric.shape
-    assert plan.sizes().sum(dim=1).eq(tokens).all() and plan.sizes().min() >= 1
+    assert plan.sizes.sum(dim=1).eq(tokens).all() and plan.sizes.min() >= 1
+    assert torch.equal(plan.inverse.gather(1, plan.kept), torch.arange(tokens - removed).expand(batch, -1))
+    for sample in range(batch):
+        assert torch.equal(plan.inverse[sample].bincount(minlength=tokens - removed), plan.sizes[sample])
 
 
 @settings(deadline=None, max_examples=40)
@@ -47,29 +46,39 @@ def test_merging_averages_each_group_and_unmerging_copies_the_average(case):
             torch.testing.assert_close(merged[sample, place], group.mean(dim=0))
     copied = plan.unmerge(merged)
     torch.testing.assert_close(plan.unmerge(plan.merge(copied)), copied)  # a second time changes nothing
-    # a token that was not merged comes back bit for bit
-    untouched = plan.unmerged[..., None].expand(-1, -1, 5)
-    assert torch.equal(copied.gather(1, untouched), metric.gather(1, untouched))
+    # a token that stands for itself alone comes back bit for bit
+    alone = plan.sizes.gather(1, plan.inverse) == 1
+    assert torch.equal(copied[alone], metric[alone])
 
 
 def test_pruning_keeps_the_destination_as_it_is():
     plan = _plan()
     x = torch.randn(2, 16, 3)
     pruned = plan.merge(x, "prune")
-    kept = torch.cat([plan.unmerged, plan.destination], dim=1)
-    assert torch.equal(pruned, x.gather(1, kept[..., None].expand(-1, -1, 3)))
+    assert torch.equal(pruned, x.gather(1, plan.kept[..., None].expand(-1, -1, 3)))
     assert not torch.equal(pruned, plan.merge(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_is_kept(dtype):
+def test_dtype_is_kept_and_the_mean_is_as_exact_as_the_dtype(dtype):
     x = torch.randn(2, 16, 3).to(dtype)
-    assert _plan().unmerge(_plan().merge(x)).dtype == dtype
+    merged = _plan().merge(x)
+    assert _plan().unmerge(merged).dtype == dtype
+    exact = _plan().merge(x.double())
+    assert (merged - exact).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
 def test_gradients_pass_through_merge_and_unmerge():
     plan, x = _plan(), torch.randn(2, 16, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: plan.unmerge(plan.merge(x)), x)
+    assert torch.autograd.gradcheck(lambda x: plan.unmerge(plan.merge(x, "prune")), x)
+
+
+def test_tensors_that_do_not_lie_contiguously_are_merged_alike():
+    x = torch.randn(2, 3, 16).transpose(1, 2)
+    assert torch.equal(_plan().merge(x), _plan().merge(x.contiguous()))
+    y = torch.randn(2, 3, 10).transpose(1, 2)
+    assert torch.equal(_plan().unmerge(y), _plan().unmerge(y.contiguous()))
 
 
 def test_a_plan_fits_only_its_own_batch_and_token_count():
@@ -79,5 +88,6 @@ def test_a_plan_fits_only_its_own_batch_and_token_count():
 
 
 def _plan() -> MergePlan:
-    generator = torch.Generator().manual_seed(0)
-    return bipartite_match(torch.randn(2, 16, 3, generator=generator), destination_mask(4, 4), 4, 6)
+    metric = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
+    cells = make_cells(4, 4)
+    return merge_most_similar(*match(metric, cells), cells, 6)

@@ -5,17 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import generate, level_of, make_pipeline, make_unet
+from conftest import INPUTS, OneLayer, attention_layer, generate, level_of, make_pipeline, make_unet, merge_in
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.modules import module as torch_module
 
 from tomesd_plus import LinearSchedule, TokenMergingReport, ToMeProcessor, apply_token_merging, token_merging
-from tomesd_plus.matching import bipartite_match, destination_mask
-
-INPUTS = {
-    "sample": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
-    "encoder_hidden_states": torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1)),
-}
 
 
 def report_of(processor):
@@ -133,7 +127,13 @@ OPTIONS = [
     {"keys_values_only": True, "mode": "prune"},
     {"proportional_attention": False},
     {"proportional_attention": False, "keys_values_only": True},
-    {"share_plan": True},
+    {"plan_per": "stage"},
+    {"plan_per": "level"},
+    {"window": 1},
+    {"window": 3},
+    {"queries_only": True},
+    {"merge_block": True},
+    {"merge_block": True, "proportional_attention": False},
     {"seed": 7},
 ]
 
@@ -167,6 +167,8 @@ def test_every_option_does_something_of_its_own(bare):
         ({"merge_cross_attention": True}, {"attn1", "attn2"}),
         ({"merge_mlp": True, "metric": "block_input"}, {"attn1", "ff"}),
         ({"merge_self_attention": False, "merge_mlp": True}, {"ff"}),
+        ({"keys_values_only": True}, {"attn1"}),
+        ({"queries_only": True}, {"attn1"}),
     ],
 )
 def test_the_report_names_the_layers_that_merged(options, layers):
@@ -179,63 +181,32 @@ def test_the_report_names_the_layers_that_merged(options, layers):
     assert sum(reason is None for reason in self_attention.values()) == (3 if "attn1" in layers else 0)
 
 
-def _layer(heads=2):
-    torch.manual_seed(0)
-    from diffusers.models.attention_processor import Attention
-
-    attn = Attention(16, heads=heads, dim_head=8, processor=AttnProcessor2_0()).eval()
-    x = torch.randn(2, 64, 16)
-    plan = bipartite_match(x, destination_mask(8, 8), 16, 40)
-    return attn, x, plan
-
-
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("keys_values_only", [False, True])
 def test_proportional_attention_is_attention_over_the_copied_tokens(heads, keys_values_only):
     """Merged keys that weigh by their size give what attention over all N averaged tokens gives."""
-    attn, x, _ = _layer(heads)
-    unet_like = _OneLayer(attn)
+    attn, x = attention_layer(heads)
+    unet_like = OneLayer(attn)
     merger = merge_in(unet_like, ratio=40 / 64, keys_values_only=keys_values_only)
     with torch.no_grad():
         result = unet_like(x)
-        plan = next(iter(merger.plans.values()))[0]
+        plan = next(iter(merger.plans.values()))
         copied = plan.unmerge(plan.merge(x))
         queries = x if keys_values_only else copied
         expected = AttnProcessor2_0()(attn, queries, copied)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        plain = _OneLayer(attn)
+        plain = OneLayer(attn)
         merge_in(plain, ratio=40 / 64, keys_values_only=keys_values_only, proportional_attention=False)
         assert (plain(x) - expected).abs().max() > 1e-3  # without it they differ
 
 
-class _OneLayer(torch.nn.Module):
-    """An attention layer that is called with an 8 × 8 grid of tokens at noise level 1."""
-
-    def __init__(self, attn):
-        super().__init__()
-        attn.set_processor(AttnProcessor2_0())
-        self.attn = attn
-
-    def forward(self, x):
-        return self.attn(x)
-
-
-def merge_in(model, **options):
-    """Merge in a model that is one layer, at noise level 1; returns the merger."""
-    processor = ToMeProcessor(inner=model.attn.processor, **options)
-    model.attn.set_processor(processor)
-    processor.merger.attach(torch.nn.Identity(), [model.attn])
-    processor.merger.begin_step(model, (torch.zeros(2, 4, 8, 8), 999), {})
-    return processor.merger
-
-
 def test_identical_tokens_lose_nothing_by_merging():
     """Where every cell holds one value four times over, merging to a quarter is exact up to rounding."""
-    attn, _, _ = _layer()
+    attn, _ = attention_layer()
     cells = torch.randn(2, 4, 4, 16)
     x = cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).reshape(2, 64, 16)
-    model = _OneLayer(attn)
+    model = OneLayer(attn)
     with torch.no_grad():
         expected = model(x)
         merger = merge_in(model, ratio=0.75)

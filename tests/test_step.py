@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
-from tomesd_plus.step import Step, StepTracker
+from tomesd_plus.step import StepTracker
 
 SAMPLE = torch.zeros(2, 4, 16, 24)
 
@@ -60,12 +60,3 @@ def test_it_survives_inference_mode_copies_and_pickling():
 
 def test_other_lengths_of_training():
     assert StepTracker(train_timesteps=501).observe(SAMPLE, 500).noise_level == 1.0
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "tokens", "grid"),
-    [(64, 64, 4096, (1, 64, 64)), (64, 64, 1024, (2, 32, 32)), (13, 9, 117, (1, 13, 9)), (13, 9, 35, (2, 7, 5)),
-     (13, 9, 12, (4, 4, 3)), (13, 9, 118, None), (96, 64, 96, (8, 12, 8))],
-)  # fmt: skip
-def test_levels_are_found_by_token_count(height, width, tokens, grid):
-    assert Step(0, 1.0, height, width, 1, True).grid(tokens) == grid

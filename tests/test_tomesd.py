@@ -9,7 +9,7 @@ from conftest import generate, make_pipeline, make_unet
 from tomesd.merge import bipartite_soft_matching_random2d
 
 from tomesd_plus import tomesd as ours
-from tomesd_plus.matching import bipartite_match, destination_mask, max_removed
+from tomesd_plus.tomesd import bipartite_match, draw_destinations
 
 SIZES = [(64, 64), (65, 65), (33, 47), (13, 9)]
 RATIOS = [0.0, 0.1, 0.25, 0.5, 0.75, 0.95]
@@ -34,8 +34,8 @@ def test_plans_are_equal(height, width, cell, batch, dtype):
         if r == 0:
             assert torch.equal(merge(x), x)  # theirs; ours makes no plan
             continue
-        mask = destination_mask(height, width, cell, torch.Generator().manual_seed(5) if random else None)
-        plan = bipartite_match(metric, mask, tokens - max_removed(height, width, cell), r)
+        generator = torch.Generator().manual_seed(5) if random else None
+        plan = bipartite_match(metric, draw_destinations(height, width, cell, generator, metric.device), r)
         merged = plan.merge(x)
         assert merged.shape[1] < tokens
         assert torch.equal(merged, merge(x))

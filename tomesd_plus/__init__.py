@@ -5,12 +5,20 @@ from tomesd_plus.config import ToMeConfig
 from tomesd_plus.pipeline import apply_token_merging, remove_token_merging, token_merging
 from tomesd_plus.processor import ToMeProcessor
 from tomesd_plus.report import TokenMergingReport
-from tomesd_plus.schedule import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule, StepsSchedule
+from tomesd_plus.schedule import (
+    AdaptiveRatio,
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    StepsSchedule,
+)
 from tomesd_plus.tiny import load_tiny_pipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveRatio",
     "ConstantSchedule",
     "CosineSchedule",
     "LinearSchedule",

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tomesd_plus.plan import MergeMode
-from tomesd_plus.schedule import ConstantSchedule, CosineSchedule, Schedule
+from tomesd_plus.schedule import AdaptiveRatio, ConstantSchedule, CosineSchedule, Schedule
 
-Ratio = float | Schedule
+Ratio = float | Schedule | AdaptiveRatio
 Metric = Literal["attention_input", "block_input", "keys"]
 Destinations = Literal["random", "fixed"]
+PlanPer = Literal["block", "stage", "level"]
 
 LEVELS = (1, 2, 4, 8)
 
@@ -20,13 +21,16 @@ class ToMeConfig:
 
     Args:
         ratio: Share of tokens to remove, of all tokens at a level, in [0, 1): a number, a schedule from noise level to
-            ratio, or a mapping from level (downsample 1, 2, 4 or 8) to either. A mapping decides by itself which
-            levels are merged. A cell of ``a × b`` tokens keeps one destination, so no ratio may exceed 1 − 1/(a·b):
-            0.75 with the default cells. The default merges more at noisy steps, with a mean of 0.5.
+            ratio, an :class:`AdaptiveRatio`, or a mapping from level (downsample 1, 2, 4 or 8) to any of them. A
+            mapping decides by itself which levels are merged. A cell of ``a × b`` tokens keeps one destination, so no
+            ratio may exceed 1 − 1/(a·b): 0.75 with the default cells. The default merges more at noisy steps, with a
+            mean of 0.5.
         max_downsample: Merge at levels of at most this downsample: 1, 2, 4 or 8. SD 1.x and 2.x have most of their
             cost at 1; **SDXL has no attention at 1, set 2 there.** Ignored if ``ratio`` is a mapping.
         cell_size: Height and width of the cells, in tokens, that hold one destination each. Larger cells allow higher
             ratios.
+        window: Side of the windows, in cells, inside which a source looks for its destination; 1 is its own cell, and
+            ``None`` the whole picture. Small windows make matching cheap and its memory small.
         destinations: ``"random"`` draws each cell's destination anew at every step, from a generator seeded by
             ``seed`` and the noise level, so the same call gives the same image. ``"fixed"`` takes its first token.
         metric: What cosine similarity is measured on: ``"attention_input"`` (after the block's norm),
@@ -35,13 +39,20 @@ class ToMeConfig:
         merge_self_attention: Merge around self-attention.
         merge_cross_attention: Merge around cross-attention too, by the same plan.
         merge_mlp: Merge around the feed-forward layer too, by the same plan. Costs more quality than the others.
+        merge_block: Merge once where a transformer block begins and add what the block changed back to every token
+            where it ends: all its layers run on the merged tokens, for one merge and one unmerge. Similarity is then
+            measured on the block's input.
         mode: ``"merge"`` averages tokens, ``"prune"`` drops all but the destination.
-        keys_values_only: Keep every query and merge only the keys and values: keeps more detail, saves less.
+        keys_values_only: Keep every query and merge only the keys and values: keeps more detail, saves less. With
+            ``window=1``, fixed destinations, pruning and a ratio of 0.75 this is ToDo's downsampling
+            (https://arxiv.org/abs/2402.13573); with merging instead of pruning, average pooling.
+        queries_only: Keep all keys and values and merge only the queries.
         proportional_attention: Let a merged key that stands for s tokens weigh s times, by adding log s to its
             logits (https://arxiv.org/abs/2210.09461, "proportional attention"). It is what keeps pictures close.
-        share_plan: One plan for all blocks of a level in a step, made by the first. Saves the other blocks' matchings,
-            but costs much fidelity: what is alike in the first block need not be in the last. Off, each block makes
-            its own.
+        plan_per: Who makes a plan of its own: each ``"block"``; the first block of each ``"stage"`` (the down block,
+            mid block or up block of the UNet), for all of them; or the first of each ``"level"``. Sharing saves
+            matchings, but what is alike in the first block need not be in the last.
+        plan_every: For how many steps a plan is used, at least 1.
         seed: Seed of the random destinations, at least 0.
 
     Raises:
@@ -51,15 +62,19 @@ class ToMeConfig:
     ratio: Ratio | Mapping[int, Ratio] = field(default_factory=CosineSchedule)
     max_downsample: int = 1
     cell_size: tuple[int, int] = (2, 2)
+    window: int | None = 8
     destinations: Destinations = "random"
     metric: Metric = "attention_input"
     merge_self_attention: bool = True
     merge_cross_attention: bool = False
     merge_mlp: bool = False
+    merge_block: bool = False
     mode: MergeMode = "merge"
     keys_values_only: bool = False
+    queries_only: bool = False
     proportional_attention: bool = True
-    share_plan: bool = False
+    plan_per: PlanPer = "stage"
+    plan_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +84,7 @@ class ToMeConfig:
             "destinations": ("random", "fixed"),
             "metric": ("attention_input", "block_input", "keys"),
             "mode": ("merge", "prune"),
+            "plan_per": ("block", "stage", "level"),
             "max_downsample": LEVELS,
         }.items():
             if getattr(self, name) not in allowed:
@@ -78,10 +94,21 @@ class ToMeConfig:
             raise ValueError(f"cell_size must be two whole numbers of at least 1, not {self.cell_size!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
-        if not (self.merge_self_attention or self.merge_cross_attention or self.merge_mlp):
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window must be None or a whole number of at least 1, not {self.window!r}")
+        if not isinstance(self.plan_every, int) or self.plan_every < 1:
+            raise ValueError(f"plan_every must be a whole number of at least 1, not {self.plan_every!r}")
+        if not (self.merge_self_attention or self.merge_cross_attention or self.merge_mlp or self.merge_block):
             raise ValueError("nothing to merge: self-attention, cross-attention and MLP are all switched off")
-        if self.keys_values_only and not self.merge_self_attention:
-            raise ValueError("keys_values_only needs merge_self_attention")
+        if self.keys_values_only + self.queries_only + self.merge_block > 1:
+            raise ValueError("of keys_values_only, queries_only and merge_block only one can be on")
+        for name in ("keys_values_only", "queries_only"):
+            if getattr(self, name) and not self.merge_self_attention:
+                raise ValueError(f"{name} needs merge_self_attention")
+        if self.merge_block:
+            if self.metric == "keys":
+                raise ValueError("merge_block measures similarity on the block's input; metric='keys' cannot be had")
+            object.__setattr__(self, "metric", "block_input")
         if isinstance(self.ratio, Mapping):
             object.__setattr__(self, "ratio", dict(self.ratio))
             if not self.ratio or not set(self.ratio) <= set(LEVELS):
@@ -90,13 +117,13 @@ class ToMeConfig:
             self._check_maximum(schedule)
 
     @property
-    def schedules(self) -> dict[int, Schedule]:
+    def schedules(self) -> dict[int, Schedule | AdaptiveRatio]:
         """The schedule of each level that is merged."""
         if isinstance(self.ratio, Mapping):
             return {level: _schedule(ratio) for level, ratio in sorted(self.ratio.items())}
         return {level: _schedule(self.ratio) for level in LEVELS if level <= self.max_downsample}
 
-    def _check_maximum(self, schedule: Schedule) -> None:
+    def _check_maximum(self, schedule: Schedule | AdaptiveRatio) -> None:
         height, width = self.cell_size
         maximum = 1 - 1 / (height * width)
         if max(schedule.ratios) > maximum + 1e-9:
@@ -106,5 +133,5 @@ class ToMeConfig:
             )
 
 
-def _schedule(ratio: Ratio) -> Schedule:
-    return ratio if isinstance(ratio, Schedule) else ConstantSchedule(ratio)
+def _schedule(ratio: Ratio) -> Schedule | AdaptiveRatio:
+    return ratio if isinstance(ratio, (Schedule, AdaptiveRatio)) else ConstantSchedule(ratio)

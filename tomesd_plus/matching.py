@@ -1,88 +1,144 @@
 """Which tokens merge into which: bipartite soft matching on a grid of cells.
 
-The method is that of Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (https://arxiv.org/abs/2303.17604),
-and its reference code, tomesd 0.1.3: one destination in every cell, every other token a source; each source looks
-for its most similar destination, and the sources that are most similar to theirs are merged.
+The method is that of Bolya and Hoffman, "Token Merging for Fast Stable Diffusion" (https://arxiv.org/abs/2303.17604):
+one destination in every cell, every other token of it a source; each source looks for its most similar destination,
+and the sources that are most similar to theirs are merged. Here a source may look only inside its window, and no
+score matrix of all sources and destinations is ever in memory.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tomesd_plus.plan import MergePlan
 
+MAX_SCORES = 1 << 23  # scores in memory at a time: 32 MB in float32
+
 
 def max_removed(height: int, width: int, cell_size: tuple[int, int]) -> int:
     """The number of sources in a grid, which is the most tokens that a plan can remove; 0 if no cell fits in."""
-    cells = (height // cell_size[0]) * (width // cell_size[1])
-    return height * width - cells if cells else 0
+    return (height // cell_size[0]) * (width // cell_size[1]) * (cell_size[0] * cell_size[1] - 1)
 
 
-def destination_mask(
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Destinations and sources of a grid of tokens, sorted by windows; shared by a batch.
+
+    Args:
+        tokens: Of the grid. Those in rows and columns that fill no cell are neither sources nor destinations.
+        destination: Token indices, (windows, destinations).
+        source: Token indices, (windows, sources).
+        twice: True where a source at the grid's edge stands in the list only to fill its window, and counts
+            elsewhere, (windows, sources); ``None`` if there is no such.
+    """
+
+    tokens: int
+    destination: Tensor
+    source: Tensor
+    twice: Tensor | None
+
+
+def make_cells(
     height: int,
     width: int,
     cell_size: tuple[int, int] = (2, 2),
+    window: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
-) -> Tensor:
-    """Choose one destination in each cell of a token grid.
+) -> Cells:
+    """Choose one destination in each cell of a token grid; the cell's other tokens are sources.
 
     Args:
-        height, width: Size of the grid, tokens. Rows and columns that fill no cell have no destination.
+        height, width: Size of the grid, tokens; at least one cell must fit in.
         cell_size: Height and width of a cell, tokens.
-        generator: Where to draw the place in each cell from; ``None`` takes each cell's first token.
-        device: Where the mask is wanted. It is drawn where the generator lives, so that a generator on the CPU
-            gives the same mask for every device.
-
-    Returns:
-        (height, width), bool: True at destinations.
+        window: Side of the windows, cells. A source is compared with the destinations of its window. ``None``: one
+            window holds the whole grid.
+        generator: Where to draw the destination's place in each cell from; ``None`` takes each cell's first token. It
+            may live on another device than the one wanted: one on the CPU gives the same cells for every device.
+        device: Where the index tensors are wanted.
     """
     cell_height, cell_width = cell_size
     rows, columns = height // cell_height, width // cell_width
+    shape = (rows, columns, 1)
     if generator is None:
-        place = torch.zeros(rows, columns, 1, dtype=torch.int64, device=device)
+        place = torch.zeros(shape, dtype=torch.int64)
     else:
-        size = (rows, columns, 1)
-        place = torch.randint(cell_height * cell_width, size, device=generator.device, generator=generator).to(device)
-    cells = torch.zeros(rows, columns, cell_height * cell_width, dtype=torch.bool, device=device)
-    cells.scatter_(2, place, torch.ones_like(place, dtype=torch.bool))
-    cells = cells.view(rows, columns, cell_height, cell_width).transpose(1, 2)
-    mask = torch.zeros(height, width, dtype=torch.bool, device=device)
-    mask[: rows * cell_height, : columns * cell_width] = cells.reshape(rows * cell_height, columns * cell_width)
-    return mask
+        place = torch.randint(cell_height * cell_width, shape, device=generator.device, generator=generator)
+    others = torch.arange(cell_height * cell_width - 1, device=place.device)
+    order = torch.cat([place, others + (others >= place)], dim=2)  # the destination, then the cell's other tokens
+    y = torch.arange(rows, device=place.device)[:, None, None] * cell_height + order // cell_width
+    x = torch.arange(columns, device=place.device)[:, None] * cell_width + order % cell_width
+    tokens = y * width + x  # (rows, columns, tokens of a cell)
+    twice = None
+    if window is not None:
+        tokens, twice = _windows(tokens, min(window, max(rows, columns)))
+    else:
+        tokens = tokens.reshape(1, rows * columns, -1)
+    return Cells(
+        height * width,
+        tokens[:, :, 0].to(device).contiguous(),
+        tokens[:, :, 1:].flatten(1).to(device),
+        None if twice is None else twice.to(device),
+    )
+
+
+def _windows(tokens: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
+    """Sort cells (rows, columns, tokens) by windows: (windows, cells, tokens), and which sources stand there twice."""
+    rows, columns, size = tokens.shape
+    down, across = -(-rows // side), -(-columns // side)
+    y = torch.arange(down * side, device=tokens.device)
+    x = torch.arange(across * side, device=tokens.device)
+    filled = tokens[y.clamp(max=rows - 1)][:, x.clamp(max=columns - 1)]
+    beyond = (y[:, None] >= rows) | (x >= columns)
+    both = torch.cat([filled, beyond[..., None].to(filled)], dim=2)
+    both = both.view(down, side, across, side, size + 1).transpose(1, 2).reshape(down * across, side * side, size + 1)
+    twice = both[:, :, -1:].bool().expand(-1, -1, size - 1).flatten(1)
+    return both[:, :, :-1], twice if rows % side or columns % side else None
 
 
 @torch.no_grad()
-def bipartite_match(metric: Tensor, mask: Tensor, destinations: int, removed: int) -> MergePlan:
-    """Merge the sources that are most similar to a destination.
+def match(metric: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+    """Find the most similar destination of each source.
 
     Args:
         metric: What similarity (cosine) is measured on, (batch, tokens, channels).
-        mask: True at destinations, (height, width) with height · width = tokens; shared by the batch.
-        destinations: The number of True values in the mask, given so that no value is read from the device.
-        removed: How many tokens to remove, at least 1; never more than there are sources.
+        cells: Sources and destinations.
 
     Returns:
-        The plan; each sample of the batch has its own matching.
+        Similarity in [-1, 1], or −inf where a source stands twice; and the destination's place in its window. Both
+        (batch, windows, sources).
     """
-    batch = metric.shape[0]
-    # The very calls of tomesd, on the very dtype: the order that an unstable sort leaves decides the order of sums.
-    order = mask.reshape(1, -1, 1).to(torch.int64).neg().argsort(dim=1)[..., 0]  # destinations first
-    destination = order[:, :destinations].expand(batch, -1)
-    source = order[:, destinations:].expand(batch, -1)
+    batch, _, channels = metric.shape
+    windows, destinations = cells.destination.shape
+    target = metric.index_select(1, cells.destination.flatten())
+    target = target / _length(target)
+    target = target.view(batch, windows, destinations, channels).transpose(-1, -2)
+    parts = []
+    for chunk in cells.source.split(max(1, MAX_SCORES // (batch * windows * destinations)), dim=1):
+        source = metric.index_select(1, chunk.flatten())
+        score, best = (source.view(batch, windows, -1, channels) @ target).max(dim=-1)
+        parts.append((score / _length(source).view(score.shape), best))
+    similarity, best = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    if cells.twice is not None:
+        similarity = similarity.masked_fill(cells.twice, -torch.inf)
+    return similarity, best
 
-    norm = metric.norm(dim=-1, keepdim=True)
-    metric = metric / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a token of zeros is similar to nothing
-    channels = metric.shape[2]
-    a = metric.gather(1, source[..., None].expand(-1, -1, channels))
-    b = metric.gather(1, destination[..., None].expand(-1, -1, channels))
-    similarity, best = (a @ b.transpose(-1, -2)).max(dim=-1)  # (batch, sources)
-    ranked = similarity.argsort(dim=-1, descending=True)
 
-    removed = min(removed, source.shape[1])
-    merged, unmerged = ranked[:, :removed], ranked[:, removed:]
-    return MergePlan.from_indices(
-        unmerged=source.gather(1, unmerged),
-        destination=destination,
-        merged=source.gather(1, merged),
-        target=best.gather(1, merged),
-    )
+def merge_most_similar(similarity: Tensor, best: Tensor, cells: Cells, removed: int) -> MergePlan:
+    """Plan to merge the sources that are most similar to their destinations.
+
+    Args:
+        similarity, best: As :func:`match` returns them.
+        cells: The same as there.
+        removed: How many tokens to remove, at most as many as there are sources; from each sample of the batch.
+    """
+    destinations, sources = cells.destination.shape[1], cells.source.shape[1]
+    chosen = similarity.flatten(1).topk(removed, sorted=False).indices
+    place = chosen // sources * destinations + best.flatten(1).gather(1, chosen)
+    return MergePlan.from_pairs(cells.source.flatten()[chosen], cells.destination.flatten()[place], cells.tokens)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    length = vectors.norm(dim=-1, keepdim=True)
+    return length.clamp_min(torch.finfo(length.dtype).tiny)  # a token of zeros is similar to nothing

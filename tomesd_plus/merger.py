@@ -3,18 +3,28 @@
 import hashlib
 import warnings
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from tomesd_plus.config import ToMeConfig
-from tomesd_plus.matching import bipartite_match, destination_mask, max_removed
+from tomesd_plus.levels import Level, levels_of
+from tomesd_plus.matching import match, merge_most_similar
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.report import LayerRecord, StepRecord
+from tomesd_plus.schedule import AdaptiveRatio
 from tomesd_plus.step import Step, StepTracker
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _outside_graphs(function: _Function) -> _Function:
+    """Keep what reads the host's values out of the graph when a whole model is compiled."""
+    return cast(_Function, torch.compiler.disable(function))
 
 
 class TokenMerger:
@@ -29,11 +39,12 @@ class TokenMerger:
 
     step: Step | None  # the model's call under way, or the latest
     running: bool  # between the model's pre-hook and its hook
-    plans: dict[tuple[int, nn.Module | None], tuple[MergePlan, int, int]]  # by level and, if not shared, layer;
-    # with the level's height and width in tokens
+    levels: dict[int, Level]  # of this step, by number of tokens
+    plans: dict[tuple[int, nn.Module | str | None], MergePlan | None]  # by level and by what shares a plan
     block_plan: MergePlan | None  # that of the transformer block under way
+    inside_block: bool  # True if all layers of the transformer block under way run on merged tokens
     _merged_layer: nn.Module | None  # between its pre-hook and its hook
-    generator: torch.Generator | None  # of this step's random destinations
+    _entered: tuple[Tensor, Tensor] | None  # a block's input before and after merging
 
     def __init__(
         self,
@@ -52,6 +63,7 @@ class TokenMerger:
         self._schedules = config.schedules
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
+        self._stages: dict[nn.Module, str] = {}
         self._warned = False
         self._reset()
 
@@ -71,6 +83,7 @@ class TokenMerger:
         """
         self.attentions = attentions
         self._names = {module: f"{self.name}{name}" for name, module in model.named_modules()}
+        self._stages = {module: name.partition(".attentions.")[0] for name, module in model.named_modules()}
         self._handles = [
             model.register_forward_pre_hook(self.begin_step, with_kwargs=True),
             model.register_forward_hook(self.end_step),
@@ -81,6 +94,9 @@ class TokenMerger:
         for block in model.modules():
             if isinstance(block, BasicTransformerBlock):
                 self._handles.append(block.register_forward_pre_hook(self.enter_block, with_kwargs=True))
+                if config.merge_block:
+                    self._handles.append(block.register_forward_hook(self.leave_block))
+                    continue
                 if config.merge_cross_attention and block.attn2 is not None:
                     self._hook_around(block.attn2)
                 if config.merge_mlp:
@@ -92,6 +108,7 @@ class TokenMerger:
             handle.remove()
         self._handles.clear()
         self._names.clear()
+        self._stages.clear()
         self.attentions = []
         self._reset()
 
@@ -101,24 +118,32 @@ class TokenMerger:
 
     # The model's hooks ------------------------------------------------------------------------------------------
 
+    @_outside_graphs
     def begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: read the step, drop the last one's plans, reseed."""
+        """Before the model: read the step, lay out its levels, drop plans that no longer hold."""
         if not any(getattr(attention.processor, "merger", None) is self for attention in self.attentions):
             self.detach()  # the processors were replaced: nothing is left behind
             return
-        self._reset()
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.step = self.tracker.observe(sample, timestep)
+        before, plans = self.step, self.plans
+        self._reset()
+        self.step = step = self.tracker.observe(sample, timestep)
+        if before is not None and self._same_plans(before, step):
+            self.plans = plans
         self.running = True
-        if self.step.new_generation:
+        if step.new_generation:
             self.records = {name: LayerRecord(name, reason=reason) for name, reason in self.excluded.items()}
             self.steps.clear()
-        self.steps.append(StepRecord(self.step.index, self.step.noise_level))
-        # By the noise level, not by counting: the same step draws the same grid, whatever ran before it.
-        seed = hashlib.sha256(f"{self.config.seed} {self.step.noise_level:.6f}".encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
+        self.steps.append(StepRecord(step.index, step.noise_level))
+        generator = None
+        if self.config.destinations == "random":
+            # By the noise level, not by counting: the same step draws the same cells, whatever ran before it.
+            seed = hashlib.sha256(f"{self.config.seed} {step.noise_level:.6f}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
+        self.levels = levels_of(step, self.config, generator, sample.device)
 
+    @_outside_graphs
     def end_step(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model: say so once if nothing at all was merged.
 
@@ -128,11 +153,34 @@ class TokenMerger:
             self._warn_if_idle(self.step)
         self.running = False
 
-    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a transformer block: forget the last block's plan, or match on the raw input at once."""
-        self.block_plan = None
-        if self.config.metric == "block_input" and self._active:
-            self.block_plan = self._plan(args[0] if args else kwargs["hidden_states"], block)
+    def enter_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a transformer block: forget the last block's plan; match on the raw input, merge it if so wanted."""
+        self.block_plan, self.inside_block, self._entered = None, False, None
+        if self.config.metric != "block_input" or not self._active:
+            return None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self.block_plan = self._plan(hidden_states, block)
+        if not self.config.merge_block:
+            return None
+        reason = _why_not_whole(args, kwargs)
+        if self.block_plan is None or reason is not None:
+            self.record(block, hidden_states.shape[1], 0, reason or self._reason(hidden_states.shape[1]))
+            self.block_plan = None
+            return None
+        self.record(block, hidden_states.shape[1], self.block_plan.removed)
+        merged = self.block_plan.merge(hidden_states, self.config.mode)
+        self.inside_block, self._entered = True, (hidden_states, merged)
+        return ((merged, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": merged})
+
+    def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After it: what the block has added to a merged token is added to all tokens that it stands for."""
+        if self._entered is None or self.block_plan is None:
+            return None
+        hidden_states, merged = self._entered
+        plan, self.block_plan, self.inside_block, self._entered = self.block_plan, None, False, None
+        return hidden_states + plan.unmerge(output - merged)
 
     def merge_input(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,36 +206,42 @@ class TokenMerger:
     # For the processors -----------------------------------------------------------------------------------------
 
     def plan_for(self, attention: nn.Module, hidden_states: Tensor) -> MergePlan | None:
-        """The plan of a self-attention layer's input (batch, tokens, channels); ``None`` to leave it alone."""
+        """The plan of a self-attention layer's input (batch, tokens, channels); ``None`` to leave it alone.
+
+        Inside a block that is merged as a whole it is the plan by which the input has been merged already.
+        """
         if not self._active:
             self._warn_if_stranger(attention)
             return None
+        if self.inside_block:
+            plan = self.block_plan
+            return plan if plan is not None and plan.kept.shape == hidden_states.shape[:2] else None
         if self.config.metric == "block_input":
             plan = self.block_plan if self.block_plan is not None and self.block_plan.fits(hidden_states) else None
         else:
             plan = self._plan(hidden_states, attention)
             if plan is not None:  # else it may be an attention beside the block's own, which has its plan
                 self.block_plan = plan
-        if not self.config.merge_self_attention:
+        if not self.config.merge_self_attention or self.config.merge_block:
             return None
         reason = self._reason(hidden_states.shape[1]) if plan is None else None
         self.record(attention, hidden_states.shape[1], plan.removed if plan else 0, reason)
         return plan
 
     def record(self, layer: nn.Module, tokens: int, removed: int, reason: str | None = None) -> None:
-        """Note what was done to a layer in this step."""
-        if self.step is None or not self.running:
+        """Note what was done to a layer in this step; compiled layers leave no notes."""
+        if self.step is None or not self.running or torch.compiler.is_compiling():
             return
         name = self._names.get(layer, type(layer).__name__)
         record = self.records.setdefault(name, LayerRecord(name))
-        level = self.step.grid(tokens)
-        record.downsample = level[0] if level else None
+        level = self.levels.get(tokens)
+        record.downsample = level.downsample if level else None
         record.calls += 1
         record.tokens += tokens
         record.removed += removed
         record.reason = reason
         if removed and level:
-            self.steps[-1].removed[level[0]] = removed / tokens
+            self.steps[-1].removed[level.downsample] = removed / tokens
 
     # Planning ---------------------------------------------------------------------------------------------------
 
@@ -196,54 +250,63 @@ class TokenMerger:
         """True in the model's call, and when a checkpointed block of it is run once more for gradients."""
         return self.step is not None and (self.running or torch.is_grad_enabled())
 
+    def _same_plans(self, before: Step, step: Step) -> bool:
+        """True if the plans of an earlier step hold for this one."""
+        every = self.config.plan_every
+        return (
+            every > 1
+            and not step.new_generation
+            and step.index is not None
+            and before.index is not None
+            and step.index // every == before.index // every
+            and (step.height, step.width, step.batch) == (before.height, before.width, before.batch)
+        )
+
     def _plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
-        assert self.step is not None
-        level = self.step.grid(hidden_states.shape[1])
-        if level is None or level[0] not in self._schedules:
+        level = self.levels.get(hidden_states.shape[1])
+        if level is None or level.cells is None:
             return None
-        downsample, height, width = level
-        removed = self._removed(downsample, height, width)
-        if removed == 0:
-            return None
-        key = (downsample, None if self.config.share_plan else layer)
-        if key not in self.plans or not self.plans[key][0].fits(hidden_states):
-            plan = self._match(_metric(self.config, hidden_states, layer), height, width, removed)
-            self.plans[key] = (plan, height, width)
-        return self.plans[key][0]
+        shared = self.config.plan_per != "block" or self.config.plan_every > 1
+        if not shared and torch.compiler.is_compiling():
+            return self._match(hidden_states, layer, level)
+        key = (level.downsample, self._shared_by(layer))
+        plan = self.plans.get(key)
+        if plan is None or not plan.fits(hidden_states) or not self._still_right(plan, level):
+            plan = self.plans[key] = self._match(hidden_states, layer, level)
+        return plan
 
-    def _removed(self, downsample: int, height: int, width: int) -> int:
-        assert self.step is not None
-        ratio = self._schedules[downsample](self.step.noise_level)
-        return min(int(height * width * ratio), max_removed(height, width, self.config.cell_size))
+    def _shared_by(self, layer: nn.Module) -> nn.Module | str | None:
+        if self.config.plan_per == "block":
+            return layer
+        return self._stages.get(layer) if self.config.plan_per == "stage" else None
 
-    def _match(self, metric: Tensor, height: int, width: int, removed: int) -> MergePlan:
-        mask = self._destinations(height, width, metric.shape[0], metric.device)
-        sources = max_removed(height, width, self.config.cell_size)
-        return bipartite_match(metric, mask, height * width - sources, removed)
+    def _still_right(self, plan: MergePlan, level: Level) -> bool:
+        adaptive = isinstance(self._schedules[level.downsample], AdaptiveRatio)
+        return adaptive or plan.removed == level.removed
 
-    def _destinations(self, height: int, width: int, batch: int, device: torch.device) -> Tensor:
-        generator = self.generator if self.config.destinations == "random" else None
-        return destination_mask(height, width, self.config.cell_size, generator, device)
+    def _match(self, hidden_states: Tensor, layer: nn.Module, level: Level) -> MergePlan | None:
+        assert level.cells is not None
+        similarity, best = match(_metric(self.config, hidden_states, layer), level.cells)
+        removed, ratio = level.removed, self._schedules[level.downsample]
+        if isinstance(ratio, AdaptiveRatio):
+            alike = (similarity >= ratio.similarity).sum().item() / similarity.shape[0]  # waits for the device
+            removed = min(removed, int(level.cells.tokens * ratio.choose(alike / level.cells.tokens)))
+        return merge_most_similar(similarity, best, level.cells, removed) if removed else None
 
     # Telling the user -------------------------------------------------------------------------------------------
 
     def _reason(self, tokens: int) -> str:
         assert self.step is not None
-        level = self.step.grid(tokens)
+        level = self.levels.get(tokens)
         if level is None:
             return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
-        if level[0] not in self._schedules:
-            return f"level {level[0]} is not merged by the configuration"
-        if not max_removed(*level[1:], self.config.cell_size):
-            return f"no cell fits in {level[1]} × {level[2]} tokens"
-        if self._schedules[level[0]](self.step.noise_level) > 0:
-            return f"the ratio is less than one of {tokens} tokens"
-        return "the ratio is 0 at this noise level"
+        return level.reason or "too few tokens are alike"
 
     def _warn_if_idle(self, step: Step) -> None:
-        wanted = [level for level, schedule in self._schedules.items() if schedule(step.noise_level) > 0]
-        if not wanted or any(record.removed for record in self.records.values()):
-            return
+        ratios = {level: s for level, s in self._schedules.items() if not isinstance(s, AdaptiveRatio)}
+        wanted = [level for level, schedule in ratios.items() if schedule(step.noise_level) > 0]
+        if not wanted or not self.records or any(record.removed for record in self.records.values()):
+            return  # nothing to merge, compiled, or merged
         self._warned = True
         levels = sorted({record.downsample for record in self.records.values() if record.downsample})
         if levels and not set(levels) & set(wanted):
@@ -271,20 +334,32 @@ class TokenMerger:
     def _reset(self) -> None:
         self.step = None
         self.running = False
+        self.levels = {}
         self.plans = {}
         self.block_plan = None
+        self.inside_block = False
         self._merged_layer = None
-        self.generator = None
+        self._entered = None
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = dict.fromkeys(("step", "block_plan", "_merged_layer", "generator"))
-        return {**self.__dict__, **nothing, "running": False, "plans": {}}
+        nothing = dict.fromkeys(("step", "block_plan", "_merged_layer", "_entered"))
+        return {**self.__dict__, **nothing, "running": False, "inside_block": False, "levels": {}, "plans": {}}
 
 
 def mergers_on(model: nn.Module) -> list[TokenMerger]:
     """The mergers whose hooks are on a model."""
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, TokenMerger)]
+
+
+def _why_not_whole(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a transformer block cannot run on merged tokens as a whole, or ``None``."""
+    if (args[1] if len(args) > 1 else kwargs.get("attention_mask")) is not None:
+        return "it has an attention mask"
+    extra = kwargs.get("cross_attention_kwargs") or {}
+    if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
+        return "it looks at places in the picture"
+    return None
 
 
 def _metric(config: ToMeConfig, hidden_states: Tensor, attention: Any) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 MergeMode = Literal["merge", "prune"]
 
@@ -13,41 +14,59 @@ MergeMode = Literal["merge", "prune"]
 class MergePlan:
     """Index tensors that shorten a sequence of N tokens to M and bring it back to N.
 
-    The M tokens of a merged sequence are the sources that stay, then the destinations, in the order of the indices
-    below. A plan made for one tensor may be used on any other with the same batch and tokens.
+    A plan made for one tensor may be used on any other with the same batch and tokens. Merging is one kernel, and so
+    is unmerging; what they need is computed once, with the plan.
 
     Args:
-        unmerged: Token indices of the sources that stay, (batch, M - destinations).
-        destination: Token indices of the destinations, (batch, destinations).
-        merged: Token indices of the sources that are merged away, (batch, N - M).
-        target: For each merged source its destination, as an index into ``destination``, (batch, N - M).
+        kept: For each of the M tokens of the merged sequence the token that it is, or that its group is merged into,
+            (batch, M).
         inverse: For each of the N tokens its place in the merged sequence, (batch, N).
+        sizes: How many tokens each token of the merged sequence stands for, (batch, M), at least 1.
+        members: All tokens of the batch, those of one group side by side, as rows of (batch · N), in the order of the
+            merged sequence, (batch · N,).
+        starts: Where in ``members`` each group begins, (batch · M,).
 
     Example:
-        >>> plan = MergePlan.from_indices(
-        ...     unmerged=torch.tensor([[3]]), destination=torch.tensor([[0]]),
-        ...     merged=torch.tensor([[1, 2]]), target=torch.tensor([[0, 0]]))
+        >>> plan = MergePlan.from_inverse(kept=torch.tensor([[0, 3]]), inverse=torch.tensor([[0, 0, 0, 1]]))
         >>> x = torch.tensor([[[1.0], [2.0], [6.0], [5.0]]])
         >>> plan.merge(x).flatten().tolist()
-        [5.0, 3.0]
+        [3.0, 5.0]
         >>> plan.unmerge(plan.merge(x)).flatten().tolist()
         [3.0, 3.0, 3.0, 5.0]
     """
 
-    unmerged: Tensor
-    destination: Tensor
-    merged: Tensor
-    target: Tensor
+    kept: Tensor
     inverse: Tensor
+    sizes: Tensor
+    members: Tensor
+    starts: Tensor
 
     @classmethod
-    def from_indices(cls, unmerged: Tensor, destination: Tensor, merged: Tensor, target: Tensor) -> "MergePlan":
-        """Build a plan, with the inverse that its unmerge needs. All four are (batch, …), as in the class."""
-        kept = torch.cat([unmerged, destination], dim=1)
-        inverse = kept.new_empty(kept.shape[0], kept.shape[1] + merged.shape[1])
-        inverse.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
-        inverse.scatter_(1, merged, target + unmerged.shape[1])
-        return cls(unmerged, destination, merged, target, inverse)
+    def from_inverse(cls, kept: Tensor, inverse: Tensor) -> "MergePlan":
+        """Build a plan from its first two tensors, as in the class."""
+        sizes = torch.zeros_like(kept).scatter_add_(1, inverse, torch.ones_like(inverse))
+        members = _rows(inverse, kept.shape[1]).argsort(stable=True)
+        starts = sizes.flatten().cumsum(0) - sizes.flatten()
+        return cls(kept, inverse, sizes, members, starts)
+
+    @classmethod
+    def from_pairs(cls, source: Tensor, destination: Tensor, tokens: int) -> "MergePlan":
+        """Build the plan that merges each source into its destination and leaves all other tokens.
+
+        Args:
+            source: Tokens to merge away, none twice, (batch, removed).
+            destination: Into which token each goes, one that stays itself, (batch, removed).
+            tokens: N.
+        """
+        batch, removed = source.shape
+        every = torch.arange(tokens, device=source.device).expand(batch, -1)
+        stays = torch.ones_like(every).scatter_(1, source, 0)
+        inverse = stays.cumsum(1) - 1
+        inverse.scatter_(1, source, inverse.gather(1, destination))
+        last = tokens - removed  # a place for those that do not stay, cut off again
+        kept = torch.empty(batch, last + 1, dtype=torch.int64, device=source.device)
+        kept = kept.scatter_(1, torch.where(stays.bool(), inverse, last), every)[:, :last]
+        return cls.from_inverse(kept, inverse)
 
     @property
     def tokens(self) -> int:
@@ -57,7 +76,7 @@ class MergePlan:
     @property
     def removed(self) -> int:
         """N - M, the tokens that merging removes."""
-        return self.merged.shape[1]
+        return self.inverse.shape[1] - self.kept.shape[1]
 
     @property
     def batch(self) -> int:
@@ -77,27 +96,25 @@ class MergePlan:
 
         Args:
             hidden_states: The tokens; any floating dtype.
-            mode: ``"merge"``: a destination becomes the mean of itself and the sources merged into it. ``"prune"``:
-                it stays as it is, and the merged sources are dropped.
+            mode: ``"merge"``: each group becomes its mean. ``"prune"``: it becomes its destination, and the merged
+                sources are dropped.
         """
-        unmerged = _take(hidden_states, self.unmerged)
-        destination = _take(hidden_states, self.destination)
+        batch, tokens, channels = hidden_states.shape
+        rows = hidden_states.reshape(batch * tokens, channels)
         if mode == "merge":
-            source = _take(hidden_states, self.merged)
-            index = self.target[..., None].expand_as(source)
-            destination = destination.scatter_reduce(1, index, source, reduce="mean")
-        return torch.cat([unmerged, destination], dim=1)
+            merged = embedding_bag(self.members, rows, self.starts, mode="mean")
+        else:
+            merged = rows.index_select(0, _rows(self.kept, tokens))
+        return merged.view(batch, -1, channels)
 
     def unmerge(self, hidden_states: Tensor) -> Tensor:
-        """Lengthen (batch, M, channels) to (batch, N, channels): a merged source gets its destination's value."""
-        return _take(hidden_states, self.inverse)
-
-    def sizes(self) -> Tensor:
-        """How many tokens each token of the merged sequence stands for: (batch, M), int64, at least 1."""
-        kept = self.tokens - self.removed
-        sizes = torch.zeros(self.batch, kept, dtype=torch.int64, device=self.inverse.device)
-        return sizes.scatter_add_(1, self.inverse, torch.ones_like(self.inverse))
+        """Lengthen (batch, M, channels) to (batch, N, channels): every token of a group gets the group's value."""
+        batch, places, channels = hidden_states.shape
+        rows = hidden_states.reshape(batch * places, channels)
+        return rows.index_select(0, _rows(self.inverse, places)).view(batch, -1, channels)
 
 
-def _take(hidden_states: Tensor, index: Tensor) -> Tensor:
-    return hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[2]))
+def _rows(index: Tensor, length: int) -> Tensor:
+    """From (batch, …) indices into sequences to indices into the rows of all sequences, one after the other."""
+    first = torch.arange(index.shape[0], device=index.device) * length
+    return (index + first[:, None]).flatten()

@@ -8,6 +8,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from tomesd_plus.attention import attention
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.merger import TokenMerger, mergers_on
 
@@ -23,6 +24,8 @@ class ToMeProcessor:
     Set this way it replaces what processors the model had, an IP-Adapter's too, and takes 1,000 timesteps of training
     for granted; to keep the processors use :func:`tomesd_plus.apply_token_merging`. An instance serves one model.
 
+    It honours ``unet.set_attention_backend(…)``, which diffusers' own processors for these models do not.
+
     Args:
         config: What to merge; ``ToMeConfig()`` by default.
         inner: The processor to merge around; diffusers' scaled-dot-product one by default.
@@ -33,6 +36,9 @@ class ToMeProcessor:
         TypeError: Both ``config`` and options are given.
         ValueError: An option is out of range.
     """
+
+    _attention_backend: Any = None  # diffusers' ``set_attention_backend`` sets it on processors that have it
+    _parallel_config: Any = None
 
     def __init__(
         self,
@@ -70,17 +76,36 @@ class ToMeProcessor:
                 tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
                 self.merger.record(attn, tokens, 0, reason)
         if plan is None:
-            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+            return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
         config = self.merger.config
+        sizes = plan.sizes if config.proportional_attention and not config.queries_only else None
+        if self.merger.inside_block:
+            return self._attend(attn, hidden_states, None, None, temb, *args, sizes=sizes, **kwargs)
         merged = plan.merge(hidden_states, config.mode)
-        bias = None
-        if config.proportional_attention:
-            # (batch, 1, merged tokens), added to the logits of every head and query
-            bias = plan.sizes().log()[:, None].to(hidden_states.dtype)
         if config.keys_values_only:
-            return self.inner(attn, hidden_states, merged, bias, temb, *args, **kwargs)
-        return plan.unmerge(self.inner(attn, merged, None, bias, temb, *args, **kwargs))
+            return self._attend(attn, hidden_states, merged, None, temb, *args, sizes=sizes, **kwargs)
+        key_value_states = hidden_states if config.queries_only else None
+        return plan.unmerge(self._attend(attn, merged, key_value_states, None, temb, *args, sizes=sizes, **kwargs))
+
+    def _attend(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+        *args: Any,
+        sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend by the inner processor, or in its place where a kernel that it cannot use is to be had."""
+        own = self._attention_backend is not None or (sizes is not None and hidden_states.device.type == "cuda")
+        if own and type(self.inner) is AttnProcessor2_0 and _is_plain(attn, hidden_states, attention_mask):
+            return attention(attn, hidden_states, encoder_hidden_states, sizes, self._attention_backend)
+        if sizes is not None:  # (batch, 1, keys), added to the logits of every head and query
+            attention_mask = sizes.log()[:, None].to(hidden_states.dtype)
+        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -159,6 +184,18 @@ def adopt(model: nn.Module, merger: TokenMerger) -> bool:
 
 def _carries(model: nn.Module, processor: ToMeProcessor) -> bool:
     return any(getattr(module, "processor", None) is processor for module in model.modules())
+
+
+def _is_plain(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:
+    """True if a call is attention and nothing else."""
+    return (
+        hidden_states.ndim == 3
+        and attention_mask is None
+        and attn.group_norm is None
+        and attn.spatial_norm is None
+        and not attn.residual_connection
+        and not attn.norm_cross
+    )
 
 
 def _why_not(

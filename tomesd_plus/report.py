@@ -75,15 +75,17 @@ class TokenMergingReport:
 
         Returns:
             (height, width) of the level's tokens, int64, on the CPU, for the last sample of the batch, which under
-            guidance is one with the prompt; ``None`` if nothing was merged there. With ``share_plan=False`` it shows
-            the plan of the level's last block.
+            guidance is one with the prompt; ``None`` if nothing was merged there. Where blocks have plans of their
+            own it shows the last block's.
         """
-        plans = {key[0]: plan for key, plan in next(iter(self._mergers.values())).plans.items()}
+        merger = next(iter(self._mergers.values()))
+        plans = {key[0]: plan for key, plan in merger.plans.items() if plan is not None}
         level = min(plans, default=None) if level is None else level
         if level not in plans:
             return None
-        plan, height, width = plans[level]
-        return plan.sizes()[-1].gather(0, plan.inverse[-1]).reshape(height, width).cpu()
+        sizes = plans[level].sizes[-1].gather(0, plans[level].inverse[-1])
+        grid = next(grid for grid in merger.levels.values() if grid.downsample == level)
+        return sizes.reshape(grid.height, grid.width).cpu()
 
     @property
     def removed(self) -> dict[int, float]:

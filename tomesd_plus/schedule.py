@@ -171,6 +171,34 @@ class StepsSchedule(Schedule):
         return StepsSchedule(tuple(ratios))
 
 
+@dataclass(frozen=True)
+class AdaptiveRatio:
+    """As many tokens as are in fact alike, in few fixed sizes: plain pictures lose more, busy ones fewer.
+
+    Unlike a schedule it looks at the tokens, so each plan waits for the device once, to read one number.
+
+    Args:
+        similarity: Cosine similarity, in [-1, 1], from which on a source counts as like its destination.
+        ratios: The ratios to choose from, in [0, 1). The greatest is taken that is not above the share of tokens
+            which are alike, averaged over the batch; none, if all are above it.
+    """
+
+    similarity: float = 0.9
+    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", tuple(self.ratios))
+        if not self.ratios:
+            raise ValueError("AdaptiveRatio needs at least one ratio")
+        _check(self.ratios)
+        if not -1 <= self.similarity <= 1:
+            raise ValueError(f"similarity must lie in [-1, 1], not {self.similarity!r}")
+
+    def choose(self, share: float) -> float:
+        """The ratio for a share of tokens that are alike."""
+        return max((ratio for ratio in self.ratios if ratio <= share), default=0.0)
+
+
 def _check(ratios: Sequence[float]) -> None:
     for ratio in ratios:
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:

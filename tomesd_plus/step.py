@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomesd_plus.config import LEVELS
-
 
 @dataclass(frozen=True)
 class Step:
@@ -27,14 +25,6 @@ class Step:
     width: int
     batch: int
     new_generation: bool
-
-    def grid(self, tokens: int) -> tuple[int, int, int] | None:
-        """Find the level with that many tokens: ``(downsample, height, width)``, or ``None`` if none has."""
-        for downsample in LEVELS:
-            height, width = -(-self.height // downsample), -(-self.width // downsample)
-            if height * width == tokens:
-                return downsample, height, width
-        return None
 
 
 class StepTracker:

@@ -5,16 +5,17 @@ here with the package's own processor and hooks, so other processors stay, and s
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tomesd_plus.config import LEVELS, ToMeConfig
-from tomesd_plus.matching import destination_mask, max_removed
+from tomesd_plus.matching import make_cells
 from tomesd_plus.merger import TokenMerger, mergers_on
 from tomesd_plus.pipeline import merge_with, remove_token_merging
-from tomesd_plus.plan import MergePlan
+from tomesd_plus.plan import MergeMode, MergePlan
 
 __all__ = ["apply_patch", "remove_patch"]
 
@@ -58,7 +59,6 @@ def apply_patch(
         merge_cross_attention=merge_crossattn,
         merge_mlp=merge_mlp,
         proportional_attention=False,
-        share_plan=False,
     )
     merge_with(
         getattr(model, "unet", model),  # and no ControlNet
@@ -96,16 +96,86 @@ class _TomesdMerger(TokenMerger):
         if self.global_generator is None:
             self.global_generator = _copy_of_global_generator(hidden_states.device)
         removed = int(tokens * self.ratio)
-        sources = max_removed(height, width, self.config.cell_size)
-        if removed <= 0 or not sources or height * width != tokens:
+        cell_height, cell_width = self.config.cell_size
+        cells = (height // cell_height) * (width // cell_width)
+        if removed <= 0 or cells in (0, tokens) or height * width != tokens:
             return None
-        return self._match(hidden_states.detach(), height, width, removed)
-
-    def _destinations(self, height: int, width: int, batch: int, device: torch.device) -> Tensor:
-        random = self.config.destinations == "random" and batch % 2 == 0
-        return destination_mask(
-            height, width, self.config.cell_size, self.global_generator if random else None, device
+        random = self.config.destinations == "random" and hidden_states.shape[0] % 2 == 0
+        destination = draw_destinations(
+            height, width, self.config.cell_size, self.global_generator if random else None, hidden_states.device
         )
+        return bipartite_match(hidden_states.detach(), destination, removed)
+
+
+def draw_destinations(
+    height: int, width: int, cell_size: tuple[int, int], generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """The destinations' token indices, (destinations,), of the very numbers that tomesd draws."""
+    return make_cells(height, width, cell_size, None, generator, device).destination[0]
+
+
+@torch.no_grad()
+def bipartite_match(metric: Tensor, destination: Tensor, removed: int) -> "TomesdPlan":
+    """Match by the very calls of tomesd: the order that an unstable sort leaves decides the order of sums.
+
+    Args:
+        metric: (batch, tokens, channels).
+        destination: Token indices, (destinations,); every other token is a source.
+        removed: How many tokens to remove, at least 1; never more than there are sources.
+    """
+    batch, tokens, channels = metric.shape
+    mask = torch.zeros(1, tokens, 1, dtype=torch.int64, device=metric.device)
+    mask[:, destination] = -1
+    order = mask.argsort(dim=1)[..., 0]  # destinations first
+    destination = order[:, : len(destination)].expand(batch, -1)
+    source = order[:, destination.shape[1] :].expand(batch, -1)
+
+    norm = metric.norm(dim=-1, keepdim=True)
+    metric = metric / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a token of zeros is similar to nothing
+    a = metric.gather(1, source[..., None].expand(-1, -1, channels))
+    b = metric.gather(1, destination[..., None].expand(-1, -1, channels))
+    similarity, best = (a @ b.transpose(-1, -2)).max(dim=-1)  # (batch, sources)
+    ranked = similarity.argsort(dim=-1, descending=True)
+
+    removed = min(removed, source.shape[1])
+    merged, unmerged = source.gather(1, ranked[:, :removed]), source.gather(1, ranked[:, removed:])
+    return TomesdPlan.of(unmerged, destination, merged, best.gather(1, ranked[:, :removed]))
+
+
+@dataclass(frozen=True, eq=False)
+class TomesdPlan(MergePlan):
+    """A plan whose merge adds up in tomesd's order.
+
+    Args:
+        merged: Token indices of the sources that are merged away, (batch, removed).
+        target: For each of them its destination, as a place among the destinations, (batch, removed).
+        destinations: How many there are; they stand last in the merged sequence.
+    """
+
+    merged: Tensor
+    target: Tensor
+    destinations: int
+
+    @classmethod
+    def of(cls, unmerged: Tensor, destination: Tensor, merged: Tensor, target: Tensor) -> "TomesdPlan":
+        """Build a plan whose merged sequence is the sources that stay, then the destinations."""
+        kept = torch.cat([unmerged, destination], dim=1)
+        inverse = kept.new_empty(kept.shape[0], kept.shape[1] + merged.shape[1])
+        inverse.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+        inverse.scatter_(1, merged, target + unmerged.shape[1])
+        base = MergePlan.from_inverse(kept, inverse)
+        return cls(kept, inverse, base.sizes, base.members, base.starts, merged, target, destination.shape[1])
+
+    def merge(self, hidden_states: Tensor, mode: MergeMode = "merge") -> Tensor:
+        """As tomesd: ``scatter_reduce`` of the sources into the destinations."""
+        merged = super().merge(hidden_states, "prune")
+        if mode == "merge":
+            channels = hidden_states.shape[2]
+            source = hidden_states.gather(1, self.merged[..., None].expand(-1, -1, channels))
+            unmerged, destination = merged.tensor_split([merged.shape[1] - self.destinations], dim=1)
+            index = self.target[..., None].expand_as(source)
+            merged = torch.cat([unmerged, destination.scatter_reduce(1, index, source, reduce="mean")], dim=1)
+        return merged
 
 
 def _copy_of_global_generator(device: torch.device) -> torch.Generator:

@@ -1,0 +1,74 @@
+"""Compiled models: the same values, as few graphs as the schedule has plateaus, none from step to step."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import INPUTS, make_unet
+
+from tomesd_plus import CosineSchedule, apply_token_merging, remove_token_merging
+
+TIMESTEPS = torch.tensor([950, 800, 650, 500, 350, 200, 50])
+PLATEAUS = CosineSchedule(0.7, 0.3).quantized(3)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Graphs:
+    """A backend that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+@torch.no_grad()
+def graphs_per_step(unet, compiled, graphs, eager):
+    """The graphs made up to each step; every output must be the eager twin's."""
+    counts = []
+    for timestep in TIMESTEPS:
+        torch.testing.assert_close(
+            compiled(**INPUTS, timestep=timestep).sample, eager(**INPUTS, timestep=timestep).sample
+        )
+        counts.append(graphs.count)
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("options", "later"),
+    [
+        ({"ratio": 0.5}, [0] * 6),
+        ({"ratio": PLATEAUS}, [0, 1, 0, 0, 1, 0]),
+        ({"ratio": 0.5, "merge_mlp": True, "merge_cross_attention": True, "window": 4}, [0] * 6),
+        ({"ratio": 0.5, "merge_block": True}, [0] * 6),
+        ({"ratio": 0.5, "keys_values_only": True, "metric": "keys", "destinations": "fixed"}, [0] * 6),
+    ],
+)
+def test_graphs_are_made_once_a_plateau(options, later, whole):
+    unet, eager, graphs = make_unet(), make_unet(), Graphs()
+    plain = unet(**INPUTS, timestep=500).sample
+    for model in (unet, eager):
+        apply_token_merging(model, **options)
+    if whole:
+        compiled = torch.compile(unet, backend=graphs)
+    else:
+        unet.compile_repeated_blocks(fullgraph=True, backend=graphs)
+        compiled = unet
+    counts = graphs_per_step(unet, compiled, graphs, eager)
+    made = [b - a for a, b in pairwise(counts)]
+    if whole:  # one graph more or less where the hooks part the model: none from step to step is what counts
+        made = [min(m, 1) for m in made]
+    assert made == later
+    remove_token_merging(unet)
+    torch.testing.assert_close(compiled(**INPUTS, timestep=500).sample, plain)
+    assert not torch.equal(eager(**INPUTS, timestep=500).sample, plain)

@@ -1,0 +1,61 @@
+"""Attention among tokens that stand for several, without a mask."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+from torch.nn.functional import pad
+
+EXTRA_CHANNELS = 8  # one is used; kernels want a multiple of eight
+
+
+def attention(
+    attn: Attention,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    sizes: Tensor | None = None,
+    backend: Any = None,
+) -> Tensor:
+    """Attend as diffusers' scaled-dot-product processor does, by any of its attention backends.
+
+    A key that stands for s tokens must weigh s times, so log s is added to its logits ("proportional attention" of
+    Bolya et al., https://arxiv.org/abs/2210.09461). A mask would rule out flash attention; here the heads get a
+    channel more instead, 1 in every query and √channels · log s in the keys, which the kernel's own scaling by
+    1/√channels turns into log s.
+
+    Args:
+        attn: The layer: its projections and heads.
+        hidden_states: Where queries come from, (batch, queries, channels).
+        key_value_states: Where keys and values come from, (batch, keys, channels); the same by default.
+        sizes: How many tokens each key stands for, (batch, keys); ``None``: one each.
+        backend: As ``set_attention_backend`` leaves it; PyTorch's own choice by default.
+
+    Returns:
+        (batch, queries, channels), like ``hidden_states``.
+    """
+    key_value_states = hidden_states if key_value_states is None else key_value_states
+    query, key, value = (
+        layer(states).unflatten(-1, (attn.heads, -1))  # (batch, tokens, heads, channels)
+        for layer, states in ((attn.to_q, hidden_states), (attn.to_k, key_value_states), (attn.to_v, key_value_states))
+    )
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    channels = query.shape[-1]
+    if sizes is not None:
+        exact = torch.promote_types(key.dtype, torch.float32)
+        weight = (
+            (math.sqrt(channels) * sizes.to(exact).log()).to(key.dtype)[:, :, None, None].expand(-1, -1, attn.heads, 1)
+        )
+        one = torch.ones_like(query[..., :1])
+        query, key, value = (
+            pad(torch.cat(parts, dim=-1), (0, channels + EXTRA_CHANNELS - sum(p.shape[-1] for p in parts)))
+            for parts in ((query, one), (key, weight), (value,))
+        )
+    output = dispatch_attention_fn(query, key, value, scale=1 / math.sqrt(channels), backend=backend)
+    output = output[..., :channels].flatten(2).to(query.dtype)
+    return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor

@@ -1,0 +1,61 @@
+"""What holds for all layers of one resolution in one step: how many tokens to remove, and the cells."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tomesd_plus.config import LEVELS, ToMeConfig
+from tomesd_plus.matching import Cells, make_cells, max_removed
+from tomesd_plus.schedule import AdaptiveRatio
+from tomesd_plus.step import Step
+
+
+@dataclass(frozen=True)
+class Level:
+    """A resolution in one step.
+
+    Args:
+        downsample: 1, 2, 4 or 8.
+        height, width: Tokens.
+        removed: Tokens to remove from each sample; with an adaptive ratio the most that may be.
+        cells: Sources and destinations; ``None`` if nothing is removed.
+        reason: Why nothing is removed.
+    """
+
+    downsample: int
+    height: int
+    width: int
+    removed: int = 0
+    cells: Cells | None = None
+    reason: str | None = None
+
+
+def levels_of(
+    step: Step, config: ToMeConfig, generator: torch.Generator | None, device: torch.device
+) -> dict[int, Level]:
+    """The levels of a step by their number of tokens. Of two with the same number the finer counts."""
+    levels: dict[int, Level] = {}
+    schedules = config.schedules
+    for downsample in LEVELS:
+        height, width = -(-step.height // downsample), -(-step.width // downsample)
+        if height * width in levels:
+            continue
+        schedule = schedules.get(downsample)
+        most = max_removed(height, width, config.cell_size)
+        ratio = removed = 0.0
+        if schedule is not None:
+            ratio = max(schedule.ratios) if isinstance(schedule, AdaptiveRatio) else schedule(step.noise_level)
+            removed = min(int(height * width * ratio), most)
+        cells = reason = None
+        if removed:
+            cells = make_cells(height, width, config.cell_size, config.window, generator, device)
+        elif schedule is None:
+            reason = f"level {downsample} is not merged by the configuration"
+        elif not most:
+            reason = f"no cell fits in {height} × {width} tokens"
+        elif ratio:
+            reason = f"the ratio is less than one of {height * width} tokens"
+        else:
+            reason = "the ratio is 0 at this noise level"
+        levels[height * width] = Level(downsample, height, width, int(removed), cells, reason)
+    return levels
