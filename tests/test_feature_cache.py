@@ -11,7 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, attach_execution_dev
 from conftest import generate, hooks, make_pipeline, make_unet
 from diffusers import DDIMScheduler, EDMEulerScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
-from tomesd_plus.feature_cache import (
+from tomesd_plus.caching import (
     FeatureCacheConfig,
     IntervalSchedule,
     apply_feature_cache,

@@ -6,7 +6,7 @@ from conftest import generate, hooks, level_of, make_pipeline, make_unet
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from tomesd_plus import ToMeProcessor, apply_token_merging, remove_token_merging, token_merging
-from tomesd_plus.feature_cache import apply_feature_cache, feature_cache, remove_feature_cache
+from tomesd_plus.caching import apply_feature_cache, feature_cache, remove_feature_cache
 
 DeepCache = pytest.importorskip("DeepCache")
 
@@ -99,7 +99,7 @@ def test_merging_works_on_full_and_cached_steps(any_pipe):
     assert (both - cached).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("options", [{}, {"share_plan": True}, {"merge_mlp": True, "metric": "block_input"}])
+@pytest.mark.parametrize("options", [{}, {"plan_per": "level"}, {"merge_mlp": True, "metric": "block_input"}])
 @pytest.mark.parametrize("cache_comes_first", [True, False])
 @pytest.mark.parametrize("cache_goes_first", [True, False])
 def test_either_order_of_applying_and_removing(pipe, cache_comes_first, cache_goes_first, options):

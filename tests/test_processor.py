@@ -190,7 +190,7 @@ def test_proportional_attention_is_attention_over_the_copied_tokens(heads, keys_
     merger = merge_in(unet_like, ratio=40 / 64, keys_values_only=keys_values_only)
     with torch.no_grad():
         result = unet_like(x)
-        plan = next(iter(merger.plans.values()))
+        plan = next(iter(merger.planner.plans.values()))
         copied = plan.unmerge(plan.merge(x))
         queries = x if keys_values_only else copied
         expected = AttnProcessor2_0()(attn, queries, copied)

@@ -5,15 +5,14 @@ from conftest import INPUTS, make_unet, merge_in
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tomesd_plus import StepsSchedule, apply_token_merging, remove_token_merging
-from tomesd_plus import merger as merger_module
+from tomesd_plus import StepsSchedule, apply_token_merging, planner, remove_token_merging
 
 
 def _matchings(unet, monkeypatch, timesteps, batches=None):
     """How often tokens are matched in each of several calls."""
     counts = []
-    match = merger_module.match
-    monkeypatch.setattr(merger_module, "match", lambda *args: counts.append(1) or match(*args))
+    match = planner.match
+    monkeypatch.setattr(planner, "match", lambda *args: counts.append(1) or match(*args))
     result = []
     for timestep, batch in zip(timesteps, batches or [2] * len(timesteps)):
         counts.clear()
@@ -74,7 +73,7 @@ def test_a_block_merged_as_a_whole_adds_to_each_token_what_its_group_got():
     merger = merge_in(model, ratio=0.5, merge_block=True, proportional_attention=False)
     with torch.no_grad():
         merged_output = model(x, text)
-        plan = next(iter(merger.plans.values()))
+        plan = next(iter(merger.planner.plans.values()))
         merger.detach()
         block.attn1.set_processor(AttnProcessor2_0())
         short = plan.merge(x)

@@ -1,6 +1,14 @@
 """Token merging for 🤗 diffusers' Stable Diffusion."""
 
 from tomesd_plus import tomesd
+from tomesd_plus.caching import (
+    FeatureCacheConfig,
+    FeatureCacheReport,
+    IntervalSchedule,
+    apply_feature_cache,
+    feature_cache,
+    remove_feature_cache,
+)
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.pipeline import apply_token_merging, remove_token_merging, token_merging
 from tomesd_plus.processor import ToMeProcessor
@@ -21,14 +29,20 @@ __all__ = [
     "AdaptiveRatio",
     "ConstantSchedule",
     "CosineSchedule",
+    "FeatureCacheConfig",
+    "FeatureCacheReport",
+    "IntervalSchedule",
     "LinearSchedule",
     "Schedule",
     "StepsSchedule",
     "ToMeConfig",
     "ToMeProcessor",
     "TokenMergingReport",
+    "apply_feature_cache",
     "apply_token_merging",
+    "feature_cache",
     "load_tiny_pipeline",
+    "remove_feature_cache",
     "remove_token_merging",
     "token_merging",
     "tomesd",

@@ -6,7 +6,7 @@ import torch
 
 from tomesd_plus.config import LEVELS, ToMeConfig
 from tomesd_plus.matching import Cells, make_cells, max_removed
-from tomesd_plus.schedule import AdaptiveRatio
+from tomesd_plus.schedule import AdaptiveRatio, Schedule
 from tomesd_plus.step import Step
 
 
@@ -19,6 +19,7 @@ class Level:
         height, width: Tokens.
         removed: Tokens to remove from each sample; with an adaptive ratio the most that may be.
         cells: Sources and destinations; ``None`` if nothing is removed.
+        ratio: What decided that; ``None`` if the configuration leaves the level alone.
         reason: Why nothing is removed.
     """
 
@@ -27,6 +28,7 @@ class Level:
     width: int
     removed: int = 0
     cells: Cells | None = None
+    ratio: Schedule | AdaptiveRatio | None = None
     reason: str | None = None
 
 
@@ -57,5 +59,5 @@ def levels_of(
             reason = f"the ratio is less than one of {height * width} tokens"
         else:
             reason = "the ratio is 0 at this noise level"
-        levels[height * width] = Level(downsample, height, width, int(removed), cells, reason)
+        levels[height * width] = Level(downsample, height, width, int(removed), cells, schedule, reason)
     return levels

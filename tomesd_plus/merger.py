@@ -3,8 +3,8 @@
 import hashlib
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -12,19 +12,11 @@ from torch import Tensor, nn
 
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.levels import Level, levels_of
-from tomesd_plus.matching import match, merge_most_similar
 from tomesd_plus.plan import MergePlan
+from tomesd_plus.planner import Planner
 from tomesd_plus.report import LayerRecord, StepRecord
 from tomesd_plus.schedule import AdaptiveRatio
-from tomesd_plus.step import Step, StepTracker
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _outside_graphs(function: _Function) -> _Function:
-    """Keep what reads the host's values out of the graph when a whole model is compiled."""
-    return cast(_Function, torch.compiler.disable(function))
+from tomesd_plus.step import Step, StepTracker, outside_graphs
 
 
 class TokenMerger:
@@ -40,7 +32,6 @@ class TokenMerger:
     step: Step | None  # the model's call under way, or the latest
     running: bool  # between the model's pre-hook and its hook
     levels: dict[int, Level]  # of this step, by number of tokens
-    plans: dict[tuple[int, nn.Module | str | None], MergePlan | None]  # by level and by what shares a plan
     block_plan: MergePlan | None  # that of the transformer block under way
     inside_block: bool  # True if all layers of the transformer block under way run on merged tokens
     _merged_layer: nn.Module | None  # between its pre-hook and its hook
@@ -60,6 +51,7 @@ class TokenMerger:
         self.records: dict[str, LayerRecord] = {}
         self.steps: deque[StepRecord] = deque(maxlen=1000)  # a caller may never begin a new generation
         self.attentions: list[nn.Module] = []
+        self.planner = Planner(config)
         self._schedules = config.schedules
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
@@ -110,6 +102,7 @@ class TokenMerger:
         self._names.clear()
         self._stages.clear()
         self.attentions = []
+        self.planner.plans = {}
         self._reset()
 
     def _hook_around(self, layer: nn.Module) -> None:
@@ -118,7 +111,7 @@ class TokenMerger:
 
     # The model's hooks ------------------------------------------------------------------------------------------
 
-    @_outside_graphs
+    @outside_graphs
     def begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: read the step, lay out its levels, drop plans that no longer hold."""
         if not any(getattr(attention.processor, "merger", None) is self for attention in self.attentions):
@@ -126,11 +119,10 @@ class TokenMerger:
             return
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        before, plans = self.step, self.plans
+        before = self.step
         self._reset()
         self.step = step = self.tracker.observe(sample, timestep)
-        if before is not None and self._same_plans(before, step):
-            self.plans = plans
+        self.planner.begin_step(step, before)
         self.running = True
         if step.new_generation:
             self.records = {name: LayerRecord(name, reason=reason) for name, reason in self.excluded.items()}
@@ -143,7 +135,7 @@ class TokenMerger:
             generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
         self.levels = levels_of(step, self.config, generator, sample.device)
 
-    @_outside_graphs
+    @outside_graphs
     def end_step(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model: say so once if nothing at all was merged.
 
@@ -250,48 +242,11 @@ class TokenMerger:
         """True in the model's call, and when a checkpointed block of it is run once more for gradients."""
         return self.step is not None and (self.running or torch.is_grad_enabled())
 
-    def _same_plans(self, before: Step, step: Step) -> bool:
-        """True if the plans of an earlier step hold for this one."""
-        every = self.config.plan_every
-        return (
-            every > 1
-            and not step.new_generation
-            and step.index is not None
-            and before.index is not None
-            and step.index // every == before.index // every
-            and (step.height, step.width, step.batch) == (before.height, before.width, before.batch)
-        )
-
     def _plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
         level = self.levels.get(hidden_states.shape[1])
         if level is None or level.cells is None:
             return None
-        shared = self.config.plan_per != "block" or self.config.plan_every > 1
-        if not shared and torch.compiler.is_compiling():
-            return self._match(hidden_states, layer, level)
-        key = (level.downsample, self._shared_by(layer))
-        plan = self.plans.get(key)
-        if plan is None or not plan.fits(hidden_states) or not self._still_right(plan, level):
-            plan = self.plans[key] = self._match(hidden_states, layer, level)
-        return plan
-
-    def _shared_by(self, layer: nn.Module) -> nn.Module | str | None:
-        if self.config.plan_per == "block":
-            return layer
-        return self._stages.get(layer) if self.config.plan_per == "stage" else None
-
-    def _still_right(self, plan: MergePlan, level: Level) -> bool:
-        adaptive = isinstance(self._schedules[level.downsample], AdaptiveRatio)
-        return adaptive or plan.removed == level.removed
-
-    def _match(self, hidden_states: Tensor, layer: nn.Module, level: Level) -> MergePlan | None:
-        assert level.cells is not None
-        similarity, best = match(_metric(self.config, hidden_states, layer), level.cells)
-        removed, ratio = level.removed, self._schedules[level.downsample]
-        if isinstance(ratio, AdaptiveRatio):
-            alike = (similarity >= ratio.similarity).sum().item() / similarity.shape[0]  # waits for the device
-            removed = min(removed, int(level.cells.tokens * ratio.choose(alike / level.cells.tokens)))
-        return merge_most_similar(similarity, best, level.cells, removed) if removed else None
+        return self.planner.plan(hidden_states, level, layer, self._stages.get(layer, ""))
 
     # Telling the user -------------------------------------------------------------------------------------------
 
@@ -335,7 +290,6 @@ class TokenMerger:
         self.step = None
         self.running = False
         self.levels = {}
-        self.plans = {}
         self.block_plan = None
         self.inside_block = False
         self._merged_layer = None
@@ -343,7 +297,7 @@ class TokenMerger:
 
     def __getstate__(self) -> dict[str, Any]:
         nothing = dict.fromkeys(("step", "block_plan", "_merged_layer", "_entered"))
-        return {**self.__dict__, **nothing, "running": False, "inside_block": False, "levels": {}, "plans": {}}
+        return {**self.__dict__, **nothing, "running": False, "inside_block": False, "levels": {}}
 
 
 def mergers_on(model: nn.Module) -> list[TokenMerger]:
@@ -360,11 +314,3 @@ def _why_not_whole(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
         return "it looks at places in the picture"
     return None
-
-
-def _metric(config: ToMeConfig, hidden_states: Tensor, attention: Any) -> Tensor:
-    if config.metric != "keys":
-        return hidden_states.detach()
-    with torch.no_grad():
-        keys = attention.to_k(hidden_states)  # (batch, tokens, heads · channels)
-        return keys.unflatten(-1, (attention.heads, -1)).mean(dim=2)

@@ -79,7 +79,7 @@ class TokenMergingReport:
             own it shows the last block's.
         """
         merger = next(iter(self._mergers.values()))
-        plans = {key[0]: plan for key, plan in merger.plans.items() if plan is not None}
+        plans = {key[0]: plan for key, plan in merger.planner.plans.items() if plan is not None}
         level = min(plans, default=None) if level is None else level
         if level not in plans:
             return None

@@ -1,10 +1,18 @@
 """Where in a generation a model's call stands: noise level, step and latent size, read from the call itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def outside_graphs(hook: Hook) -> Hook:
+    """Keep a hook that reads the host's values out of the graphs of ``torch.compile``."""
+    return cast(Hook, torch.compiler.disable(hook))
 
 
 @dataclass(frozen=True)
@@ -13,13 +21,15 @@ class Step:
 
     Args:
         index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
-        noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
+        timestep: As the model is given it; some schedulers' are fractions, or lie below 0.
+        noise_level: 1 at the first, noisiest timestep of training, 0 at the last, and never beyond.
         height, width: Size of the latents.
         batch: Batch size, both guidance branches counted.
         new_generation: True if this is the first call of a generation.
     """
 
     index: int | None
+    timestep: float
     noise_level: float
     height: int
     width: int
@@ -60,7 +70,7 @@ class StepTracker:
         self._last = value
         noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
         batch, _, height, width = sample.shape
-        return Step(index, noise_level, height, width, batch, new)
+        return Step(index, value, noise_level, height, width, batch, new)
 
     def _observe_view(self, timestep: Tensor) -> tuple[int, float, bool]:
         index = int(timestep.storage_offset())

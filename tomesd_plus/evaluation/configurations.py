@@ -152,7 +152,7 @@ def _merge(schedule: str | None = None, more_at: str = "noisy", **options: Any) 
 
 def _cache(**options: Any) -> SwitchOn:
     """The package's feature cache."""
-    from tomesd_plus.feature_cache import FeatureCacheConfig, feature_cache
+    from tomesd_plus.caching import FeatureCacheConfig, feature_cache
 
     config = FeatureCacheConfig(**options)
     return lambda pipe: feature_cache(pipe, config)

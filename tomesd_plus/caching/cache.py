@@ -1,23 +1,18 @@
 """What a UNet's skipped layers share: which kind of step is under way, and what the last full step left."""
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from tomesd_plus.feature_cache.config import FeatureCacheConfig
-from tomesd_plus.feature_cache.layers import inner_layers, make_skippable, restore_forwards
-from tomesd_plus.feature_cache.report import CacheStep
-from tomesd_plus.step import Step, StepTracker
+from tomesd_plus.caching.config import FeatureCacheConfig
+from tomesd_plus.caching.layers import inner_layers, make_skippable, restore_forwards
+from tomesd_plus.caching.report import CacheStep
+from tomesd_plus.step import Step, StepTracker, outside_graphs
 
 # A step may call the UNet more than once, with each guidance branch by itself. More calls are no longer one step's.
 _MOST_CALLS = 4
-
-
-Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
 @dataclass
@@ -28,11 +23,6 @@ class _Features:
     number: int
     outputs: dict[str, Any] = field(default_factory=dict)
     early: Tensor | None = None
-
-
-def _outside_of_graphs(hook: Hook) -> Hook:
-    """Keep a hook that reads values out of the graphs of ``torch.compile``, when it is called from inside of one."""
-    return cast(Hook, torch.compiler.disable(hook))
 
 
 class FeatureCache:
@@ -50,7 +40,6 @@ class FeatureCache:
     steps: deque[CacheStep]  # of the latest generation
     _features: dict[int, _Features]  # by the number of the call in its step
     _step: Step | None  # the latest call's
-    _timestep: float | None  # likewise
     _number: int  # of the step's noise level in its generation
     _call: int  # of this step's calls
 
@@ -89,7 +78,7 @@ class FeatureCache:
 
     # Hooks ------------------------------------------------------------------------------------------------------
 
-    @_outside_of_graphs
+    @outside_graphs
     def begin_step(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the UNet: tell the kind of this step, unless the early feature must be seen first."""
         if not self.attached:  # a compiled UNet may still call hooks that were removed
@@ -104,7 +93,7 @@ class FeatureCache:
         else:
             self._decide(reason)
 
-    @_outside_of_graphs
+    @outside_graphs
     def read_early_feature(self, conv_in: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After ``conv_in``, the UNet's first layer: decide by how much its output has changed."""
         if self.mode == "undecided":
@@ -126,8 +115,7 @@ class FeatureCache:
         """Find the step's number in its generation, and which of the step's calls this is."""
         last, self._step = self._step, step
         # Of timesteps, not of noise levels, which are cut off at 0: half of EDM's timesteps lie below.
-        last_timestep, self._timestep = self._timestep, self.tracker._last
-        same_noise = last_timestep == self._timestep
+        same_noise = last is not None and last.timestep == step.timestep
         same_step = same_noise and last is not None and last.index == step.index
         if step.new_generation or (same_step and self._call + 1 == _MOST_CALLS):
             self._features.clear()
@@ -179,7 +167,6 @@ class FeatureCache:
         self.outputs = {}
         self._features = {}
         self._step = None
-        self._timestep = None
         self._number = self._call = 0
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from tomesd_plus.feature_cache.cache import FeatureCache, feature_cache_on
-from tomesd_plus.feature_cache.config import FeatureCacheConfig
-from tomesd_plus.feature_cache.report import FeatureCacheReport
+from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
+from tomesd_plus.caching.config import FeatureCacheConfig
+from tomesd_plus.caching.report import FeatureCacheReport
 
 
 def apply_feature_cache(
@@ -36,8 +36,7 @@ def apply_feature_cache(
         ValueError: A cache is on already, or an option is out of range.
 
     Example:
-        >>> from tomesd_plus import load_tiny_pipeline
-        >>> from tomesd_plus.feature_cache import apply_feature_cache
+        >>> from tomesd_plus import apply_feature_cache, load_tiny_pipeline
         >>> pipe = load_tiny_pipeline()
         >>> report = apply_feature_cache(pipe, interval=2)
         >>> image = pipe("a large star on a blue background", num_inference_steps=4).images[0]

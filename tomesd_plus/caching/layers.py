@@ -7,7 +7,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from tomesd_plus.feature_cache.cache import FeatureCache
+    from tomesd_plus.caching.cache import FeatureCache
 
 
 def inner_layers(unet: nn.Module, branch: int) -> dict[str, nn.Module]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tomesd_plus.feature_cache.cache import FeatureCache
+    from tomesd_plus.caching.cache import FeatureCache
 
 
 @dataclass(frozen=True)
