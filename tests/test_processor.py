@@ -127,7 +127,7 @@ OPTIONS = [
     {"keys_values_only": True, "mode": "prune"},
     {"proportional_attention": False},
     {"proportional_attention": False, "keys_values_only": True},
-    {"plan_per": "stage"},
+    {"plan_per": "block"},
     {"plan_per": "level"},
     {"window": 1},
     {"window": 3},

@@ -37,7 +37,7 @@ def test_plans_are_shared_as_configured(monkeypatch):
 def test_plans_are_used_for_as_many_steps_as_configured_and_no_longer(monkeypatch):
     timesteps = torch.tensor([900, 800, 700, 600, 500])
     unet = make_unet()
-    apply_token_merging(unet, ratio=0.5, plan_every=2)
+    apply_token_merging(unet, ratio=0.5, plan_every=2, plan_per="block")
     full = _matchings(unet, monkeypatch, timesteps)
     assert full == [3, 0, 3, 0, 3]
     again = _matchings(unet, monkeypatch, timesteps.clone())  # a new generation
@@ -45,7 +45,7 @@ def test_plans_are_used_for_as_many_steps_as_configured_and_no_longer(monkeypatc
     changed = _matchings(unet, monkeypatch, timesteps.clone()[:3], batches=[2, 1, 1])  # guidance switched off
     assert changed == [3, 3, 3]
     remove_token_merging(unet)
-    apply_token_merging(unet, ratio=StepsSchedule((0.75, 0.5, 0.25)), plan_every=5)
+    apply_token_merging(unet, ratio=StepsSchedule((0.75, 0.5, 0.25)), plan_every=5, plan_per="block")
     assert _matchings(unet, monkeypatch, torch.tensor([900, 800, 500, 400, 100])) == [3, 0, 3, 0, 3]  # other ratios
 
 
