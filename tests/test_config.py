@@ -35,6 +35,8 @@ def test_levels_come_from_max_downsample_or_from_a_mapping():
         ({"window": 0}, "window"),
         ({"plan_per": "step"}, "'stage'"),
         ({"plan_every": 0}, "plan_every"),
+        ({"whole_every": 1}, "whole_every"),
+        ({"whole_every": 4, "keys_values_only": True}, "no detail"),
         ({"queries_only": True, "keys_values_only": True}, "only one"),
         ({"queries_only": True, "merge_block": True}, "only one"),
         ({"queries_only": True, "merge_self_attention": False, "merge_mlp": True}, "queries_only needs"),

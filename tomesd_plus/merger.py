@@ -11,6 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from tomesd_plus.config import ToMeConfig
+from tomesd_plus.detail import DetailKeeper
 from tomesd_plus.levels import Level, levels_of
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.planner import Planner
@@ -35,7 +36,7 @@ class TokenMerger:
     block_plan: MergePlan | None  # that of the transformer block under way
     inside_block: bool  # True if all layers of the transformer block under way run on merged tokens
     _merged_layer: nn.Module | None  # between its pre-hook and its hook
-    _entered: tuple[Tensor, Tensor] | None  # a block's input before and after merging
+    _entered: tuple[Tensor, Tensor | None] | None  # a block's input before and after merging, if it is merged
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class TokenMerger:
         self.steps: deque[StepRecord] = deque(maxlen=1000)  # a caller may never begin a new generation
         self.attentions: list[nn.Module] = []
         self.planner = Planner(config)
+        self.details = DetailKeeper(config.whole_every, config.mode)
         self._schedules = config.schedules
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
@@ -103,6 +105,7 @@ class TokenMerger:
         self._stages.clear()
         self.attentions = []
         self.planner.plans = {}
+        self.details.reset()
         self._reset()
 
     def _hook_around(self, layer: nn.Module) -> None:
@@ -123,6 +126,7 @@ class TokenMerger:
         self._reset()
         self.step = step = self.tracker.observe(sample, timestep)
         self.planner.begin_step(step, before)
+        self.details.begin_step(step, before)
         self.running = True
         if step.new_generation:
             self.records = {name: LayerRecord(name, reason=reason) for name, reason in self.excluded.items()}
@@ -160,6 +164,7 @@ class TokenMerger:
         if self.block_plan is None or reason is not None:
             self.record(block, hidden_states.shape[1], 0, reason or self._reason(hidden_states.shape[1]))
             self.block_plan = None
+            self._entered = (hidden_states, None) if reason is None and self.details.whole else None
             return None
         self.record(block, hidden_states.shape[1], self.block_plan.removed)
         merged = self.block_plan.merge(hidden_states, self.config.mode)
@@ -168,11 +173,14 @@ class TokenMerger:
 
     def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After it: what the block has added to a merged token is added to all tokens that it stands for."""
-        if self._entered is None or self.block_plan is None:
+        if self._entered is None:
             return None
         hidden_states, merged = self._entered
         plan, self.block_plan, self.inside_block, self._entered = self.block_plan, None, False, None
-        return hidden_states + plan.unmerge(output - merged)
+        if plan is None or merged is None:
+            self.keep_detail(block, output - hidden_states)
+            return None
+        return hidden_states + self.details.unmerge(block, plan, output - merged)
 
     def merge_input(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -191,9 +199,10 @@ class TokenMerger:
     def unmerge_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After it: bring the output back to the block's tokens."""
         if self._merged_layer is not layer or self.block_plan is None:
+            self.keep_detail(layer, output)
             return None
         self._merged_layer = None
-        return self.block_plan.unmerge(output)
+        return self.details.unmerge(layer, self.block_plan, output)
 
     # For the processors -----------------------------------------------------------------------------------------
 
@@ -220,6 +229,12 @@ class TokenMerger:
         self.record(attention, hidden_states.shape[1], plan.removed if plan else 0, reason)
         return plan
 
+    def keep_detail(self, layer: nn.Module, output: Tensor) -> None:
+        """On a whole step keep the output of a layer that other steps merge, (batch, tokens, channels)."""
+        level = self.levels.get(output.shape[1])
+        if self.details.whole and level is not None and level.cells is not None:
+            self.details.keep(layer, output)
+
     def record(self, layer: nn.Module, tokens: int, removed: int, reason: str | None = None) -> None:
         """Note what was done to a layer in this step; compiled layers leave no notes."""
         if self.step is None or not self.running or torch.compiler.is_compiling():
@@ -244,7 +259,7 @@ class TokenMerger:
 
     def _plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
         level = self.levels.get(hidden_states.shape[1])
-        if level is None or level.cells is None:
+        if level is None or level.cells is None or self.details.whole:
             return None
         return self.planner.plan(hidden_states, level, layer, self._stages.get(layer, ""))
 
@@ -255,12 +270,19 @@ class TokenMerger:
         level = self.levels.get(tokens)
         if level is None:
             return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
+        if level.reason is None and self.details.whole:
+            return "the step is a whole one"
         return level.reason or "too few tokens are alike"
 
     def _warn_if_idle(self, step: Step) -> None:
         ratios = {level: s for level, s in self._schedules.items() if not isinstance(s, AdaptiveRatio)}
         wanted = [level for level, schedule in ratios.items() if schedule(step.noise_level) > 0]
-        if not wanted or not self.records or any(record.removed for record in self.records.values()):
+        if (
+            not wanted
+            or not self.records
+            or self.details.whole
+            or any(record.removed for record in self.records.values())
+        ):
             return  # nothing to merge, compiled, or merged
         self._warned = True
         levels = sorted({record.downsample for record in self.records.values() if record.downsample})

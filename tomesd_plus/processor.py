@@ -67,16 +67,20 @@ class ToMeProcessor:
         **kwargs: Any,
     ) -> Tensor:
         """Attend, with fewer tokens where that is understood; takes and returns what the inner processor does."""
-        plan = None
+        plan, understood = None, False
         if not attn.is_cross_attention:
             reason = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
             if reason is None:
                 plan = self.merger.plan_for(attn, hidden_states)
+                understood = True
             else:
                 tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
                 self.merger.record(attn, tokens, 0, reason)
         if plan is None:
-            return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+            output = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+            if understood and self.merger.config.merge_self_attention:
+                self.merger.keep_detail(attn, output)
+            return output
 
         config = self.merger.config
         sizes = plan.sizes if config.proportional_attention and not config.queries_only else None
@@ -86,7 +90,8 @@ class ToMeProcessor:
         if config.keys_values_only:
             return self._attend(attn, hidden_states, merged, None, temb, *args, sizes=sizes, **kwargs)
         key_value_states = hidden_states if config.queries_only else None
-        return plan.unmerge(self._attend(attn, merged, key_value_states, None, temb, *args, sizes=sizes, **kwargs))
+        output = self._attend(attn, merged, key_value_states, None, temb, *args, sizes=sizes, **kwargs)
+        return self.merger.details.unmerge(attn, plan, output)
 
     def _attend(
         self,

@@ -97,6 +97,11 @@ class TokenMergingReport:
         return shares
 
     @property
+    def kept_bytes(self) -> int:
+        """Memory of the outputs that whole steps have left for the detail-keeping unmerge."""
+        return sum(merger.details.kept_bytes for merger in self._mergers.values())
+
+    @property
     def merged(self) -> bool:
         """True if any token was merged."""
         return any(layer.removed for layer in self.layers)

@@ -1,0 +1,76 @@
+"""Detail-keeping unmerge: what told a token from its group at the last whole step, it keeps.
+
+On a *whole* step the merged layers run on all tokens and leave their output ``kept``. On the steps between,
+
+    output = unmerge(o) + (kept − unmerge(merge(kept)))
+
+where o is the layer's output on merged tokens. A token gets its group's new value plus what it differed from its group
+by the last time that was known. Merging is linear, so this is ``kept + unmerge(o − merge(kept))``: one merge and one
+unmerge, and a step on which nothing has changed since gives the whole step's output exactly, up to rounding.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tomesd_plus.plan import MergeMode, MergePlan
+from tomesd_plus.step import Step
+
+
+class DetailKeeper:
+    """Decides which steps are whole, and keeps what they leave.
+
+    Args:
+        every: A whole step every so many steps, at least 1, a generation's first among them; ``None``: none at all.
+            Calls at one noise level count as one step and are of one kind.
+        mode: As the layers are merged.
+    """
+
+    whole: bool  # the step under way
+    outputs: dict[nn.Module, Tensor]  # of the latest whole step, by layer
+
+    def __init__(self, every: int | None, mode: MergeMode) -> None:
+        self.every = every
+        self.mode = mode
+        self.reset()
+
+    def begin_step(self, step: Step, before: Step | None) -> None:
+        """Decide what kind of step it is, and drop outputs that do not fit it."""
+        if self.every is None:
+            return
+        same = before is not None and (step.height, step.width, step.batch) == (
+            before.height,
+            before.width,
+            before.batch,
+        )
+        if step.new_generation or before is None or not same:
+            self.outputs = {}
+            self._age = 0
+        elif step.timestep != before.timestep:
+            self._age += 1
+        self.whole = self._age % self.every == 0
+
+    def keep(self, layer: nn.Module, output: Tensor) -> None:
+        """Keep a layer's output (batch, tokens, channels) of a whole step."""
+        self.outputs[layer] = output.detach()
+
+    def unmerge(self, layer: nn.Module, plan: MergePlan, output: Tensor) -> Tensor:
+        """Bring a layer's output (batch, merged tokens, channels) back to all tokens, with their details."""
+        kept = self.outputs.get(layer)
+        if kept is None or not plan.fits(kept):
+            return plan.unmerge(output)  # the layer was skipped at the whole step
+        return kept + plan.unmerge(output - plan.merge(kept, self.mode))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of what is kept."""
+        return sum(output.untyped_storage().nbytes() for output in self.outputs.values())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.whole = False
+        self.outputs = {}
+        self._age = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "whole": False, "outputs": {}, "_age": 0}
