@@ -11,6 +11,7 @@ Ratio = float | Schedule | AdaptiveRatio
 Metric = Literal["attention_input", "block_input", "keys"]
 Destinations = Literal["random", "fixed"]
 PlanPer = Literal["block", "stage", "level"]
+Levels = Literal["all", "auto", "remeasure"]
 
 LEVELS = (1, 2, 4, 8)
 
@@ -27,6 +28,9 @@ class ToMeConfig:
             mean of 0.5.
         max_downsample: Merge at levels of at most this downsample: 1, 2, 4 or 8. SD 1.x and 2.x have most of their
             cost at 1; **SDXL has no attention at 1, set 2 there.** Ignored if ``ratio`` is a mapping.
+        levels: ``"all"`` merges at every level within ``max_downsample``. ``"auto"`` leaves those alone at which
+            merging does not pay at the size, batch, dtype and device at hand: each kind of block is measured once,
+            both ways, and the result is kept in the user's cache folder. ``"remeasure"``: the same, measured anew.
         cell_size: Height and width of the cells, in tokens, that hold one destination each. Larger cells allow higher
             ratios.
         window: Side of the windows, in cells, inside which a source looks for its destination; 1 is its own cell, and
@@ -64,6 +68,7 @@ class ToMeConfig:
 
     ratio: Ratio | Mapping[int, Ratio] = field(default_factory=CosineSchedule)
     max_downsample: int = 1
+    levels: Levels = "all"
     cell_size: tuple[int, int] = (2, 2)
     window: int | None = 8
     destinations: Destinations = "random"
@@ -89,6 +94,7 @@ class ToMeConfig:
             "metric": ("attention_input", "block_input", "keys"),
             "mode": ("merge", "prune"),
             "plan_per": ("block", "stage", "level"),
+            "levels": ("all", "auto", "remeasure"),
             "max_downsample": LEVELS,
         }.items():
             if getattr(self, name) not in allowed:

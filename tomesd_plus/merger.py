@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from tomesd_plus.blocks import BlockMerging
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.detail import DetailKeeper
 from tomesd_plus.levels import Level, levels_of
@@ -33,10 +33,6 @@ class TokenMerger:
     step: Step | None  # the model's call under way, or the latest
     running: bool  # between the model's pre-hook and its hook
     levels: dict[int, Level]  # of this step, by number of tokens
-    block_plan: MergePlan | None  # that of the transformer block under way
-    inside_block: bool  # True if all layers of the transformer block under way run on merged tokens
-    _merged_layer: nn.Module | None  # between its pre-hook and its hook
-    _entered: tuple[Tensor, Tensor | None] | None  # a block's input before and after merging, if it is merged
 
     def __init__(
         self,
@@ -54,6 +50,7 @@ class TokenMerger:
         self.attentions: list[nn.Module] = []
         self.planner = Planner(config)
         self.details = DetailKeeper(config.whole_every, config.mode)
+        self.blocks = BlockMerging(self)
         self._schedules = config.schedules
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
@@ -81,20 +78,8 @@ class TokenMerger:
         self._handles = [
             model.register_forward_pre_hook(self.begin_step, with_kwargs=True),
             model.register_forward_hook(self.end_step),
+            *self.blocks.attach(model),
         ]
-        config = self.config
-        if config.metric != "block_input" and not config.merge_cross_attention and not config.merge_mlp:
-            return
-        for block in model.modules():
-            if isinstance(block, BasicTransformerBlock):
-                self._handles.append(block.register_forward_pre_hook(self.enter_block, with_kwargs=True))
-                if config.merge_block:
-                    self._handles.append(block.register_forward_hook(self.leave_block))
-                    continue
-                if config.merge_cross_attention and block.attn2 is not None:
-                    self._hook_around(block.attn2)
-                if config.merge_mlp:
-                    self._hook_around(block.ff)
 
     def detach(self) -> None:
         """Take the hooks off again. The records stay."""
@@ -107,10 +92,6 @@ class TokenMerger:
         self.planner.plans = {}
         self.details.reset()
         self._reset()
-
-    def _hook_around(self, layer: nn.Module) -> None:
-        self._handles.append(layer.register_forward_pre_hook(self.merge_input, with_kwargs=True))
-        self._handles.append(layer.register_forward_hook(self.unmerge_output))
 
     # The model's hooks ------------------------------------------------------------------------------------------
 
@@ -149,61 +130,6 @@ class TokenMerger:
             self._warn_if_idle(self.step)
         self.running = False
 
-    def enter_block(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a transformer block: forget the last block's plan; match on the raw input, merge it if so wanted."""
-        self.block_plan, self.inside_block, self._entered = None, False, None
-        if self.config.metric != "block_input" or not self._active:
-            return None
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.block_plan = self._plan(hidden_states, block)
-        if not self.config.merge_block:
-            return None
-        reason = _why_not_whole(args, kwargs)
-        if self.block_plan is None or reason is not None:
-            self.record(block, hidden_states.shape[1], 0, reason or self._reason(hidden_states.shape[1]))
-            self.block_plan = None
-            self._entered = (hidden_states, None) if reason is None and self.details.whole else None
-            return None
-        self.record(block, hidden_states.shape[1], self.block_plan.removed)
-        merged = self.block_plan.merge(hidden_states, self.config.mode)
-        self.inside_block, self._entered = True, (hidden_states, merged)
-        return ((merged, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": merged})
-
-    def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """After it: what the block has added to a merged token is added to all tokens that it stands for."""
-        if self._entered is None:
-            return None
-        hidden_states, merged = self._entered
-        plan, self.block_plan, self.inside_block, self._entered = self.block_plan, None, False, None
-        if plan is None or merged is None:
-            self.keep_detail(block, output - hidden_states)
-            return None
-        return hidden_states + self.details.unmerge(block, plan, output - merged)
-
-    def merge_input(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before cross-attention or MLP: merge the input by the block's plan."""
-        plan = self.block_plan
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        if plan is None or not plan.fits(hidden_states) or kwargs.get("ip_adapter_masks") is not None:
-            self.record(layer, hidden_states.shape[1], 0, "its block has no plan")
-            return None
-        self._merged_layer = layer
-        self.record(layer, plan.tokens, plan.removed)
-        hidden_states = plan.merge(hidden_states, self.config.mode)
-        return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
-
-    def unmerge_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """After it: bring the output back to the block's tokens."""
-        if self._merged_layer is not layer or self.block_plan is None:
-            self.keep_detail(layer, output)
-            return None
-        self._merged_layer = None
-        return self.details.unmerge(layer, self.block_plan, output)
-
     # For the processors -----------------------------------------------------------------------------------------
 
     def plan_for(self, attention: nn.Module, hidden_states: Tensor) -> MergePlan | None:
@@ -211,21 +137,21 @@ class TokenMerger:
 
         Inside a block that is merged as a whole it is the plan by which the input has been merged already.
         """
-        if not self._active:
+        if not self.active:
             self._warn_if_stranger(attention)
             return None
-        if self.inside_block:
-            plan = self.block_plan
+        plan = self.blocks.plan
+        if self.blocks.inside:
             return plan if plan is not None and plan.kept.shape == hidden_states.shape[:2] else None
         if self.config.metric == "block_input":
-            plan = self.block_plan if self.block_plan is not None and self.block_plan.fits(hidden_states) else None
+            plan = plan if plan is not None and plan.fits(hidden_states) else None
         else:
-            plan = self._plan(hidden_states, attention)
+            plan = self.plan(hidden_states, attention)
             if plan is not None:  # else it may be an attention beside the block's own, which has its plan
-                self.block_plan = plan
+                self.blocks.plan = plan
         if not self.config.merge_self_attention or self.config.merge_block:
             return None
-        reason = self._reason(hidden_states.shape[1]) if plan is None else None
+        reason = self.reason(hidden_states.shape[1]) if plan is None else None
         self.record(attention, hidden_states.shape[1], plan.removed if plan else 0, reason)
         return plan
 
@@ -237,7 +163,7 @@ class TokenMerger:
 
     def record(self, layer: nn.Module, tokens: int, removed: int, reason: str | None = None) -> None:
         """Note what was done to a layer in this step; compiled layers leave no notes."""
-        if self.step is None or not self.running or torch.compiler.is_compiling():
+        if self.step is None or not self.running or self.blocks.measuring or torch.compiler.is_compiling():
             return
         name = self._names.get(layer, type(layer).__name__)
         record = self.records.setdefault(name, LayerRecord(name))
@@ -253,25 +179,27 @@ class TokenMerger:
     # Planning ---------------------------------------------------------------------------------------------------
 
     @property
-    def _active(self) -> bool:
+    def active(self) -> bool:
         """True in the model's call, and when a checkpointed block of it is run once more for gradients."""
         return self.step is not None and (self.running or torch.is_grad_enabled())
 
-    def _plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
+    def plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
         level = self.levels.get(hidden_states.shape[1])
-        if level is None or level.cells is None or self.details.whole:
+        if level is None or level.cells is None or self.details.whole or self.blocks.declined is not None:
             return None
         return self.planner.plan(hidden_states, level, layer, self._stages.get(layer, ""))
 
     # Telling the user -------------------------------------------------------------------------------------------
 
-    def _reason(self, tokens: int) -> str:
+    def reason(self, tokens: int) -> str:
         assert self.step is not None
         level = self.levels.get(tokens)
         if level is None:
             return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
         if level.reason is None and self.details.whole:
             return "the step is a whole one"
+        if level.reason is None and self.blocks.declined is not None:
+            return str(self.blocks.declined)
         return level.reason or "too few tokens are alike"
 
     def _warn_if_idle(self, step: Step) -> None:
@@ -312,27 +240,13 @@ class TokenMerger:
         self.step = None
         self.running = False
         self.levels = {}
-        self.block_plan = None
-        self.inside_block = False
-        self._merged_layer = None
-        self._entered = None
+        self.blocks.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = dict.fromkeys(("step", "block_plan", "_merged_layer", "_entered"))
-        return {**self.__dict__, **nothing, "running": False, "inside_block": False, "levels": {}}
+        return {**self.__dict__, "step": None, "running": False, "levels": {}}
 
 
 def mergers_on(model: nn.Module) -> list[TokenMerger]:
     """The mergers whose hooks are on a model."""
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, TokenMerger)]
-
-
-def _why_not_whole(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a transformer block cannot run on merged tokens as a whole, or ``None``."""
-    if (args[1] if len(args) > 1 else kwargs.get("attention_mask")) is not None:
-        return "it has an attention mask"
-    extra = kwargs.get("cross_attention_kwargs") or {}
-    if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
-        return "it looks at places in the picture"
-    return None

@@ -84,7 +84,7 @@ class ToMeProcessor:
 
         config = self.merger.config
         sizes = plan.sizes if config.proportional_attention and not config.queries_only else None
-        if self.merger.inside_block:
+        if self.merger.blocks.inside:
             return self._attend(attn, hidden_states, None, None, temb, *args, sizes=sizes, **kwargs)
         merged = plan.merge(hidden_states, config.mode)
         if config.keys_values_only:

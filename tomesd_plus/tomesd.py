@@ -84,7 +84,7 @@ class _TomesdMerger(TokenMerger):
         self.max_downsample = max_downsample
         self.global_generator: torch.Generator | None = None
 
-    def _plan(self, hidden_states: Tensor, layer: Any) -> MergePlan | None:
+    def plan(self, hidden_states: Tensor, layer: Any) -> MergePlan | None:
         if self.step is None:
             return None
         tokens = hidden_states.shape[1]
