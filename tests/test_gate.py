@@ -9,7 +9,6 @@ from conftest import INPUTS, make_unet
 from tomesd_plus import apply_token_merging, gate
 from tomesd_plus.gate import Decision, Gate
 
-
 pytestmark = pytest.mark.filterwarnings("error")  # what does not pay is no mistake of the user's
 
 

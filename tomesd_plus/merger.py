@@ -205,13 +205,9 @@ class TokenMerger:
     def _warn_if_idle(self, step: Step) -> None:
         ratios = {level: s for level, s in self._schedules.items() if not isinstance(s, AdaptiveRatio)}
         wanted = [level for level, schedule in ratios.items() if schedule(step.noise_level) > 0]
-        if (
-            not wanted
-            or not self.records
-            or self.details.whole
-            or any(record.removed for record in self.records.values())
-        ):
-            return  # nothing to merge, compiled, or merged
+        left_alone = self.details.whole or self.blocks.gate is not None  # for good reason
+        if not wanted or not self.records or left_alone or any(record.removed for record in self.records.values()):
+            return  # compiled layers have no records
         self._warned = True
         levels = sorted({record.downsample for record in self.records.values() if record.downsample})
         if levels and not set(levels) & set(wanted):
