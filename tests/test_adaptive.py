@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import INPUTS, OneLayer, attention_layer, make_unet, merge_in
 
-from tomesd_plus import AdaptiveRatio, apply_token_merging, remove_token_merging
+from tomesd_plus import AdaptiveRatio, apply_token_merging, planner, remove_token_merging
 
 
 def test_plain_pictures_lose_more_than_busy_ones():
@@ -42,3 +42,45 @@ def test_the_report_shows_what_an_adaptive_ratio_chose():
 def test_adaptive_ratios_out_of_range(options):
     with pytest.raises(ValueError, match=r"ratio|similarity"):
         AdaptiveRatio(**options)
+
+
+@pytest.mark.parametrize("plan_per", ["block", "stage", "level"])
+def test_that_nothing_is_alike_is_found_out_once(plan_per, monkeypatch):
+    counts = []
+    match = planner.match
+    monkeypatch.setattr(planner, "match", lambda *args: counts.append(1) or match(*args))
+    unet = make_unet()
+    apply_token_merging(unet, ratio=AdaptiveRatio(similarity=1.0), plan_per=plan_per, plan_every=2)
+    for timestep in torch.tensor([900, 800]):
+        unet(**INPUTS, timestep=timestep)
+    assert len(counts) == {"block": 3, "stage": 2, "level": 1}[plan_per]
+
+
+def test_all_that_can_be_removed_is_removed_at_odd_sizes_too():
+    x = torch.ones(1, 65 * 65, 16)
+    layer = OneLayer(attention_layer()[0])
+    merger = merge_in(layer, size=(65, 65), ratio=AdaptiveRatio())
+    layer(x)
+    assert merger.steps[-1].removed == {1: 32 * 32 * 3 / 65**2}
+
+
+def test_a_model_without_the_level_warns():
+    unet = make_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    apply_token_merging(unet, ratio=AdaptiveRatio(similarity=-1.0))
+    with pytest.warns(UserWarning, match="max_downsample=2"):
+        unet(**INPUTS, timestep=700)
+
+
+def test_gradient_checkpointing_decides_as_the_forward_did():
+    gradients = []
+    for checkpointing in (False, True):
+        unet = make_unet().train()
+        report = apply_token_merging(unet, ratio=AdaptiveRatio(0.77, (0.36,)), plan_per="level")
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet(**INPUTS, timestep=500).sample.square().mean().backward()
+        gradients.append([p.grad for p in unet.parameters()])
+    assert len({layer.removed for layer in report.layers}) >= 1
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)

@@ -51,6 +51,7 @@ def graphs_per_step(unet, compiled, graphs, eager):
         ({"ratio": PLATEAUS}, [0, 1, 0, 0, 1, 0]),
         ({"ratio": 0.5, "merge_mlp": True, "merge_cross_attention": True, "window": 4}, [0] * 6),
         ({"ratio": 0.5, "merge_block": True}, [0] * 6),
+        ({"ratio": PLATEAUS, "plan_per": "level"}, [0, 1, 0, 0, 1, 0]),
         ({"ratio": 0.5, "keys_values_only": True, "metric": "keys", "destinations": "fixed"}, [0] * 6),
     ],
 )
@@ -72,3 +73,16 @@ def test_graphs_are_made_once_a_plateau(options, later, whole):
     remove_token_merging(unet)
     torch.testing.assert_close(compiled(**INPUTS, timestep=500).sample, plain)
     assert not torch.equal(eager(**INPUTS, timestep=500).sample, plain)
+
+
+@pytest.mark.slow
+def test_many_blocks_share_their_graphs():
+    """As in SDXL: more blocks than graphs that may be made, and three plateaus."""
+    deep = {"layers_per_block": 3, "transformer_layers_per_block": 2}
+    unet, eager, graphs = make_unet(**deep), make_unet(**deep), Graphs()
+    for model in (unet, eager):
+        apply_token_merging(model, ratio=PLATEAUS, max_downsample=2)
+    unet.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    counts = graphs_per_step(unet, unet, graphs, eager)
+    kinds = 2  # blocks of level 1 and of level 2; those of the middle have the width of level 2
+    assert counts[0] <= kinds + 1 and [b - a for a, b in pairwise(counts)] == [0, kinds, 0, 0, kinds, 0]

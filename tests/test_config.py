@@ -41,6 +41,7 @@ def test_levels_come_from_max_downsample_or_from_a_mapping():
         ({"queries_only": True, "merge_block": True}, "only one"),
         ({"queries_only": True, "merge_self_attention": False, "merge_mlp": True}, "queries_only needs"),
         ({"merge_block": True, "metric": "keys"}, "merge_block"),
+        ({"merge_block": True, "merge_mlp": True}, "merges all layers"),
         ({"ratio": AdaptiveRatio(ratios=(0.5, 0.9))}, "larger cell_size"),
         ({"merge_self_attention": False}, "nothing to merge"),
         ({"merge_self_attention": False, "merge_mlp": True, "keys_values_only": True}, "keys_values_only"),

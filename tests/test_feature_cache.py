@@ -282,6 +282,18 @@ def test_calls_at_one_timestep_for_ever_are_full_and_keep_little():
     assert report.kept_bytes <= 4 * 2 * 16 * 16 * 16 * 4
 
 
+def test_views_of_a_panorama_do_not_get_each_others_features():
+    """As MultiDiffusion calls a UNet: once a view, more often than branches of guidance could be."""
+    unet, timesteps = make_unet(), torch.tensor([900, 880, 860])
+    with torch.no_grad():
+        plain = [unet(noise(view), t, TEXT).sample for t in timesteps for view in range(6)]
+        report = apply_feature_cache(unet, interval=2)
+        for _ in range(2):  # in a second generation too
+            made = [unet(noise(view), t, TEXT).sample for t in timesteps.clone() for view in range(6)]
+            assert all(map(torch.equal, made, plain))
+    assert "too many calls a step" in str(report)
+
+
 def test_guidance_switched_off_in_mid_run(pipe):
     def switch_off(pipe, step, timestep, tensors):
         if step == 1:

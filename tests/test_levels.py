@@ -9,7 +9,7 @@ from tomesd_plus.step import Step
 
 
 def _levels(height, width, noise_level=1.0, **options):
-    step = Step(0, 999 * noise_level, noise_level, height, width, 1, True)
+    step = Step(0, 999 * noise_level, noise_level, height, width, 1, 0, 0, True)
     return levels_of(step, ToMeConfig(**options), None, torch.device("cpu"))
 
 

@@ -1,11 +1,21 @@
 """What the layers of one model share: gradients, layers left alone, models changed under the merger's feet."""
 
+import warnings
+
+import pytest
 import torch
 from conftest import generate, hooks, make_pipeline, make_unet
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tomesd_plus import ToMeProcessor, apply_token_merging, remove_token_merging
+from tomesd_plus import (
+    StepsSchedule,
+    ToMeProcessor,
+    apply_feature_cache,
+    apply_token_merging,
+    remove_token_merging,
+)
+from tomesd_plus.merger import mergers_on
 
 
 def test_gradients_in_training_mode():
@@ -111,3 +121,92 @@ def test_processors_that_the_host_makes_anew_keep_the_configuration(pipe):
             module.set_processor(type(module.processor)())
     assert torch.equal(generate(pipe), first) and report.removed[1] == 0.25
     assert len(report.steps) == 4
+
+
+def test_an_error_in_the_middle_of_a_call_leaves_nothing_running():
+    unet = make_unet()
+    apply_token_merging(unet, ratio=0.5, merge_block=True)
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    x, text = torch.randn(2, 256, 16), torch.randn(2, 7, 16)
+    failing = block.ff.register_forward_pre_hook(lambda layer, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unet(torch.randn(2, 4, 16, 16), 500, text)
+    failing.remove()
+    (merger,) = mergers_on(unet)
+    assert not merger.running and merger.blocks._entered is None  # no activation is held
+    with torch.no_grad():
+        by_itself = block(x, encoder_hidden_states=text)
+        remove_token_merging(unet)
+        assert torch.equal(by_itself, block(x, encoder_hidden_states=text))
+
+
+def test_whole_blocks_are_left_alone_where_places_matter_with_checkpointing_too():
+    for checkpointing in (False, True):
+        unet = make_unet(attention_type="gated").train(checkpointing)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        report = apply_token_merging(unet, ratio=0.5, merge_block=True)
+        gligen = {
+            "boxes": torch.rand(2, 3, 4),
+            "positive_embeddings": torch.randn(2, 3, 16),
+            "masks": torch.ones(2, 3),
+        }
+        unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 7, 16), cross_attention_kwargs={"gligen": gligen})
+        assert not report.merged and "it looks at places in the picture" in str(report)
+
+
+def test_a_compiled_model_is_freed_of_its_hooks_at_once(pipe):
+    unet = pipe.unet
+    apply_token_merging(pipe, ratio=0.5)
+    pipe.unet = torch.compile(unet, backend="eager")
+    remove_token_merging(pipe)
+    assert not unet._forward_pre_hooks and not unet._forward_hooks
+
+
+@pytest.mark.parametrize("options", [{"keys_values_only": True}, {"queries_only": True}])
+def test_fused_projections_are_left_alone_where_queries_and_keys_differ(options):
+    unet = make_unet()
+    unet.fuse_qkv_projections()
+    inputs = (torch.randn(2, 4, 16, 16), 500, torch.randn(2, 7, 16))
+    plain = unet(*inputs).sample
+    report = apply_token_merging(unet, ratio=0.5, **options)
+    with pytest.warns(UserWarning, match="fused"):
+        assert torch.equal(unet(*inputs).sample, plain)
+    assert "its projections are fused" in str(report)
+
+
+def test_processors_that_come_back_after_a_detour_merge_again(pipe):
+    report = apply_token_merging(pipe, ratio=0.5)
+    merged = generate(pipe)
+    ours = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    plain = generate(pipe)
+    assert not torch.equal(plain, merged)
+    pipe.unet.set_attn_processor(dict(ours))
+    generate(pipe)  # found again in its first call
+    assert torch.equal(generate(pipe), merged) and report.merged
+
+
+def test_no_warning_for_a_step_that_ran_no_layer_of_the_level():
+    pipe = make_pipeline("sdxl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        apply_feature_cache(pipe, interval=2)
+        report = apply_token_merging(pipe, ratio={2: StepsSchedule((0.0, 0.5))})
+        generate(pipe, num_inference_steps=10)
+    assert report.merged
+
+
+def test_each_of_several_calls_a_step_keeps_its_own_plans_and_details():
+    """Guidance branch by branch: the second branch gets nothing of the first."""
+    timesteps = torch.tensor([900, 800, 700])
+    samples = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    text = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(2))
+    together, alone = [], []
+    with torch.no_grad():
+        for outputs, branches in ((together, [(0, 1)]), (alone, [(0,), (1,)])):
+            for chosen in branches:
+                unet = make_unet()
+                apply_token_merging(unet, ratio=0.5, plan_every=3, whole_every=3, destinations="fixed")
+                outputs += [unet(samples[i], t, text).sample for t in timesteps for i in chosen]
+    assert all(torch.equal(together[2 * k + i], alone[3 * i + k]) for k in range(3) for i in (0, 1))

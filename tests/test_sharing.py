@@ -6,6 +6,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tomesd_plus import StepsSchedule, apply_token_merging, planner, remove_token_merging
+from tomesd_plus.merger import mergers_on
 
 
 def _matchings(unet, monkeypatch, timesteps, batches=None):
@@ -57,12 +58,11 @@ def test_reused_plans_are_those_of_the_step_that_made_them():
         apply_token_merging(unet, ratio=0.5, plan_every=every, destinations="fixed")
         with torch.no_grad():
             unet(**INPUTS, timestep=timesteps[0])
-            same = unet(**INPUTS, timestep=timesteps[1]).sample
-            fresh = {**INPUTS, "sample": INPUTS["sample"].flip(-1)}
-            unet(**INPUTS, timestep=timesteps[0])
-            other = unet(**fresh, timestep=timesteps[1]).sample
-        outputs[every] = same, other
-    assert not torch.equal(outputs[1][1], outputs[2][1])
+            (merger,) = mergers_on(unet)
+            first = dict(merger.planner.plans)
+            unet(INPUTS["sample"].flip(-1), timesteps[1], INPUTS["encoder_hidden_states"])
+            outputs[every] = [merger.planner.plans[key] is plan for key, plan in first.items()]
+    assert outputs == {1: [False, False], 2: [True, True]}
 
 
 def test_a_block_merged_as_a_whole_adds_to_each_token_what_its_group_got():

@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.functional import pad
 
+_NATIVE = AttentionBackendName.NATIVE  # the host's own default is what any model has set last, for all models
 EXTRA_CHANNELS = 8  # one is used; kernels want a multiple of eight
 
 
@@ -56,6 +57,6 @@ def attention(
             pad(torch.cat(parts, dim=-1), (0, channels + EXTRA_CHANNELS - sum(p.shape[-1] for p in parts)))
             for parts in ((query, one), (key, weight), (value,))
         )
-    output = dispatch_attention_fn(query, key, value, scale=1 / math.sqrt(channels), backend=backend)
+    output = dispatch_attention_fn(query, key, value, scale=1 / math.sqrt(channels), backend=backend or _NATIVE)
     output = output[..., :channels].flatten(2).to(query.dtype)
     return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor

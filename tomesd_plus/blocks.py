@@ -1,5 +1,6 @@
 """What merging does around transformer blocks: the hooks on blocks and on the layers inside them."""
 
+from copy import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ class BlockMerging:
         self.plan = merger.plan(hidden_states, block)
         if not config.merge_block:
             return None
-        reason = _why_not_whole(args, kwargs)
+        reason = self._why_not_whole(block, args, kwargs)
         if self.plan is None or reason is not None:
             merger.record(block, hidden_states.shape[1], 0, reason or merger.reason(hidden_states.shape[1]))
             self.plan = None
@@ -98,7 +99,10 @@ class BlockMerging:
         plan = self.plan
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if plan is None or not plan.fits(hidden_states) or kwargs.get("ip_adapter_masks") is not None:
-            self.merger.record(layer, hidden_states.shape[1], 0, "its block has no plan")
+            reason = "its block's attention was not merged" if plan is None else "its input is not the block's tokens"
+            if kwargs.get("ip_adapter_masks") is not None:
+                reason = "it looks at places in the picture"
+            self.merger.record(layer, hidden_states.shape[1], 0, reason)
             return None
         self._merged_layer = layer
         self.merger.record(layer, plan.tokens, plan.removed)
@@ -127,20 +131,33 @@ class BlockMerging:
 
         @torch.no_grad()
         def run(declined: Decision | None) -> None:
-            self.declined, merger.planner.plans = declined, {}
+            self.declined = declined
+            merger.planner.forget()
             inputs, keywords = self.enter(block, args, kwargs) or (args, kwargs)
             output = block.forward(*inputs, **keywords)
             if merger.config.merge_block:
                 self.leave(block, inputs, output)
 
-        plans, self.measuring = merger.planner.plans, True
+        planner, self.measuring = merger.planner, True
+        merger.planner = copy(planner)
         try:
             key = _kind_of(block, hidden_states, level, merger.config)
             decision = gate.decide(key, lambda: run(_CLOSED), lambda: run(None))
         finally:
             self.reset()
-            merger.planner.plans = plans
+            merger.planner = planner
         return None if decision.pays else decision
+
+    def _why_not_whole(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why a block cannot run on merged tokens as a whole, or ``None``."""
+        if (args[1] if len(args) > 1 else kwargs.get("attention_mask")) is not None:
+            return "it has an attention mask"
+        extra = (args[5] if len(args) > 5 else kwargs.get("cross_attention_kwargs")) or {}
+        if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
+            return "it looks at places in the picture"
+        if getattr(block.attn1.processor, "merger", None) is not self.merger:
+            return "its self-attention is left alone"
+        return None
 
     def reset(self) -> None:
         """Forget the block under way."""
@@ -169,13 +186,3 @@ def _kind_of(block: Any, hidden_states: Tensor, level: Level, config: ToMeConfig
         f"{channels} channels, {block.attn1.heads} heads, {level.height} × {level.width} tokens, batch {batch}, "
         f"{hidden_states.dtype}, {hidden_states.device.type}, {8 * level.removed // tokens}/8 removed, {options}"
     )
-
-
-def _why_not_whole(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a transformer block cannot run on merged tokens as a whole, or ``None``."""
-    if (args[1] if len(args) > 1 else kwargs.get("attention_mask")) is not None:
-        return "it has an attention mask"
-    extra = kwargs.get("cross_attention_kwargs") or {}
-    if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
-        return "it looks at places in the picture"
-    return None

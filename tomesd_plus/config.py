@@ -55,8 +55,9 @@ class ToMeConfig:
             logits (https://arxiv.org/abs/2210.09461, "proportional attention"). It is what keeps pictures close.
         plan_per: Who makes a plan of its own: each ``"block"``; the first block of each ``"stage"`` (the down block,
             mid block or up block of the UNet), for all of them; or the first of each ``"level"``. Sharing saves
-            matchings, but what is alike in the first block need not be in the last.
-        plan_every: For how many steps a plan is used, at least 1.
+            matchings, but what is alike in the first block need not be in the last. Compiled layers make plans of
+            their own, unless it is ``"level"``.
+        plan_every: For how many steps a plan is used, at least 1; calls at one timestep are one step.
         whole_every: Run the merged layers on all tokens every so many steps, at least 2, beginning with the first, and
             let each token keep on the steps between what told it from its group then: much closer pictures for little
             less saved. Keeps one output of each merged layer in memory. ``None``: never.
@@ -120,6 +121,8 @@ class ToMeConfig:
             if getattr(self, name) and not self.merge_self_attention:
                 raise ValueError(f"{name} needs merge_self_attention")
         if self.merge_block:
+            if not self.merge_self_attention or self.merge_cross_attention or self.merge_mlp:
+                raise ValueError("merge_block merges all layers of a block: leave the other merge_… options alone")
             if self.metric == "keys":
                 raise ValueError("merge_block measures similarity on the block's input; metric='keys' cannot be had")
             object.__setattr__(self, "metric", "block_input")

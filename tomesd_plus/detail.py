@@ -27,7 +27,7 @@ class DetailKeeper:
     """
 
     whole: bool  # the step under way
-    outputs: dict[nn.Module, Tensor]  # of the latest whole step, by layer
+    outputs: dict[tuple[nn.Module, int], Tensor]  # of the latest whole step, by layer and number of the call in it
 
     def __init__(self, every: int | None, mode: MergeMode) -> None:
         self.every = every
@@ -45,18 +45,17 @@ class DetailKeeper:
         )
         if step.new_generation or before is None or not same:
             self.outputs = {}
-            self._age = 0
-        elif step.timestep != before.timestep:
-            self._age += 1
-        self.whole = self._age % self.every == 0
+            self._first = step.number
+        self._call = step.call
+        self.whole = (step.number - self._first) % self.every == 0
 
     def keep(self, layer: nn.Module, output: Tensor) -> None:
         """Keep a layer's output (batch, tokens, channels) of a whole step."""
-        self.outputs[layer] = output.detach()
+        self.outputs[layer, self._call] = output.detach()
 
     def unmerge(self, layer: nn.Module, plan: MergePlan, output: Tensor) -> Tensor:
         """Bring a layer's output (batch, merged tokens, channels) back to all tokens, with their details."""
-        kept = self.outputs.get(layer)
+        kept = self.outputs.get((layer, self._call))
         if kept is None or not plan.fits(kept):
             return plan.unmerge(output)  # the layer was skipped at the whole step
         return kept + plan.unmerge(output - plan.merge(kept, self.mode))
@@ -70,7 +69,7 @@ class DetailKeeper:
         """Forget everything."""
         self.whole = False
         self.outputs = {}
-        self._age = 0
+        self._first = self._call = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "whole": False, "outputs": {}, "_age": 0}
+        return {**self.__dict__, "whole": False, "outputs": {}}

@@ -1,6 +1,7 @@
 """What holds for all layers of one resolution in one step: how many tokens to remove, and the cells."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -44,13 +45,13 @@ def levels_of(
             continue
         schedule = schedules.get(downsample)
         most = max_removed(height, width, config.cell_size)
-        ratio = removed = 0.0
+        ratio, removed = 0.0, 0
         if schedule is not None:
             ratio = max(schedule.ratios) if isinstance(schedule, AdaptiveRatio) else schedule(step.noise_level)
             removed = min(int(height * width * ratio), most)
         cells = reason = None
         if removed:
-            cells = make_cells(height, width, config.cell_size, config.window, generator, device)
+            cells = _cells(height, width, config.cell_size, config.window, generator, device)
         elif schedule is None:
             reason = f"level {downsample} is not merged by the configuration"
         elif not most:
@@ -59,5 +60,26 @@ def levels_of(
             reason = f"the ratio is less than one of {height * width} tokens"
         else:
             reason = "the ratio is 0 at this noise level"
-        levels[height * width] = Level(downsample, height, width, int(removed), cells, schedule, reason)
+        levels[height * width] = Level(downsample, height, width, removed, cells, schedule, reason)
     return levels
+
+
+def _cells(
+    height: int,
+    width: int,
+    cell_size: tuple[int, int],
+    window: int | None,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Cells:
+    if generator is None:
+        return _fixed_cells(height, width, cell_size, window, device)
+    return make_cells(height, width, cell_size, window, generator, device)
+
+
+@lru_cache(maxsize=16)
+def _fixed_cells(
+    height: int, width: int, cell_size: tuple[int, int], window: int | None, device: torch.device
+) -> Cells:
+    """Those without random numbers are the same at every step."""
+    return make_cells(height, width, cell_size, window, None, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tomesd_plus.plan import MergePlan
 
-MAX_SCORES = 1 << 23  # scores in memory at a time: 32 MB in float32
+MAX_SCORES = 1 << 23  # in memory at a time: 32 MB in float32, beside the tokens compared
 
 
 def max_removed(height: int, width: int, cell_size: tuple[int, int]) -> int:
@@ -37,6 +37,14 @@ class Cells:
     destination: Tensor
     source: Tensor
     twice: Tensor | None
+
+    def to(self, device: torch.device | str) -> "Cells":
+        """The same on another device; the copy does not wait for it."""
+        if self.destination.device == torch.device(device):
+            return self
+        tensors = (self.destination, self.source, self.twice)
+        moved = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+        return Cells(self.tokens, *moved)  # type: ignore[arg-type]
 
 
 def make_cells(
@@ -75,12 +83,8 @@ def make_cells(
         tokens, twice = _windows(tokens, min(window, max(rows, columns)))
     else:
         tokens = tokens.reshape(1, rows * columns, -1)
-    return Cells(
-        height * width,
-        tokens[:, :, 0].to(device).contiguous(),
-        tokens[:, :, 1:].flatten(1).to(device),
-        None if twice is None else twice.to(device),
-    )
+    cells = Cells(height * width, tokens[:, :, 0].contiguous(), tokens[:, :, 1:].flatten(1), twice)
+    return cells.to(device)
 
 
 def _windows(tokens: Tensor, side: int) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tomesd_plus.blocks import BlockMerging
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.detail import DetailKeeper
+from tomesd_plus.host import owners_of_hooks, sample_and_timestep
 from tomesd_plus.levels import Level, levels_of
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.planner import Planner
@@ -33,6 +35,7 @@ class TokenMerger:
     step: Step | None  # the model's call under way, or the latest
     running: bool  # between the model's pre-hook and its hook
     levels: dict[int, Level]  # of this step, by number of tokens
+    _ran: set[int]  # the levels at which a layer has run in this step
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class TokenMerger:
         self._schedules = config.schedules
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
-        self._stages: dict[nn.Module, str] = {}
+        self._lost: tuple[weakref.ref[nn.Module], list[nn.Module]] | None = None  # model and layers before a detour
         self._warned = False
         self._reset()
 
@@ -74,10 +77,10 @@ class TokenMerger:
         """
         self.attentions = attentions
         self._names = {module: f"{self.name}{name}" for name, module in model.named_modules()}
-        self._stages = {module: name.partition(".attentions.")[0] for name, module in model.named_modules()}
+        self.planner.stages = {module: name.partition(".attentions.")[0] for name, module in model.named_modules()}
         self._handles = [
             model.register_forward_pre_hook(self.begin_step, with_kwargs=True),
-            model.register_forward_hook(self.end_step),
+            model.register_forward_hook(self.end_step, always_call=True),
             *self.blocks.attach(model),
         ]
 
@@ -87,11 +90,18 @@ class TokenMerger:
             handle.remove()
         self._handles.clear()
         self._names.clear()
-        self._stages.clear()
+        self.planner.stages = {}
         self.attentions = []
-        self.planner.plans = {}
+        self._lost = None
+        self.planner.forget()
         self.details.reset()
         self._reset()
+
+    def _attach_again(self, model: "weakref.ref[nn.Module]", attentions: list[nn.Module]) -> None:
+        """Processors that were replaced for a while are back, as after PAG: merge again from the next call on."""
+        self._lost = None
+        if (found := model()) is not None:
+            self.attach(found, attentions)
 
     # The model's hooks ------------------------------------------------------------------------------------------
 
@@ -99,10 +109,11 @@ class TokenMerger:
     def begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: read the step, lay out its levels, drop plans that no longer hold."""
         if not any(getattr(attention.processor, "merger", None) is self for attention in self.attentions):
+            lost = weakref.ref(model), self.attentions
             self.detach()  # the processors were replaced: nothing is left behind
+            self._lost = lost
             return
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        sample, timestep = sample_and_timestep(args, kwargs)
         before = self.step
         self._reset()
         self.step = step = self.tracker.observe(sample, timestep)
@@ -122,13 +133,14 @@ class TokenMerger:
 
     @outside_graphs
     def end_step(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the model: say so once if nothing at all was merged.
+        """After the model, also after one that failed: say so once if nothing at all was merged.
 
         Step and plans stay until the next call: gradient checkpointing runs the blocks once more, in backward.
         """
-        if self.step is not None and not self._warned:
+        if output is not None and self.step is not None and not self._warned:  # ``None`` after a failure
             self._warn_if_idle(self.step)
         self.running = False
+        self.blocks.reset()
 
     # For the processors -----------------------------------------------------------------------------------------
 
@@ -138,6 +150,8 @@ class TokenMerger:
         Inside a block that is merged as a whole it is the plan by which the input has been merged already.
         """
         if not self.active:
+            if self._lost is not None:
+                self._attach_again(*self._lost)
             self._warn_if_stranger(attention)
             return None
         plan = self.blocks.plan
@@ -173,6 +187,8 @@ class TokenMerger:
         record.tokens += tokens
         record.removed += removed
         record.reason = reason
+        if level:
+            self._ran.add(level.downsample)
         if removed and level:
             self.steps[-1].removed[level.downsample] = removed / tokens
 
@@ -187,7 +203,7 @@ class TokenMerger:
         level = self.levels.get(hidden_states.shape[1])
         if level is None or level.cells is None or self.details.whole or self.blocks.declined is not None:
             return None
-        return self.planner.plan(hidden_states, level, layer, self._stages.get(layer, ""))
+        return self.planner.plan(hidden_states, level, layer)
 
     # Telling the user -------------------------------------------------------------------------------------------
 
@@ -203,14 +219,16 @@ class TokenMerger:
         return level.reason or "too few tokens are alike"
 
     def _warn_if_idle(self, step: Step) -> None:
-        ratios = {level: s for level, s in self._schedules.items() if not isinstance(s, AdaptiveRatio)}
-        wanted = [level for level, schedule in ratios.items() if schedule(step.noise_level) > 0]
-        left_alone = self.details.whole or self.blocks.gate is not None  # for good reason
-        if not wanted or not self.records or left_alone or any(record.removed for record in self.records.values()):
+        if not self.records or any(record.removed for record in self.records.values()):
             return  # compiled layers have no records
-        self._warned = True
+        adaptive = {level for level, ratio in self._schedules.items() if isinstance(ratio, AdaptiveRatio)}
+        wanted = {level.downsample for level in self.levels.values() if level.removed}
         levels = sorted({record.downsample for record in self.records.values() if record.downsample})
-        if levels and not set(levels) & set(wanted):
+        left_alone = self.details.whole or self.blocks.gate is not None or adaptive & set(levels)  # for good reason
+        if not wanted or left_alone or (wanted & set(levels) and not wanted & self._ran):
+            return
+        self._warned = True
+        if levels and not set(levels) & wanted:
             to_do = (
                 "give ratio one of them"
                 if isinstance(self.config.ratio, Mapping)
@@ -236,13 +254,13 @@ class TokenMerger:
         self.step = None
         self.running = False
         self.levels = {}
+        self._ran = set()
         self.blocks.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "step": None, "running": False, "levels": {}}
+        return {**self.__dict__, "step": None, "running": False, "levels": {}, "_lost": None}
 
 
 def mergers_on(model: nn.Module) -> list[TokenMerger]:
     """The mergers whose hooks are on a model."""
-    owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
-    return [owner for owner in owners if isinstance(owner, TokenMerger)]
+    return owners_of_hooks(model, TokenMerger)

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tomesd_plus.config import Ratio, ToMeConfig
+from tomesd_plus.host import train_timesteps, unet_of
 from tomesd_plus.merger import TokenMerger, mergers_on
 from tomesd_plus.processor import ToMeProcessor, adopt
 from tomesd_plus.report import TokenMergingReport
@@ -17,7 +18,7 @@ from tomesd_plus.report import TokenMergingReport
 
 def apply_token_merging(
     pipe: Any,
-    config: ToMeConfig | float | None = None,
+    config: ToMeConfig | Ratio | Mapping[int, Ratio] | None = None,
     *,
     ratio: Ratio | Mapping[int, Ratio] | None = None,
     **options: Any,
@@ -26,7 +27,7 @@ def apply_token_merging(
 
     Args:
         pipe: A diffusers pipeline with a UNet, or a UNet or ControlNet itself.
-        config: What to merge; ``ToMeConfig()`` by default. A number is taken as the ratio.
+        config: What to merge; ``ToMeConfig()`` by default. Anything else is taken as the ratio.
         ratio: Short for ``ToMeConfig(ratio=…)``.
         options: Other fields of :class:`ToMeConfig`.
 
@@ -45,7 +46,7 @@ def apply_token_merging(
         >>> report.removed
         {1: 0.5, 2: 0.0, 4: 0.0}
     """
-    if isinstance(config, (int, float)):
+    if config is not None and not isinstance(config, ToMeConfig):
         config, ratio = None, config
     if ratio is not None:
         options["ratio"] = ratio
@@ -76,7 +77,9 @@ def remove_token_merging(pipe: Any) -> None:
 
 
 @contextmanager
-def token_merging(pipe: Any, config: ToMeConfig | float | None = None, **options: Any) -> Iterator[TokenMergingReport]:
+def token_merging(
+    pipe: Any, config: ToMeConfig | Ratio | Mapping[int, Ratio] | None = None, **options: Any
+) -> Iterator[TokenMergingReport]:
     """Merge tokens inside a ``with`` block; takes what :func:`apply_token_merging` takes, and yields its report."""
     report = apply_token_merging(pipe, config, **options)
     try:
@@ -107,8 +110,6 @@ def merge_with(pipe: Any, make_merger: Callable[[int, str, dict[str, str]], Toke
     for name, model in models.items():
         if is_merging(model):
             raise ValueError(f"token merging is already applied to {name}: call remove_token_merging first")
-    scheduler = getattr(pipe, "scheduler", None)
-    train_timesteps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
     mergers = {}
     for name, model in models.items():
         prefix = f"{name}." if len(models) > 1 else ""
@@ -120,7 +121,7 @@ def merge_with(pipe: Any, make_merger: Callable[[int, str, dict[str, str]], Toke
                     merging.append(layer)
                 else:
                     excluded[f"{prefix}{layer_name}"] = reason
-        merger = make_merger(train_timesteps, prefix, excluded)
+        merger = make_merger(train_timesteps(pipe), prefix, excluded)
         if not merging:
             warnings.warn(
                 f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3
@@ -150,13 +151,9 @@ def _why_excluded(layer: Attention) -> str | None:
 
 def _models(pipe: Any) -> dict[str, nn.Module]:
     """The UNet and ControlNets of a pipeline, or the model itself, by name."""
-    if isinstance(pipe, nn.Module) and hasattr(pipe, "set_attn_processor"):
-        return {"model": pipe}
-    if not isinstance(getattr(pipe, "unet", None), nn.Module):
-        raise TypeError(
-            f"expected a diffusers pipeline with a UNet (SD 1.x, 2.x, SDXL) or a UNet, not {type(pipe).__name__}"
-        )
-    models = {"unet": pipe.unet}
+    if not hasattr(pipe, "unet"):
+        return {"model": unet_of(pipe)}
+    models = {"unet": unet_of(pipe)}
     controlnet = getattr(pipe, "controlnet", None)
     nets = dict.fromkeys(getattr(controlnet, "nets", None) or [controlnet])  # one net may stand there twice
     for index, net in enumerate(net for net in nets if isinstance(net, nn.Module)):

@@ -12,6 +12,9 @@ from tomesd_plus.plan import MergePlan
 from tomesd_plus.schedule import AdaptiveRatio
 from tomesd_plus.step import Step
 
+Key = tuple[int, int, nn.Module | str | None]
+"""Downsample, the number of the call in its step, and what shares a plan."""
+
 
 class Planner:
     """Makes a plan where none is kept that holds.
@@ -20,11 +23,20 @@ class Planner:
         config: What similarity is measured on, and who shares plans for how long.
     """
 
-    plans: dict[tuple[int, nn.Module | str | None], MergePlan | None]  # by level and by what shares a plan
+    plans: dict[Key, MergePlan]
+    stages: dict[nn.Module, str]  # the block of the UNet that a layer is in; ``""`` for layers of no block
+    _too_few: dict[Key, torch.Size]  # where an adaptive ratio found too few tokens alike, in (batch, tokens)
 
     def __init__(self, config: ToMeConfig) -> None:
         self.config = config
+        self.stages = {}
+        self.call = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all plans."""
         self.plans = {}
+        self._too_few = {}
 
     def begin_step(self, step: Step, before: Step | None) -> None:
         """Drop plans that do not hold for a step any more."""
@@ -33,47 +45,56 @@ class Planner:
             every > 1
             and before is not None
             and not step.new_generation
-            and step.index is not None
-            and before.index is not None
-            and step.index // every == before.index // every
+            and step.number // every == before.number // every
             and (step.height, step.width, step.batch) == (before.height, before.width, before.batch)
         )
+        self.call = step.call
         if not holds:
-            self.plans = {}
+            self.forget()
 
-    def plan(self, hidden_states: Tensor, level: Level, layer: nn.Module, stage: str) -> MergePlan | None:
+    def plan(self, hidden_states: Tensor, level: Level, layer: nn.Module) -> MergePlan | None:
         """The plan for a layer's input.
 
         Args:
             hidden_states: (batch, tokens, channels).
             level: Its level, with something to remove.
             layer: The attention layer or transformer block.
-            stage: The name of the UNet's block that it is in.
 
         Returns:
             ``None`` if an adaptive ratio finds too few tokens alike.
         """
-        sharing = self.config.plan_per != "block" or self.config.plan_every > 1
-        if not sharing and torch.compiler.is_compiling():
-            return self._match(hidden_states, level, layer)  # a graph need not know where plans are kept
-        sharers: dict[str, nn.Module | str | None] = {"block": layer, "stage": stage, "level": None}
-        key = (level.downsample, sharers[self.config.plan_per])
+        if torch.compiler.is_compiling() and self.config.plan_per != "level":
+            return self._match(hidden_states, level, layer)  # a graph that knows its layer would serve no other
+        key = (level.downsample, self.call, self._shared_by(layer))
         plan = self.plans.get(key)
-        if plan is None or not plan.fits(hidden_states) or not self._still_right(plan, level):
-            plan = self.plans[key] = self._match(hidden_states, level, layer)
+        if plan is not None and plan.fits(hidden_states) and self._still_right(plan, level):
+            return plan
+        if self._too_few.get(key) == hidden_states.shape[:2]:
+            return None
+        plan = self._match(hidden_states, level, layer)
+        if plan is None:
+            self._too_few[key] = hidden_states.shape[:2]
+        else:
+            self.plans[key] = plan
         return plan
+
+    def _shared_by(self, layer: nn.Module) -> nn.Module | str | None:
+        if self.config.plan_per == "block":
+            return layer
+        return self.stages.get(layer, "") if self.config.plan_per == "stage" else None
 
     def _still_right(self, plan: MergePlan, level: Level) -> bool:
         return isinstance(level.ratio, AdaptiveRatio) or plan.removed == level.removed
 
     def _match(self, hidden_states: Tensor, level: Level, layer: nn.Module) -> MergePlan | None:
         assert level.cells is not None
-        similarity, best = match(self._metric(hidden_states, layer), level.cells)
+        cells = level.cells.to(hidden_states.device)  # with a model on several devices not where the latents were
+        similarity, best = match(self._metric(hidden_states, layer), cells)
         removed = level.removed
         if isinstance(level.ratio, AdaptiveRatio):
             alike = (similarity >= level.ratio.similarity).sum().item() / similarity.shape[0]  # waits for the device
-            removed = min(removed, int(level.cells.tokens * level.ratio.choose(alike / level.cells.tokens)))
-        return merge_most_similar(similarity, best, level.cells, removed) if removed else None
+            removed = level.ratio.removed(cells.tokens, level.removed, alike)
+        return merge_most_similar(similarity, best, cells, removed) if removed else None
 
     def _metric(self, hidden_states: Tensor, attention: Any) -> Tensor:
         if self.config.metric != "keys":
@@ -83,4 +104,4 @@ class Planner:
             return keys.unflatten(-1, (attention.heads, -1)).mean(dim=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}}
+        return {**self.__dict__, "plans": {}, "_too_few": {}}

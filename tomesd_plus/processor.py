@@ -69,7 +69,7 @@ class ToMeProcessor:
         """Attend, with fewer tokens where that is understood; takes and returns what the inner processor does."""
         plan, understood = None, False
         if not attn.is_cross_attention:
-            reason = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask)
+            reason = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask, self.merger.config)
             if reason is None:
                 plan = self.merger.plan_for(attn, hidden_states)
                 understood = True
@@ -204,7 +204,11 @@ def _is_plain(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | N
 
 
 def _why_not(
-    attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+    config: ToMeConfig,
 ) -> str | None:
     """Why a self-attention call is not understood, and so left alone; ``None`` if it is."""
     if hidden_states.ndim != 3:
@@ -219,4 +223,6 @@ def _why_not(
         return "it adds its input by itself"
     if attn.added_kv_proj_dim is not None:
         return "it attends to text too"
+    if attn.fused_projections and (config.keys_values_only or config.queries_only):
+        return "its projections are fused, so queries and keys cannot have tokens of their own"
     return None

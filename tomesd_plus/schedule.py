@@ -194,9 +194,16 @@ class AdaptiveRatio:
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity must lie in [-1, 1], not {self.similarity!r}")
 
-    def choose(self, share: float) -> float:
-        """The ratio for a share of tokens that are alike."""
-        return max((ratio for ratio in self.ratios if ratio <= share), default=0.0)
+    def removed(self, tokens: int, most: int, alike: float) -> int:
+        """How many tokens to remove.
+
+        Args:
+            tokens: Of the level.
+            most: The most that can be removed there.
+            alike: How many are alike, averaged over the batch.
+        """
+        counts = (min(int(tokens * ratio), most) for ratio in self.ratios)
+        return max((count for count in counts if count <= alike), default=0)
 
 
 def _check(ratios: Sequence[float]) -> None:

@@ -25,6 +25,8 @@ class Step:
         noise_level: 1 at the first, noisiest timestep of training, 0 at the last, and never beyond.
         height, width: Size of the latents.
         batch: Batch size, both guidance branches counted.
+        number: Of the step in its generation, from 0; calls at one timestep are one step.
+        call: Of this call among those at the step's place in the schedule, from 0: a guider may call once a branch.
         new_generation: True if this is the first call of a generation.
     """
 
@@ -34,6 +36,8 @@ class Step:
     height: int
     width: int
     batch: int
+    number: int
+    call: int
     new_generation: bool
 
 
@@ -52,6 +56,9 @@ class StepTracker:
     _values: list[float]  # the same on the host
     _index: int | None
     _last: float | None
+    _last_index: int | None
+    _number: int
+    _call: int
 
     def __init__(self, train_timesteps: int = 1000) -> None:
         self.train_timesteps = train_timesteps
@@ -67,10 +74,16 @@ class StepTracker:
             new = self._last is None or value > self._last
             if isinstance(timestep, Tensor) and timestep.numel() == 1:
                 new = new or value == self._last  # the one timestep of a schedule of one step, again
-        self._last = value
+        if new:
+            self._number = self._call = 0
+        elif value != self._last:
+            self._number, self._call = self._number + 1, 0
+        else:
+            self._call = self._call + 1 if index == self._last_index else 0
+        self._last, self._last_index = value, index
         noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
         batch, _, height, width = sample.shape
-        return Step(index, value, noise_level, height, width, batch, new)
+        return Step(index, value, noise_level, height, width, batch, self._number, self._call, new)
 
     def _observe_view(self, timestep: Tensor) -> tuple[int, float, bool]:
         index = int(timestep.storage_offset())
@@ -92,6 +105,8 @@ class StepTracker:
         self._values = []
         self._index = None
         self._last = None
+        self._last_index = None
+        self._number = self._call = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"train_timesteps": self.train_timesteps}

@@ -20,7 +20,7 @@ def load_tiny_pipeline(
 
     It knows captions such as "a large red apple on a blue background", "a small dog on the left of a pink striped
     background" and "a small star and a small moon on a purple gradient background"; see the model card beside its
-    files. It needs no network; two CPU cores train it in about 100 minutes with ``examples/train_tiny``.
+    files. It needs no network; two CPU cores train it in two hours with ``examples/train_tiny``.
 
     Args:
         dtype: Of all its models. The files are fp16.

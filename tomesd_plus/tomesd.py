@@ -84,6 +84,10 @@ class _TomesdMerger(TokenMerger):
         self.max_downsample = max_downsample
         self.global_generator: torch.Generator | None = None
 
+    def reason(self, tokens: int) -> str:
+        """Why self-attention on that many tokens is left alone."""
+        return "tomesd leaves it alone: the level is beyond max_downsample, or the ratio removes nothing"
+
     def plan(self, hidden_states: Tensor, layer: Any) -> MergePlan | None:
         if self.step is None:
             return None

@@ -35,8 +35,8 @@ def main() -> None:
     if not 2 <= arguments.pictures <= len(held_out_captions()):
         parser.error(f"--pictures must lie between 2 and {len(held_out_captions())}")
     scenes = embedded_scenes()[: arguments.pictures]
-    size = 64
     pipe, clip = load_tiny_pipeline(), ClipFeatures.load(TINY_CLIP)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     start = time.monotonic()
     made = generate(pipe, [scene.caption for scene in scenes], arguments.steps, arguments.guidance)
     seconds = (time.monotonic() - start) / len(scenes)
@@ -45,7 +45,7 @@ def main() -> None:
     rows = [
         measure("generated", made, scenes, clip),
         measure("real, of the same captions (floor)", real, scenes, clip),
-        measure("real, blurred 8 × 8", blurred(real, 8), scenes, clip),
+        measure(f"real, blurred {size // 8} × {size // 8}", blurred(real, size // 8), scenes, clip),
         measure("noise (ceiling)", noise, scenes, clip),
     ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

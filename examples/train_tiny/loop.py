@@ -1,5 +1,6 @@
 """The training loop that all three models share: a time budget, EMA, resumable, one line of progress a minute."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,13 +58,16 @@ def train(
     clock = Clock(minutes)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     accelerator.register_for_checkpointing(clock, ema)
+    old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():  # killed between two renames
+        old.rename(folder)
     if folder.exists():
         accelerator.load_state(str(folder))
         ema.to(accelerator.device)
         accelerator.print(f"{folder.name}: going on from step {clock.step}, minute {clock.elapsed / 60:.1f}")
 
     def save() -> None:
-        accelerator.save_state(str(folder))
+        _replace(folder, lambda new: accelerator.save_state(str(new)))
         if on_save and accelerator.is_main_process:
             ema.store(model.parameters())
             ema.copy_to(model.parameters())
@@ -77,7 +81,8 @@ def train(
         fall = 0.01 + 0.99 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * clock.progress)).item())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rise * fall
-        loss = loss_of(model, clock)
+        with accelerator.autocast():  # also where a part of the model is called, and not the whole
+            loss = loss_of(model, clock)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -98,3 +103,15 @@ def train(
     save()
     ema.copy_to(model.parameters())
     return accelerator.unwrap_model(model).eval()
+
+
+def _replace(folder: Path, save: Callable[[Path], None]) -> None:
+    """Save beside the old checkpoint, then put the new one in its place: a run killed here finds one of them."""
+    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    save(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

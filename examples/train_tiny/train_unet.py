@@ -1,5 +1,6 @@
 """The denoiser: v-prediction in the latent space, captions dropped now and then for classifier-free guidance."""
 
+import hashlib
 from itertools import islice
 from pathlib import Path
 
@@ -122,9 +123,13 @@ def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: li
 
 def _encoded(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...], folder: Path) -> Tensor:
     """Encode the pictures, or read what an earlier run has left."""
-    path = folder / f"latents_{size}.safetensors"
+    weights = torch.cat([parameter.detach().flatten() for parameter in vae.parameters()])
+    digest = hashlib.sha256(weights.cpu().numpy().tobytes()).hexdigest()[:8]  # latents of another VAE are of no use
+    path = folder / f"latents_{size}_{digest}.safetensors"
     if not path.exists():
-        save_file({"latents": _encode(vae, dataset, size, seed)}, path)
+        new = path.with_suffix(".new")
+        save_file({"latents": _encode(vae, dataset, size, seed)}, new)
+        new.rename(path)
     return load_file(path)["latents"]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.report import FeatureCacheReport
+from tomesd_plus.host import train_timesteps
 
 
 def apply_feature_cache(
@@ -51,9 +52,7 @@ def apply_feature_cache(
     unet = _unet(pipe)
     if feature_cache_on(unet) is not None:
         raise ValueError("a feature cache is already applied: call remove_feature_cache first")
-    scheduler = getattr(pipe, "scheduler", None)
-    train_timesteps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-    cache = FeatureCache(config, train_timesteps)
+    cache = FeatureCache(config, train_timesteps(pipe))
     try:
         cache.attach(unet)
     except BaseException:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.layers import inner_layers, make_skippable, restore_forwards
 from tomesd_plus.caching.report import CacheStep
+from tomesd_plus.host import owners_of_hooks, sample_and_timestep
 from tomesd_plus.step import Step, StepTracker, outside_graphs
 
-# A step may call the UNet more than once, with each guidance branch by itself. More calls are no longer one step's.
+# A step may call the UNet more than once, with each guidance branch by itself. More calls may be of tiles or views,
+# which need not come in the same order at every step.
 _MOST_CALLS = 4
 
 
@@ -20,7 +22,6 @@ class _Features:
     """What a full step left: the skipped layers' outputs by name, the early feature, and which step it was."""
 
     step: Step
-    number: int
     outputs: dict[str, Any] = field(default_factory=dict)
     early: Tensor | None = None
 
@@ -40,8 +41,7 @@ class FeatureCache:
     steps: deque[CacheStep]  # of the latest generation
     _features: dict[int, _Features]  # by the number of the call in its step
     _step: Step | None  # the latest call's
-    _number: int  # of the step's noise level in its generation
-    _call: int  # of this step's calls
+    _too_many: bool  # of the generation's calls are at one step: they can no longer be told apart, so all are full
 
     def __init__(self, config: FeatureCacheConfig, train_timesteps: int = 1000) -> None:
         self.config = config
@@ -84,9 +84,7 @@ class FeatureCache:
         if not self.attached:  # a compiled UNet may still call hooks that were removed
             return
         make_skippable(inner_layers(unet, self.config.branch), self)  # offloading may have put old forwards back
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self._place(self.tracker.observe(sample, timestep))
+        self._place(self.tracker.observe(*sample_and_timestep(args, kwargs)))
         reason = self._why_full()
         if reason is None and self.config.threshold is not None:
             self.mode = "undecided"
@@ -96,13 +94,14 @@ class FeatureCache:
     @outside_graphs
     def read_early_feature(self, conv_in: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After ``conv_in``, the UNet's first layer: decide by how much its output has changed."""
+        assert self._step is not None
         if self.mode == "undecided":
-            early, threshold = self._features[self._call].early, self.config.threshold
+            early, threshold = self._features[self._step.call].early, self.config.threshold
             assert early is not None and threshold is not None
             change = float((output - early).abs().mean() / early.abs().mean())
             self._decide("changed" if change > threshold else None, change)
         if self.mode == "full":
-            self._features[self._call].early = output.detach()
+            self._features[self._step.call].early = output.detach()
 
     def end_step(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the UNet, also after one that failed: its layers are ordinary ones again."""
@@ -112,31 +111,30 @@ class FeatureCache:
     # Deciding ---------------------------------------------------------------------------------------------------
 
     def _place(self, step: Step) -> None:
-        """Find the step's number in its generation, and which of the step's calls this is."""
-        last, self._step = self._step, step
-        # Of timesteps, not of noise levels, which are cut off at 0: half of EDM's timesteps lie below.
-        same_noise = last is not None and last.timestep == step.timestep
-        same_step = same_noise and last is not None and last.index == step.index
-        if step.new_generation or (same_step and self._call + 1 == _MOST_CALLS):
+        """Take a step in."""
+        self._step = step
+        if step.new_generation:
             self._features.clear()
             self.steps.clear()
-            self._number = self._call = 0
-            return
-        self._call = self._call + 1 if same_step else 0
-        if not same_noise:
-            self._number += 1
+            self._too_many = False
+        self._too_many = self._too_many or step.call >= _MOST_CALLS
+        if self._too_many:
+            self._features.clear()
 
     def _why_full(self) -> str | None:
         """Why the step at hand is full whatever the early feature says; ``None`` if nothing asks for it."""
-        step, kept = self._step, self._features.get(self._call)
+        step = self._step
         assert step is not None
+        if self._too_many:
+            return "too many calls a step"
+        kept = self._features.get(step.call)
         if kept is None or kept.outputs.keys() != set(self.skipped):
             return "first step" if step.new_generation else "nothing kept"
         if (step.batch, step.height, step.width) != (kept.step.batch, kept.step.height, kept.step.width):
             return "other batch or size"
         if self.config.full_steps is not None:
-            return "listed" if self._number in self.config.full_steps else None
-        age = self._number - kept.number
+            return "listed" if step.number in self.config.full_steps else None
+        age = step.number - kept.step.number
         if age >= self.config.interval_at(step.noise_level):
             return "interval"
         if age == 0 and self.config.threshold is None:
@@ -146,9 +144,9 @@ class FeatureCache:
     def _decide(self, reason: str | None, change: float | None = None) -> None:
         assert self._step is not None
         if reason is not None:
-            self._features[self._call] = _Features(self._step, self._number)
+            self._features[self._step.call] = _Features(self._step)
         self.mode = "cached" if reason is None else "full"
-        self.outputs = self._features[self._call].outputs
+        self.outputs = self._features[self._step.call].outputs
         self.steps.append(CacheStep(self._step.index, self._step.noise_level, reason, change))
 
     # State ------------------------------------------------------------------------------------------------------
@@ -167,7 +165,7 @@ class FeatureCache:
         self.outputs = {}
         self._features = {}
         self._step = None
-        self._number = self._call = 0
+        self._too_many = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "mode": "idle", "outputs": {}, "_features": {}, "_step": None}
@@ -175,9 +173,4 @@ class FeatureCache:
 
 def feature_cache_on(unet: nn.Module) -> FeatureCache | None:
     """The cache whose hooks are on a UNet, or ``None``. A compiled UNet's may be on either of its two modules."""
-    for module in (unet, getattr(unet, "_orig_mod", None)):
-        hooks = module._forward_pre_hooks.values() if isinstance(module, nn.Module) else ()
-        for owner in (getattr(hook, "__self__", None) for hook in hooks):
-            if isinstance(owner, FeatureCache):
-                return owner
-    return None
+    return next(iter(owners_of_hooks(unet, FeatureCache)), None)
