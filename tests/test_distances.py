@@ -132,7 +132,15 @@ def test_weights_are_repetitions():
     ones = torch.stack([torch.ones(12), weights])
     plain, weighted = kernel_distance(a, features(9, 3, 1), polynomial_kernel, ones)
     assert plain == kernel_distance(a, features(9, 3, 1), polynomial_kernel)[0]
-    assert weighted != plain
+    b, w = features(9, 3, 1).double(), weights.double()
+    inner, across, reference = (
+        polynomial_kernel(x, y) for x, y in ((a.double(), a.double()), (a.double(), b), (b, b))
+    )
+    own = sum(w[i] * w[j] * inner[i, j] for i in range(12) for j in range(12) if i != j)
+    pairs = sum(w[i] * w[j] for i in range(12) for j in range(12) if i != j)
+    mixed = sum(w[i] * across[i, j] for i in range(12) for j in range(9)) / (18 * 9)
+    theirs = (reference.sum() - reference.trace()) / (9 * 8)
+    assert weighted.item() == pytest.approx((own / pairs + theirs - 2 * mixed).item(), rel=1e-9)
 
 
 def test_statistics_are_pytorch_fids_files(tmp_path):
@@ -145,9 +153,21 @@ def test_statistics_are_pytorch_fids_files(tmp_path):
         assert set(file.files) == {"mu", "sigma", "count", "features"}
 
 
+def test_an_eigenvalue_that_is_not_found_is_said(monkeypatch):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+
+    a = Statistics.of(features(9, 4, 0))
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(ValueError, match=r"distance cannot be computed: .* failed to converge"):
+        frechet_distance(a, a)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="count ≥ 2"):
         Statistics.of(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="not NaN or infinity"):
+        Statistics.of(torch.tensor([[1.0, float("inf")], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="4 and of 3 dimensions"):
         frechet_distance(Statistics.of(features(9, 4, 0)), Statistics.of(features(9, 3, 0)))
     with pytest.raises(ValueError, match="4 and 3 dimensions"):
@@ -156,6 +176,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         kernel_distance(torch.zeros(1, 3), torch.zeros(4, 3), polynomial_kernel)
     np.savez(tmp_path / "x.npz", mu=np.zeros(3))
     with pytest.raises(ValueError, match="no sigma"):
+        Statistics.load(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    with pytest.raises(ValueError, match="holds NaN"):
         Statistics.load(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(ValueError, match="do not fit"):

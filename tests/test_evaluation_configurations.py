@@ -82,7 +82,10 @@ def test_a_missing_peer_is_said(monkeypatch):
         ("merge: {ration: 0.5}", "ration"),
         ("merge: {ratio: 0.5, more_at: dirty}", "dirty"),
         ("merge: {ratio: {1: 0.5}, schedule: linear}", "a number"),
+        ("merge: {ratio: 0.5, cell_size: [0, 2]}", "cell_size must be two whole numbers"),
         ("tomesd: {rato: 0.5}", "rato"),
+        ("tomesd: abc", "a ratio must be a number"),
+        ("deepcache: abc", "interval must be a whole number"),
         ("merge: 0.5, steps: 0", "steps"),
         ("merge: [", "cannot read the configuration"),
         ("", "a configuration is a mapping"),
@@ -130,11 +133,15 @@ def test_baseline_and_noise_floor_come_by_themselves():
 
 
 def test_rows_of_equal_time_are_for_what_is_faster():
-    def speed(speedup):
-        return Speed(1.0, 0.1, speedup, speedup, speedup, 1, 1, 0.0)
+    """Of a second 0.8 s are steps; what encodes and decodes does not become less with them."""
+
+    def speed(speedup, batch_size=1):
+        return Speed(1.0, 0.04 * batch_size, speedup, speedup, speedup, 1, batch_size, 0.0)
 
     configurations = complete([parse_configuration(f"merge: {ratio}") for ratio in (0.25, 0.5, 0.75)])
-    speeds = {"baseline": speed(1.0), "merge-0.25": speed(0.9), "merge-0.5": speed(1.25), "merge-0.75": speed(2.0),
-              "another-seed-noise-floor": speed(1.6)}  # fmt: skip
-    rows = equal_time_rows(configurations, speeds, Sampling(steps=20))
-    assert [row.steps for row in rows] == [16, 10]
+    for batch_size in (1, 4):
+        speeds = {"baseline": speed(1.0, batch_size), "merge-0.25": speed(0.9), "merge-0.5": speed(1.25),
+                  "merge-0.75": speed(2.0), "another-seed-noise-floor": speed(1.6)}  # fmt: skip
+        rows = equal_time_rows(configurations, speeds, Sampling(steps=20))
+        assert [row.steps for row in rows] == [15, 7]
+    assert equal_time_rows(configurations, {}, Sampling(steps=20)) == []

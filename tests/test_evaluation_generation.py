@@ -1,24 +1,20 @@
 """The first pass: the same files however it is run, and nothing lost whatever happens."""
 
 import errno
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
-from typer.testing import CliRunner
 
-from tomesd_plus.cli import app
+from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation import (
     EvaluationError,
     Experiment,
@@ -26,11 +22,11 @@ from tomesd_plus.evaluation import (
     Share,
     complete,
     describe,
-    generate_experiment,
     generate_images,
     make_items,
     parse_configuration,
 )
+from tomesd_plus.evaluation import experiment as experiments
 from tomesd_plus.evaluation.files import atomic_write
 
 SAMPLING = Sampling(steps=2, height=32, width=32)
@@ -112,7 +108,7 @@ def test_what_is_there_is_left_alone_and_what_is_missing_comes(pipe, generated, 
         type(pipe), "__call__", lambda self, prompt, **kw: calls.append(prompt) or forward(self, prompt, **kw)
     )
     generate_images(pipe, opened(pipe, generated.out), CONFIGURATIONS, SAMPLING, batch_size=2)
-    assert calls == [[ITEMS[3].prompt]] and contents(generated.out) == before
+    assert calls == [[ITEMS[2].prompt, ITEMS[3].prompt]] and contents(generated.out) == before
 
 
 def test_an_experiment_may_grow(pipe, generated, tmp_path):
@@ -132,7 +128,10 @@ def test_an_experiment_may_grow(pipe, generated, tmp_path):
         ({"sampling": replace(SAMPLING, guidance_scale=7.5)}, "guidance_scale was 5.0, is now 7.5"),
         ({"items": make_items([("000000", "a dog")])}, "other prompts or seeds"),
         ({"items": tuple(replace(item, seed=1) for item in ITEMS)}, "other prompts or seeds"),
-        ({"configurations": [parse_configuration("name: 'merge: 0.5', merge: 0.6")]}, "ratio was 0.5, is now 0.6"),
+        (
+            {"configurations": [parse_configuration("name: 'merge: 0.5', merge: 0.6")]},
+            r"switches\.merge\.ratio\.noisy was 0\.7, is now 0\.75",
+        ),
     ],
 )
 def test_a_folder_of_another_configuration_is_refused_untouched(pipe, generated, change, words):
@@ -142,15 +141,74 @@ def test_a_folder_of_another_configuration_is_refused_untouched(pipe, generated,
     assert contents(generated.out) == before
 
 
-def test_other_weights_and_schedulers_are_refused(pipe, generated):
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+def test_other_weights_are_refused(pipe, generated, name):
     with torch.no_grad():
-        pipe.unet.conv_out.weight.mul_(2)
-    with pytest.raises(EvaluationError, match="fingerprint"):
+        list(getattr(pipe, name).parameters())[-1].add_(1e-3)
+    with pytest.raises(EvaluationError, match=f"fingerprint.{name} was"):
         opened(pipe, generated.out)
+
+
+def test_other_schedulers_are_refused(pipe, generated):
     pipe = make_pipeline("sd")
     pipe.scheduler.register_to_config(steps_offset=0)
     with pytest.raises(EvaluationError, match=r"scheduler\.steps_offset was 1, is now 0"):
         opened(pipe, generated.out)
+
+
+def test_a_scheduler_with_an_infinity_can_be_described(pipe, tmp_path):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    experiment = opened(pipe, tmp_path, ITEMS[:1], CONFIGURATIONS[:1])
+    assert generate_images(pipe, experiment, CONFIGURATIONS[:1], SAMPLING) == 0
+    assert experiment.folder("baseline").manifest["scheduler"]["lambda_min_clipped"] == "-inf"
+    assert opened(pipe, tmp_path, ITEMS[:1], CONFIGURATIONS[:1]) == experiment
+
+
+def test_a_method_is_what_it_resolves_to(pipe, generated, monkeypatch):
+    merge = generated.folder("merge-0.5").manifest["configuration"]["switches"]["merge"]
+    assert merge["plan_per"] == "stage" and merge["ratio"]["class"] == "CosineSchedule"
+    monkeypatch.setattr(ToMeConfig.__init__, "__defaults__", tuple(
+        3 if name == "plan_every" else default
+        for name, default in zip(list(signature(ToMeConfig).parameters), ToMeConfig.__init__.__defaults__)
+    ))  # fmt: skip
+    with pytest.raises(EvaluationError, match=r"switches\.merge\.plan_every was 1, is now 3"):
+        opened(pipe, generated.out)
+
+
+def test_a_deleted_folder_comes_back_in_its_place_and_as_it_was(pipe, generated):
+    shutil.rmtree(generated.out / "baseline")
+    with pytest.raises(EvaluationError, match=r"merge-0.5 was made with another configuration: sampling.steps"):
+        opened(pipe, generated.out, configurations=CONFIGURATIONS[:1], sampling=replace(SAMPLING, steps=3))
+    again = opened(pipe, generated.out, configurations=CONFIGURATIONS[:1])
+    assert again.configurations == generated.configurations == Experiment.load(again.out).configurations
+
+
+def test_what_decides_by_batch_or_by_time_is_seen(pipe, tmp_path):
+    by_batch = [parse_configuration("cache: {interval: 3, threshold: 0.1}")]
+    batch = {"size": 2, "processes": 1}
+    conditions = describe(pipe, "random weights", SAMPLING)
+    Experiment(tmp_path, ITEMS, "a test").opened([*CONFIGURATIONS, *by_batch], conditions, batch)
+    again = Experiment(tmp_path, ITEMS, "a test").opened(CONFIGURATIONS, conditions, {"size": 3, "processes": 1})
+    assert "batch" not in again.folder("merge-0.5").manifest["configuration"]
+    with pytest.raises(EvaluationError, match=r"batch\.size was 2, is now 3"):
+        again.opened(by_batch, conditions, {"size": 3, "processes": 1})
+    with pytest.raises(EvaluationError, match="chosen by measured times"):
+        opened(pipe, tmp_path, configurations=[parse_configuration("merge: {ratio: 0.5, levels: auto}")])
+
+
+def test_what_another_process_put_into_the_index_stays(pipe, tmp_path, monkeypatch):
+    more, write = [parse_configuration("merge: 0.25")], experiments.write_json
+
+    def interrupted(path, value):
+        if path.name == "experiment.json":
+            monkeypatch.setattr(experiments, "write_json", write)
+            opened(pipe, tmp_path, configurations=more)
+        write(path, value)
+
+    monkeypatch.setattr(experiments, "write_json", interrupted)
+    opened(pipe, tmp_path)
+    opened(pipe, tmp_path, configurations=more)
+    assert "merge-0.25" in Experiment.load(tmp_path).configurations
 
 
 def test_a_broken_index_or_manifest_is_said(pipe, generated):
@@ -200,6 +258,16 @@ def test_a_full_disk_leaves_whole_files_and_what_comes_next(pipe, generated, tmp
     assert contents(experiment.out) == contents(generated.out)
 
 
+def test_only_ones_own_leftovers_are_removed(pipe, generated):
+    folder = generated.folder("baseline")
+    own, others = folder.image(ITEMS[0]), folder.image(ITEMS[1])
+    halves = [path.with_name(f".{path.name}.host-12ab.tmp") for path in (own, others, folder.path / "manifest.json")]
+    for half in halves:
+        half.write_bytes(b"half")
+    generate_images(pipe, generated, CONFIGURATIONS, SAMPLING, share=Share(0, 5))
+    assert [half.exists() for half in halves] == [False, True, True]
+
+
 def test_half_a_file_never_replaces_a_whole_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     atomic_write(path, "whole")
@@ -219,96 +287,3 @@ def test_a_share_is_what_launcher_and_user_say():
     for wrong in ("3/3", "1", "a/b", "-1/2", "0/0"):
         with pytest.raises(EvaluationError, match="a shard is i/n"):
             Share.here(wrong, {})
-
-
-def test_speeds_are_measured_once_and_give_rows_of_equal_time(pipe, tmp_path):
-    experiment = Experiment(tmp_path, ITEMS[:1], "a test")
-    known = {"seconds": 1.0, "step_seconds": 0.1, "speedup_low": 1.0, "speedup_high": 3.0, "runs": 1, "batch_size": 1,
-             "memory_mib": 1.0}  # fmt: skip
-    speeds = {"baseline": {**known, "speedup": 1.0}, "merge-0.5": {**known, "speedup": 2.0}}
-    (tmp_path / "speed.json").write_text(json.dumps(speeds))
-    experiment, _ = generate_experiment(pipe, "random weights", experiment, CONFIGURATIONS, SAMPLING, timed_runs=2)
-    measured = json.loads((tmp_path / "speed.json").read_text())
-    assert measured["merge-0.5"]["speedup"] == 2.0  # what was there stays
-    row = measured["baseline-1-step-equal-time"]
-    assert row["runs"] == 2 and row["seconds"] > 0 and row["memory_mib"] > 50
-    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
-    assert experiment.folder("baseline-1-step-equal-time").manifest["sampling"]["steps"] == 1
-    assert experiment.missing() == {}
-    shard = Experiment(tmp_path / "shard", ITEMS, "a test")
-    shard, _ = generate_experiment(pipe, "random weights", shard, CONFIGURATIONS, SAMPLING, share=Share(1, 2))
-    assert len(shard.configurations) == 3 and not (tmp_path / "shard" / "speed.json").exists()
-
-
-def test_processes_launched_together_wait_for_the_first_ones_speeds(pipe, tmp_path, monkeypatch):
-    speed = {"seconds": 1.0, "step_seconds": 0.1, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0, "runs": 1,
-             "batch_size": 1, "memory_mib": 1.0}  # fmt: skip
-    waits = []
-
-    def sleep(seconds):
-        waits.append(seconds)
-        assert not list(tmp_path.glob("*/*.png")), "no image before the speeds, which it would disturb"
-        if len(waits) == 2:
-            names = [configuration.folder for configuration in CONFIGURATIONS]
-            (tmp_path / "speed.json").write_text(json.dumps(dict.fromkeys(names, speed)))
-
-    monkeypatch.setattr("tomesd_plus.evaluation.generation.time.sleep", sleep)
-    experiment = Experiment(tmp_path, ITEMS, "a test")
-    experiment, _ = generate_experiment(
-        pipe, "random weights", experiment, CONFIGURATIONS, SAMPLING, share=Share(1, 2, 2)
-    )
-    assert len(waits) == 2 and experiment.missing() == dict.fromkeys(experiment.configurations, 3)
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """A model in a folder, what to evaluate it with, and the finished evaluation of one process."""
-    base = tmp_path_factory.mktemp("runs")
-    make_pipeline("sd").save_pretrained(base / "model")
-    (base / "prompts.txt").write_text("\n".join(f"a cat {letter}" for letter in "abcdefgh"))
-    arguments = ["evaluate", "-c", "merge: 0.5", "--model", base / "model", "--prompts", base / "prompts.txt",
-                 "--size", 32, "--steps", 2, "--features", "tiny", "--reference", "embedded", "--resamples", 5,
-                 "--timed-runs", 1, "--device", "cpu"]  # fmt: skip
-    arguments = [str(argument) for argument in arguments]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes, or sums differ in their last bits
-    result = CliRunner().invoke(app, [*arguments, "--out", str(base / "one")])
-    torch.set_num_threads(threads)
-    assert result.exit_code == 0, result.output
-    return base, arguments
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def started(base, name):
-    """A folder with the times of the first run: they decide which rows of equal time there are."""
-    (base / name).mkdir()
-    shutil.copy(base / "one" / "speed.json", base / name)
-    return base / name
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_same_files_and_figures(command):
-    base, arguments = command
-    out = started(base, "two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tomesd_plus"]
-    subprocess.run([*launch, *arguments, "--out", out], check=True, env=environment(), timeout=280)
-    assert contents(out) == contents(base / "one")
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_started_again_gives_the_same(command):
-    base, arguments = command
-    out = started(base, "killed")
-    call = [sys.executable, "-m", "tomesd_plus", *arguments, "--out", out]
-    process = subprocess.Popen(call, env=environment(), stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(out.glob("*/*.png"))) < 5:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 5 <= len(list(out.glob("*/*.png"))) < 24, "it was to be killed in the middle"
-    result = subprocess.run(call, env=environment(), timeout=280, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert contents(out) == contents(base / "one")

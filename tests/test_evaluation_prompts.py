@@ -19,6 +19,9 @@ FILES = {
     "coco.json": json.dumps(
         {"images": [], "annotations": [{"image_id": 1, "caption": t} for t in ("a cat", "a dög")]}
     ),
+    "bom.txt": "\ufeffa cat\na dög\n",
+    "bom.csv": "\ufeffprompt,category\na cat,x\na dög,y\n",
+    "no_suffix": "a cat\na dög\n",
     "lines.jsonl": '{"text": "a cat"}\n\n{"text": "a dög"}\n',
 }
 
@@ -28,6 +31,11 @@ def test_every_kind_of_file(name, tmp_path):
     (tmp_path / name).write_text(FILES[name], encoding="utf-8")
     prompts = load_prompts(str(tmp_path / name))
     assert prompts.entries == (("000000", "a cat"), ("000001", "a dög")) and prompts.skipped == 0
+
+
+def test_a_quote_in_a_list_with_tabs_is_a_quote(tmp_path):
+    (tmp_path / "p.tsv").write_text('Prompt\tn\n"a cat\t1\na 5" dog\t2\n')
+    assert [text for _, text in load_prompts(str(tmp_path / "p.tsv")).entries] == ['"a cat', 'a 5" dog']
 
 
 def test_the_embedded_ones():
@@ -63,6 +71,14 @@ def test_what_cannot_be_read_is_said(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EvaluationError, match=words):
         load_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["lines.txt", "list.json", "embedded"])
+def test_a_column_where_there_are_none_is_said(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(FILES.get(name, ""), encoding="utf-8")
+    with pytest.raises(EvaluationError, match="column"):
+        load_prompts(name, column="caption")
 
 
 def test_missing_files_and_libraries_are_said(tmp_path, monkeypatch):

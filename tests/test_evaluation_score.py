@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import platform
 import shutil
 import sys
 from dataclasses import replace
@@ -33,6 +35,7 @@ from tomesd_plus.evaluation import (
 from tomesd_plus.evaluation.distances import Statistics
 from tomesd_plus.evaluation.fidelity import fidelity, load_lpips, psnr, ssim
 from tomesd_plus.evaluation.images import Images
+from tomesd_plus.evaluation.intervals import resampling_weights
 from tomesd_plus.evaluation.pictures import Point, pareto_front
 
 SAMPLING = Sampling(steps=3, height=32, width=32)
@@ -73,7 +76,7 @@ def test_every_row_has_every_figure_with_its_interval(finished):
         fidelity_metrics = () if name == "baseline" else ("PSNR dB", "SSIM")
         assert set(row.metrics) == {*TINY, *fidelity_metrics}
         for estimate in row.metrics.values():
-            assert estimate.low <= estimate.value <= estimate.high and estimate.count == 4
+            assert estimate.low < estimate.value < estimate.high and estimate.count == 4
         assert (row.images, row.failed, row.unreadable) == (4, 0, 0)
         assert row.speed.seconds > 0 and row.speed.memory_mib > 50
     values = {name: row.metrics["PSNR dB"].value for name, row in table.items() if name != "baseline"}
@@ -91,6 +94,10 @@ def test_figures_are_those_of_the_images(finished, scoring):
     assert row.metrics[TINY[3]].value == pytest.approx(
         100 * (features * texts).sum(1).clamp(min=0).mean().item(), rel=1e-4
     )
+    each = 100 * (features * texts).sum(1).clamp(min=0).double()
+    spread = (resampling_weights(4, 20).double() @ each / 4).std().item()
+    estimate = row.metrics[TINY[3]]
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * spread, rel=1e-3)
     base = Experiment.load(finished).folder("baseline")
     originals = [np.array(Image.open(base.image(item)), dtype=float) for item in ITEMS]
     errors = [((image.permute(1, 2, 0).numpy() - original) ** 2).mean() for image, original in zip(images, originals)]
@@ -141,12 +148,54 @@ def test_a_report_can_be_made_again_and_joined(finished, out, tmp_path):
     assert [row.metrics for row in joined([out])] == [row.metrics for row in joined([finished])]
 
 
+def test_evaluations_of_one_name_are_told_apart(finished, tmp_path):
+    for above in ("one", "two"):
+        (tmp_path / above / "evaluation").mkdir(parents=True)
+        shutil.copy(finished / "results.json", tmp_path / above / "evaluation")
+    names = [row.name for row in joined([tmp_path / above / "evaluation" for above in ("one", "two")])]
+    assert (names[0], names[4]) == ("one/evaluation: baseline", "two/evaluation: baseline")
+
+
 def test_scoring_again_gives_the_same_even_after_a_kill(out, scoring):
     before = (out / "results.json").read_bytes()
-    (out / ".features-killed").mkdir()
-    (out / ".features-killed" / "images.npy").write_bytes(b"half")
+    killed, running = (out / f".features-{platform.node()}-{process}-x" for process in (2**22 + 1, os.getpid()))
+    for folder in (killed, running):
+        folder.mkdir()
+        (folder / "images.npy").write_bytes(b"half")
     score(out, scoring)
-    assert (out / "results.json").read_bytes() == before and not list(out.glob(".features-*"))
+    assert (out / "results.json").read_bytes() == before and list(out.glob(".features-*")) == [running]
+
+
+class Colours:
+    """An extractor that is no network; it may fail."""
+
+    name, dimensions, batch_size = "mean colour", 3, 4
+
+    def __init__(self, fails_at=None):
+        self.calls, self.fails_at = 0, fails_at
+
+    def of_images(self, images):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        return images.float().mean(dim=(2, 3))
+
+
+def test_what_is_scored_stays_scored(out, finished, scoring):
+    before = rows(out)
+    colours = replace(scoring, extractors=[Colours(fails_at=4)], reference=str(finished / "merge-0.75"))
+    with pytest.raises(KeyboardInterrupt):
+        score(out, colours)
+    assert list(rows(out)) == list(before) and "CLIP score (tiny CLIP)" in rows(out)["merge: 0.75"].metrics
+    again = Colours()
+    score(out, replace(colours, extractors=[again]))
+    assert again.calls == 3  # the reference and two of the four rows
+    for name, row in rows(out).items():
+        assert row.metrics.items() > before[name].metrics.items()
+        assert "Fréchet distance (mean colour)" in row.metrics and set(row.references) == {"tiny CLIP", "mean colour"}
+    Image.new("RGB", (32, 32)).save(Experiment.load(out).folder("merge-0.25").image(ITEMS[0]))
+    score(out, replace(colours, extractors=[again]))
+    assert again.calls == 5 and TINY[0] not in rows(out)["merge: 0.25"].metrics  # of other images
 
 
 def test_lost_images_are_counted_and_said(out, scoring):
@@ -166,13 +215,28 @@ def test_lost_images_are_counted_and_said(out, scoring):
     assert rows(out)["merge: 0.75"].images == 4
 
 
+def test_losses_of_the_baseline_are_said_in_the_rows_that_are_compared_with_it(out, scoring):
+    folder = Experiment.load(out).folder("baseline")
+    folder.image(ITEMS[0]).write_bytes(b"broken")
+    folder.image(ITEMS[1]).unlink()
+    folder.save(ITEMS[1], torch.full((3, 32, 32), float("nan")))
+    score(out, scoring)
+    row = rows(out)["merge: 0.25"]
+    assert row.images == 4 and row.metrics["PSNR dB"].count == 2 and row.metrics[TINY[0]].count == 4
+    assert any(note.startswith("merge: 0.25: 1 images have none of the baseline") for note in row.notes)
+    assert "merge: 0.25: 1 images of the baseline cannot be read." in row.notes
+    with (out / "results.csv").open() as file:
+        line = list(csv.DictReader(file))[1]
+    assert (line["PSNR dB images"], line[f"{TINY[0]} images"]) == ("2", "4")
+
+
 def test_pairs_of_different_size_are_left_out_and_said(out, scoring):
     path = Experiment.load(out).folder("merge-0.25").image(ITEMS[0])
     Image.new("RGB", (16, 16)).save(path)
     score(out, scoring)
     row = rows(out)["merge: 0.25"]
     assert row.metrics["PSNR dB"].count == 3 and row.metrics[TINY[0]].count == 4
-    assert "1 pairs of images differ in size and were left out." in row.notes
+    assert "merge: 0.25: 1 pairs of images differ in size and were left out." in row.notes
 
 
 def test_missing_images_are_said(out, scoring):
@@ -185,6 +249,10 @@ def test_missing_images_are_said(out, scoring):
     shutil.rmtree(out / "baseline")
     with pytest.raises(EvaluationError, match="no images of the baseline"):
         score(out, scoring)
+    for folder in out.glob("*/"):
+        shutil.rmtree(folder)
+    result = CliRunner().invoke(app, ["evaluate", "score", "--out", str(out)])
+    assert result.exit_code == 2 and "no images of the baseline" in result.stderr
 
 
 def test_references_may_be_folders_or_other_tools_statistics(out, scoring, tmp_path):
@@ -269,16 +337,27 @@ def cli(tmp_path, monkeypatch):
         (["evaluate", "--prompts", "none.txt"], "cannot read prompts from none.txt"),
         (["evaluate", "--shard", "2/2"], "a shard is i/n"),
         (["evaluate", "--features", "no/clip"], "cannot load the CLIP model 'no/clip'"),
-        (["evaluate", "--features", "inception", "--inception-weights", "none.pth"], "there is no file none.pth"),
+        (["evaluate", "--shard", "0/2", "--lpips"], "a shard is not scored, so --lpips does nothing"),
+        (["evaluate", "--timed-runs", 0, "--equal-time"], "--equal-time needs the speeds"),
+        (["evaluate", "--features", "tiny", "--inception-weights", "w"], "needs --features inception"),
+        (["evaluate", "--features", "tiny", "--features", "inception"], "inception needs --reference"),
+        (["evaluate", "--model", "m", "--prompts", "p.txt", "--column", "c"], "cannot read prompts"),
+        (
+            ["evaluate", "--features", "inception", "--reference", "r", "--inception-weights", "none.pth"],
+            "there is no file none.pth",
+        ),
         (["evaluate", "generate", "--model", "no/model"], "cannot load model 'no/model'"),
         (["report", "nowhere"], "nowhere has no results.json"),
         (["report", "a", "b"], "need --out"),
+        (["report", "a", "./a", "--out", "c"], "named once"),
+        (["report", "a", "b", "--out", "a"], "would overwrite"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(cli, arguments, words):
     result = cli(*arguments)
     assert result.exit_code == 2
-    lines = [line for line in result.stderr.strip().splitlines() if "LPIPS is left out" not in line]
+    notes = ("LPIPS is left out", "No distances")
+    lines = [line for line in result.stderr.strip().splitlines() if not any(note in line for note in notes)]
     assert words in lines[-1] and len(lines) == 1
     assert "Traceback" not in result.output
 
@@ -312,7 +391,11 @@ def test_progress_ends_where_it_said(out, scoring):
         done[name] = done.get(name, 0) + count
         totals[name] = total
 
+    for file in out.glob("*/score-*.json"):
+        file.unlink()
     score(out, scoring, on_progress)
+    images = {"baseline": 4, "merge: 0.25": 8, "merge: 0.75": 8, "another seed (noise floor)": 8}
     assert done == totals and done == {
-        "score: baseline": 4, "score: merge: 0.25": 8, "score: merge: 0.75": 8, "score: another seed (noise floor)": 8,
-    }  # fmt: skip
+        **{f"score: {name}": count for name, count in images.items()},
+        **{f"score: {name}, intervals": 20 for name in images},
+    }

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from tomesd_plus.evaluation import EvaluationError, load_extractor
+from tomesd_plus.evaluation.estimates import distance_names
 from tomesd_plus.evaluation.features import clip_scores, extract
 from tomesd_plus.evaluation.images import Images
-from tomesd_plus.evaluation.score import distance_names
 
 
 class MeanColour:
@@ -74,8 +74,11 @@ def test_the_embedded_clip_gives_unit_features_whatever_the_batch():
     assert features.shape == (5, clip.dimensions) and torch.allclose(features.norm(dim=1), torch.ones(5))
     clip.batch_size = 2
     assert torch.allclose(clip.of_images(images), features, atol=1e-5)
-    texts = clip.of_texts(["a large dog on a blue background", "a very long " + "text " * 200])
+    long = ["a large dog on a blue background", "a very long " + "text " * 200]
+    texts = clip.of_texts(long)
     assert texts.shape == (2, clip.dimensions)
+    clip.tokenizer.model_max_length = 10**30  # as where the folder does not tell
+    assert torch.equal(clip.of_texts(long), texts)
     with pytest.raises(ValueError, match="uint8"):
         clip.of_images(images.float())
 

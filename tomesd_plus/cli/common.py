@@ -1,6 +1,7 @@
 """What all commands do: load a model, show progress, and fail in one line."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,16 +24,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tomesd_plus.evaluation import EvaluationError, ModelError, load_model
+from tomesd_plus.evaluation import EvaluationError, ModelError, load_model, local_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 T = TypeVar("T")
 console = Console()
 
 
-def load(model: str, device: str | None, dtype: str | None) -> tuple[Any, str]:
+def load(model: str, device: str | None, dtype: str | None, safety_checker: bool = True) -> tuple[Any, str]:
     """A pipeline, and a few words on where it runs."""
-    device = device or default_device()
+    device = local_device(device)
     dtype = dtype or ("float32" if device == "cpu" else "float16")
     if dtype not in DTYPES:
         fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
@@ -42,16 +43,11 @@ def load(model: str, device: str | None, dtype: str | None) -> tuple[Any, str]:
         fail(f"device {device!r} cannot be used: {str(error).splitlines()[0]}")
     quiet()
     try:
-        return load_model(model, device, DTYPES[dtype]), f"{device}, {dtype}, torch {torch.__version__}"
+        return load_model(
+            model, device, DTYPES[dtype], safety_checker
+        ), f"{device}, {dtype}, torch {torch.__version__}"
     except ModelError as error:
         fail(str(error))
-
-
-def default_device() -> str:
-    """The best there is; a launcher's process takes the GPU of its number."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    return "mps" if torch.mps.is_available() else "cpu"
 
 
 def quiet() -> None:
@@ -71,6 +67,13 @@ def run(call: Callable[[], T]) -> T:
     except OSError as error:
         at = f" {error.filename}" if error.filename else ""
         fail(f"cannot read or write{at}: {error.strerror or error}. What is finished is kept: run the command again")
+    except RuntimeError as error:  # a GPU's has a class of its own, a CPU's has not
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        fail(
+            f"out of memory: {str(error).splitlines()[0]}. Choose smaller batches, images or numbers (--dtype). "
+            "What is finished is kept"
+        )
 
 
 def check_writable(folder: Path) -> None:

@@ -1,18 +1,16 @@
 """``tomesd-plus evaluate``: what configurations cost in quality and save in time, over many prompts."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import TaskID
 
-from tomesd_plus.cli.common import check_writable, default_device, fail, load, progress_bar, quiet, run, say
+from tomesd_plus.cli.checks import Stage, check_features, check_options
+from tomesd_plus.cli.common import check_writable, load, quiet, run, say
 from tomesd_plus.cli.options import Device, Dtype, Guidance, Model, Size, Steps, sampling_from
+from tomesd_plus.cli.progress import shown_progress
 from tomesd_plus.cli.report import print_report
 from tomesd_plus.evaluation import (
     EvaluationError,
@@ -24,6 +22,7 @@ from tomesd_plus.evaluation import (
     load_configurations,
     load_extractor,
     load_prompts,
+    local_device,
     make_items,
     parse_configuration,
     score,
@@ -35,21 +34,8 @@ from tomesd_plus.evaluation.fidelity import load_lpips
 from tomesd_plus.evaluation.generation import wait_for
 from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.evaluation.prompts import EMBEDDED
-from tomesd_plus.evaluation.run import OnProgress
 from tomesd_plus.evaluation.speed import FILE as SPEEDS
 from tomesd_plus.evaluation.speed import load_speeds
-
-
-class Stage(StrEnum):
-    """Which pass to run."""
-
-    all = "all"
-    generate = "generate"
-    score = "score"
-
-
-SCORES = {"features", "reference", "reference_split", "reference_column", "inception_weights", "resamples", "lpips"}
-BOTH = {"stage", "out", "device"}
 
 Conf = Annotated[
     list[str] | None,
@@ -107,10 +93,11 @@ def evaluate_command(
 
     Generates images, then scores them; `evaluate generate` and `evaluate score` do one of both. Stop it at any moment
     and run it again. `torchrun` and `accelerate launch` run it in many processes. Default features: the embedded
-    CLIP for the embedded model, else InceptionV3 if there is a reference.
+    CLIP for the embedded model, else InceptionV3 if there is a reference. A model's safety checker is left off: it
+    would decide which images a row has.
     """
-    _refuse_others(context, stage)
     share = run(lambda: Share.here(shard))
+    check_options(context, stage, share)
     alone = share.count == share.launched  # no other shards whose images scoring would have to wait for
     scoring = None
     if stage is not Stage.generate and share.index == 0 and alone:  # first: what is missing is said before the work
@@ -125,8 +112,8 @@ def evaluate_command(
         given = run(lambda: load_prompts(prompts, column, split, limit))
         items = tuple(make_items(given.entries, range(seed, seed + seeds)))
         check_writable(out)
-        pipe, _ = load(model, device, dtype)
-        with _bar() as on_progress:
+        pipe, _ = load(model, device, dtype, safety_checker=False)
+        with shown_progress(share) as on_progress:
             experiment, failures = run(
                 partial(generate_experiment, pipe, model, Experiment(out, items, given.source, given.skipped), chosen,
                         sampling, batch_size, share, timed_runs, equal_time, on_progress)
@@ -137,10 +124,12 @@ def evaluate_command(
         if stage is Stage.all and not alone:
             say(f"Once all shards are done and in one folder: tomesd-plus evaluate score --out {out}")
         if scoring and share.launched > 1:
+            if experiment.missing():
+                say("Waiting for the other processes' images.")
             wait_for(lambda: not experiment.missing())
     if scoring is None:
         return
-    with _bar() as on_progress:
+    with shown_progress(share) as on_progress:
         results = run(lambda: score(out, scoring, on_progress))
     print_report(results, run(lambda: write_report(results, out)), out)
 
@@ -153,7 +142,8 @@ def _configurations(texts: list[str] | None, path: Path | None, noise_floor: boo
 def _scoring(
     names: list[str], device: str | None, weights: str | None, reference: str | None, lpips: bool | None
 ) -> Scoring:
-    device = device or default_device()
+    check_features(names, reference, weights)
+    device = local_device(device)
     if reference is None and names == [TINY]:
         reference = EMBEDDED
     metric = None
@@ -170,38 +160,7 @@ def _scoring(
 def _default_features(out: Path, model: str, stage: Stage, reference: str | None) -> list[str]:
     if stage is Stage.score:
         experiment = Experiment.load(out)
-        model = experiment.folder(experiment.configurations[0]).manifest["model"]
+        model = experiment.baseline.manifest["model"]
     if model == TINY:
         return [TINY]
     return [INCEPTION] if reference else []
-
-
-def _refuse_others(context: typer.Context, stage: Stage) -> None:
-    """An option of the other pass would do nothing, so it is an error."""
-    given = {
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
-    wrong = {
-        Stage.all: set(),
-        Stage.generate: given & SCORES,
-        Stage.score: given - SCORES - BOTH,
-    }[stage]
-    if wrong:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
-        fail(f"'evaluate {stage}' does not take {options}: give it to the other pass")
-
-
-@contextmanager
-def _bar() -> Iterator[OnProgress]:
-    """A bar for each thing that is done, as it comes up."""
-    tasks: dict[str, TaskID] = {}
-    with progress_bar("") as progress:
-
-        def on_progress(name: str, count: int, total: int) -> None:
-            if name not in tasks:
-                for task in tasks.values():
-                    progress.update(task, visible=False)
-                tasks[name] = progress.add_task(name[:24], total=total or None)
-            progress.update(tasks[name], advance=count)
-
-        yield on_progress

@@ -29,6 +29,11 @@ def report_command(
         if len(folders) > 1:
             fail("several evaluations need --out, a folder for their report")
         out = folders[0]
+    places = [folder.resolve() for folder in folders]
+    if len(set(places)) < len(places):
+        fail("each evaluation can be named once")
+    if len(folders) > 1 and out.resolve() in places:
+        fail(f"--out {out} would overwrite the results of one of the evaluations: choose another folder")
     results = run(lambda: joined(folders))
     check_writable(out)
     print_report(results, run(lambda: write_report(results, out)), out)

@@ -7,13 +7,12 @@ from tomesd_plus.evaluation.experiment import Experiment, describe
 from tomesd_plus.evaluation.features import ClipFeatures, Extractor, InceptionFeatures, load_extractor
 from tomesd_plus.evaluation.figures import comparison_figure
 from tomesd_plus.evaluation.generate import Generated, GeneratedBatch, Sampling, generate, generate_batch
-from tomesd_plus.evaluation.generation import generate_images
+from tomesd_plus.evaluation.generation import generate_experiment, generate_images
 from tomesd_plus.evaluation.items import Item, Share, make_items
-from tomesd_plus.evaluation.models import ModelError, load_model
+from tomesd_plus.evaluation.models import ModelError, load_model, local_device
 from tomesd_plus.evaluation.prompts import Prompts, load_prompts
 from tomesd_plus.evaluation.report import joined, write_report
 from tomesd_plus.evaluation.results import Result, as_markdown, load_results
-from tomesd_plus.evaluation.run import generate_experiment
 from tomesd_plus.evaluation.score import Scoring, score
 from tomesd_plus.evaluation.speed import Speed, equal_time_rows, measured_speeds
 
@@ -53,6 +52,7 @@ __all__ = [
     "load_model",
     "load_prompts",
     "load_results",
+    "local_device",
     "make_items",
     "measured_speeds",
     "parse_configuration",

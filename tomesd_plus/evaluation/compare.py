@@ -11,11 +11,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from tomesd_plus import tomesd
 from tomesd_plus.config import ToMeConfig
+from tomesd_plus.evaluation.configurations import OTHER_SEED
 from tomesd_plus.evaluation.generate import Generated, Sampling, generate
 from tomesd_plus.pipeline import merging_report, token_merging
 from tomesd_plus.report import StepRecord, TokenMergingReport
-
-OTHER_SEED = 1_000_003  # added to a seed to make "another seed"
 
 
 @dataclass(frozen=True)

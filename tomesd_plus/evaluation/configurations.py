@@ -1,26 +1,20 @@
 """Configurations: the ways to run a pipeline that an evaluation compares, each in a line of YAML."""
 
-import inspect
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tomesd_plus import tomesd
-from tomesd_plus.config import ToMeConfig
-from tomesd_plus.evaluation.compare import OTHER_SEED
-from tomesd_plus.evaluation.errors import EvaluationError, optional_import
-from tomesd_plus.evaluation.schedules import Direction, make_schedule
-from tomesd_plus.pipeline import merging_report, token_merging
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.files import plain
+from tomesd_plus.evaluation.switches import SWITCHES, Switch, prepare
 from tomesd_plus.report import TokenMergingReport
 
-SwitchOn = Callable[[Any], AbstractContextManager[Any]]
-"""From a pipeline to a context manager inside which something is on; it may yield a report."""
+OTHER_SEED = 1_000_003  # added to a seed to make "another seed"
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class Configuration:
 
     Args:
         name: Shown in tables; names the folder.
-        switches: What is switched on, in this order: a name among :data:`SWITCHES`, and its options.
+        switches: What is switched on, in this order: a name among ``SWITCHES``, and its options.
         steps: Denoising steps, if other than the evaluation's.
         seed_offset: Added to every seed.
 
@@ -63,11 +57,26 @@ class Configuration:
     def switched_on(self, pipe: Any) -> Iterator[TokenMergingReport | None]:
         """Hold the configuration on a pipeline inside a ``with`` block; yields the merging's report, if it merges."""
         with ExitStack() as stack:
-            reports = [stack.enter_context(switch_on(pipe)) for switch_on in self._prepared()]
+            reports = [stack.enter_context(switch.on(pipe)) for switch in self._prepared().values()]
             yield next((report for report in reports if isinstance(report, TokenMergingReport)), None)
 
-    def _prepared(self) -> list[SwitchOn]:
-        return [_prepare(self.name, kind, options) for kind, options in self.switches.items()]
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The switches as JSON, with all their options: what the images depend on, whatever the defaults become."""
+        return {kind: plain(switch.resolved) for kind, switch in self._prepared().items()}
+
+    @property
+    def by_batch(self) -> bool:
+        """True if an image depends on what else is in its batch."""
+        return any(switch.by_batch for switch in self._prepared().values())
+
+    @property
+    def by_time(self) -> bool:
+        """True if measured times decide about the images, so that they cannot be had twice."""
+        return any(switch.by_time for switch in self._prepared().values())
+
+    def _prepared(self) -> dict[str, Switch]:
+        return {kind: prepare(self.name, kind, options) for kind, options in self.switches.items()}
 
 
 BASELINE = Configuration("baseline")
@@ -139,79 +148,9 @@ def equal_time(steps: int) -> Configuration:
     return Configuration(f"baseline, {steps} step{'s' if steps > 1 else ''} (equal time)", steps=steps)
 
 
-def _merge(schedule: str | None = None, more_at: str = "noisy", **options: Any) -> SwitchOn:
-    """Token merging by this package: a named schedule with mean ``ratio``, and any option of ToMeConfig."""
-    if isinstance(ratio := options.get("ratio", 0.5), (int, float)):
-        maximum = 1 - 1 / math.prod(options.get("cell_size", (2, 2)))
-        options["ratio"] = make_schedule(schedule or "cosine", ratio, Direction(more_at), maximum)
-    elif schedule is not None:
-        raise ValueError("a schedule needs ratio to be a number")
-    config = ToMeConfig(**options)
-    return lambda pipe: token_merging(pipe, config)
-
-
-def _cache(**options: Any) -> SwitchOn:
-    """The package's feature cache."""
-    from tomesd_plus.caching import FeatureCacheConfig, feature_cache
-
-    config = FeatureCacheConfig(**options)
-    return lambda pipe: feature_cache(pipe, config)
-
-
-def _tomesd(**options: Any) -> SwitchOn:
-    """Token merging as tomesd does it."""
-    inspect.signature(tomesd.apply_patch).bind(None, **options)
-
-    @contextmanager
-    def switch_on(pipe: Any) -> Iterator[TokenMergingReport]:
-        tomesd.apply_patch(pipe, **options)
-        try:
-            yield merging_report(pipe)
-        finally:
-            tomesd.remove_patch(pipe)
-
-    return switch_on
-
-
-def _deepcache(interval: int = 3, branch: int = 0) -> SwitchOn:
-    """The feature cache of the package DeepCache, where that is installed."""
-    deepcache = optional_import("DeepCache", "the configuration 'deepcache'")
-
-    @contextmanager
-    def switch_on(pipe: Any) -> Iterator[None]:
-        helper = deepcache.DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=interval, cache_branch_id=branch)
-        helper.enable()
-        try:
-            yield
-        finally:
-            helper.disable()
-
-    return switch_on
-
-
-SWITCHES: dict[str, tuple[Callable[..., SwitchOn], str]] = {
-    "merge": (_merge, "ratio"),
-    "cache": (_cache, "interval"),
-    "tomesd": (_tomesd, "ratio"),
-    "deepcache": (_deepcache, "interval"),
-}
-"""What a configuration can switch on: a function of its options, and the option that a bare value is. A new kind, such
-as presets, is a new line here."""
-
-
 def _options(kind: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {str(key): option for key, option in value.items()}
     if value is None:
         return {}
     return {SWITCHES[kind][1]: value} if kind in SWITCHES else {}
-
-
-def _prepare(name: str, kind: str, options: dict[str, Any]) -> SwitchOn:
-    if kind not in SWITCHES:
-        raise EvaluationError(f"{name}: unknown switch {kind!r}: choose from {', '.join(SWITCHES)}, name, steps")
-    try:
-        return SWITCHES[kind][0](**options)
-    except (TypeError, ValueError) as error:
-        raise EvaluationError(f"{name}: {kind}: {error}".replace("ToMeConfig.__init__() ", "")) from error

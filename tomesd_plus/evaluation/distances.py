@@ -16,6 +16,7 @@ from torch import Tensor
 
 Features = Tensor | np.ndarray
 Kernel = Callable[[Tensor, Tensor], Tensor]
+Device = str | torch.device
 
 BLOCK = 1024  # features at a time
 CMMD_SIGMA = 10.0
@@ -37,24 +38,28 @@ class Statistics:
     count: int | None = None
 
     @classmethod
-    def of(cls, features: Features, weights: Tensor | None = None) -> "Statistics":
+    def of(cls, features: Features, weights: Tensor | None = None, device: Device = "cpu") -> "Statistics":
         """Of features (count, dimensions); at least two, else ValueError.
 
         Args:
             features: Any number; they are read twice.
             weights: (count,), how often each is taken; once by default.
+            device: Where to compute, and where the result lies.
         """
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"statistics need features (count ≥ 2, dimensions), not {tuple(features.shape)}")
-        weights = torch.ones(len(features), dtype=torch.float64) if weights is None else weights.double()
+        weights = torch.ones(len(features)) if weights is None else weights
+        weights = weights.to(device, torch.float64)
         total = weights.sum()
-        mean = torch.zeros(features.shape[1], dtype=torch.float64)
-        for rows, block in _blocks(features):
+        mean = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
+        for rows, block in _blocks(features, device):
             mean += weights[rows] @ block / total
-        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        for rows, block in _blocks(features):
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
+        for rows, block in _blocks(features, device):
             centred = block - mean
             covariance += (centred * weights[rows, None]).T @ centred / (total - 1)
+        if not covariance.isfinite().all():
+            raise ValueError("statistics need features that are numbers, not NaN or infinity")
         return cls(mean, covariance, int(total))
 
     @classmethod
@@ -66,11 +71,17 @@ class Statistics:
             mean, covariance = (torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
                 raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit")
+            if not (mean.isfinite().all() and covariance.isfinite().all()):
+                raise ValueError(f"{path}: mu or sigma holds NaN or infinity")
             return cls(mean, covariance, int(file["count"]) if "count" in file.files else None)
+
+    def to(self, device: Device) -> "Statistics":
+        """The same on another device."""
+        return Statistics(self.mean.to(device), self.covariance.to(device), self.count)
 
     def save(self, path: str | Path, **more: np.ndarray) -> None:
         """Write a ``.npz`` file that pytorch-fid can read; ``more`` are further arrays to keep beside."""
-        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy(), **more}
+        arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy(), **more}
         if self.count is not None:
             arrays["count"] = np.array(self.count)
         np.savez_compressed(path, **arrays)
@@ -92,7 +103,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared")
-    mixed = torch.linalg.eigvalsh(a.root @ b.covariance @ a.root).clamp(min=0).sqrt().sum()
+    try:
+        mixed = torch.linalg.eigvalsh(a.root @ b.covariance @ a.root).clamp(min=0).sqrt().sum()
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(f"the Fréchet distance cannot be computed: {error}") from error
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * mixed
     return max(0.0, distance.item())
 
@@ -120,6 +134,7 @@ def kernel_distance(
     kernel: Kernel,
     weights: Tensor | None = None,
     within_reference: float | None = None,
+    device: Device = "cpu",
 ) -> Tensor:
     """The unbiased estimate of the squared maximum mean discrepancy; it may fall a little below 0.
 
@@ -135,40 +150,42 @@ def kernel_distance(
         kernel: From two blocks of features to (n, m).
         weights: (resamples, count), how often each of ``features`` is taken; each once by default.
         within_reference: What :func:`within` says of the reference, where it is known.
+        device: Where to compute.
 
     Returns:
-        (resamples,), float64; (1,) without ``weights``.
+        (resamples,), float64, on the CPU; (1,) without ``weights``.
     """
     if features.shape[1] != reference.shape[1]:
         raise ValueError(f"features of {features.shape[1]} and {reference.shape[1]} dimensions cannot be compared")
     if within_reference is None:
-        within_reference = within(reference, kernel).item()
+        within_reference = within(reference, kernel, device=device).item()
     weights = torch.ones(1, len(features)) if weights is None else weights
-    weights = weights.double()
-    across = torch.zeros(len(weights), dtype=torch.float64)
-    for rows, block in _blocks(features):
-        for _, other in _blocks(reference):
+    weights = weights.to(device, torch.float64)
+    across = torch.zeros(len(weights), dtype=torch.float64, device=device)
+    for rows, block in _blocks(features, device):
+        for _, other in _blocks(reference, device):
             across += weights[:, rows] @ kernel(block, other).sum(dim=1)
     across /= weights.sum(dim=1) * len(reference)
-    return within(features, kernel, weights) + within_reference - 2 * across
+    return within(features, kernel, weights, device) + within_reference - 2 * across.cpu()
 
 
-def within(features: Features, kernel: Kernel, weights: Tensor | None = None) -> Tensor:
-    """The mean of the kernel over all pairs of two different features: (resamples,), float64."""
+def within(features: Features, kernel: Kernel, weights: Tensor | None = None, device: Device = "cpu") -> Tensor:
+    """The mean of the kernel over all pairs of two different features: (resamples,), float64, on the CPU."""
     if len(features) < 2:
         raise ValueError("a kernel distance needs at least two features")
-    weights = torch.ones(1, len(features), dtype=torch.float64) if weights is None else weights.double()
-    total = torch.zeros(len(weights), dtype=torch.float64)
-    for rows, block in _blocks(features):
-        for columns, other in _blocks(features):
+    weights = torch.ones(1, len(features)) if weights is None else weights
+    weights = weights.to(device, torch.float64)
+    total = torch.zeros(len(weights), dtype=torch.float64, device=device)
+    for rows, block in _blocks(features, device):
+        for columns, other in _blocks(features, device):
             values = kernel(block, other)
             if rows == columns:
                 values.fill_diagonal_(0)
             total += ((weights[:, rows] @ values) * weights[:, columns]).sum(dim=1)
-    return total / (weights.sum(dim=1).square() - weights.square().sum(dim=1))
+    return (total / (weights.sum(dim=1).square() - weights.square().sum(dim=1))).cpu()
 
 
-def _blocks(features: Features) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(features: Features, device: Device) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(features), BLOCK):
         rows = slice(start, min(start + BLOCK, len(features)))
-        yield rows, torch.from_numpy(np.array(features[rows], dtype=np.float64))
+        yield rows, torch.from_numpy(np.array(features[rows], dtype=np.float64)).to(device)

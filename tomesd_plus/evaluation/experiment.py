@@ -1,7 +1,7 @@
 """The folder of an evaluation: what is to be generated, a folder of images for each configuration, how it was made."""
 
+import hashlib
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tomesd_plus.evaluation.configurations import Configuration
+from tomesd_plus.evaluation.configurations import BASELINE, Configuration
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.files import atomic_write, read_json, write_json
+from tomesd_plus.evaluation.files import atomic_write, plain, read_json, write_json
 from tomesd_plus.evaluation.generate import Sampling
 from tomesd_plus.evaluation.items import Item
 
@@ -95,40 +95,50 @@ class Experiment:
         except (KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{out / INDEX} is not an evaluation's: {error}") from error
 
-    def opened(self, configurations: Sequence[Configuration], conditions: dict[str, Any]) -> "Experiment":
+    def opened(
+        self,
+        configurations: Sequence[Configuration],
+        conditions: dict[str, Any],
+        batch: dict[str, int] | None = None,
+    ) -> "Experiment":
         """Make or check the folder of each configuration and write the index; returns the experiment with both.
 
         Args:
             configurations: To generate; those that are in the folder already stay.
             conditions: What :func:`describe` says.
+            batch: What tells batches apart; kept where a configuration decides by what is in them.
 
         Raises:
-            EvaluationError: A folder was made with another configuration, or with other prompts or seeds. Nothing has
-                been written then.
+            EvaluationError: A folder was made with another configuration, or with other prompts or seeds; or measured
+                times decide about the images of a configuration. Nothing has been written then.
         """
         experiment = replace(self, configurations=tuple(configuration.folder for configuration in configurations))
         if (self.out / INDEX).exists():
             experiment = experiment._joined(Experiment.load(self.out))
-        manifests = {}
-        for configuration in configurations:
-            path = self.out / configuration.folder / MANIFEST
-            made_by = {"name": configuration.name, "switches": configuration.switches,
-                       "seed_offset": configuration.seed_offset}  # fmt: skip
-            manifest = json.loads(json.dumps({**conditions, "configuration": made_by}, default=str))
-            manifest["sampling"]["steps"] = configuration.steps or manifest["sampling"]["steps"]
-            if path.exists():
-                _refuse_another(path.parent, read_json(path), manifest)
-            else:
-                manifests[path] = manifest
-        for path, manifest in manifests.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, manifest)
-        index = asdict(experiment)
-        del index["out"]
-        index = json.loads(json.dumps(index))
-        if not (self.out / INDEX).exists() or read_json(self.out / INDEX) != index:
-            write_json(self.out / INDEX, index)
-        return experiment
+        manifests = {configuration.folder: _manifest(configuration, conditions, batch)
+                     for configuration in configurations}  # fmt: skip
+        for name in experiment.configurations:
+            if (self.out / name / MANIFEST).exists():
+                old = experiment.folder(name).manifest
+                new = manifests.pop(name) if name in manifests else _under(conditions, old["configuration"])
+                _refuse_another(self.out / name, old, new)
+        for name, manifest in manifests.items():
+            (self.out / name).mkdir(parents=True, exist_ok=True)
+            write_json(self.out / name / MANIFEST, manifest)
+        return experiment._listed()
+
+    def _listed(self) -> "Experiment":
+        """Write the index, with what other processes put there meanwhile."""
+        experiment = self
+        while True:
+            if (self.out / INDEX).exists():
+                experiment = experiment._joined(Experiment.load(self.out))
+                if read_json(self.out / INDEX) == experiment._index():
+                    return experiment
+            write_json(self.out / INDEX, experiment._index())
+
+    def _index(self) -> dict[str, Any]:
+        return {key: value for key, value in plain(asdict(self)).items() if key != "out"}
 
     def folder(self, configuration: str | Configuration) -> ImageFolder:
         """The images of a configuration."""
@@ -143,6 +153,13 @@ class Experiment:
             counts[name] = sum(item.name not in done for item in self.items)
         return {name: count for name, count in counts.items() if count}
 
+    @property
+    def baseline(self) -> ImageFolder:
+        """The images of the untouched pipeline; an EvaluationError if they are not there."""
+        if BASELINE.folder not in self.configurations:
+            raise EvaluationError(f"{self.out} has no images of the baseline: run the generate pass again")
+        return self.folder(BASELINE)
+
     def _joined(self, old: "Experiment") -> "Experiment":
         """With all configurations of both, and the longer of two lists of items, one of which starts the other."""
         shared = min(len(self.items), len(old.items))
@@ -151,7 +168,9 @@ class Experiment:
                 f"{self.out} was made with other prompts or seeds: choose another folder, or delete this one"
             )
         longer = self if len(self.items) >= len(old.items) else old
-        return replace(longer, configurations=tuple(dict.fromkeys([*old.configurations, *self.configurations])))
+        names = dict.fromkeys([*old.configurations, *self.configurations])
+        # The baseline is first, whatever was deleted and made again
+        return replace(longer, configurations=tuple(sorted(names, key=lambda name: name != BASELINE.folder)))
 
 
 def describe(pipe: Any, model: str, sampling: Sampling) -> dict[str, Any]:
@@ -166,22 +185,51 @@ def describe(pipe: Any, model: str, sampling: Sampling) -> dict[str, Any]:
     size = getattr(pipe.unet.config, "sample_size", None)
     own = size * pipe.vae_scale_factor if isinstance(size, int) else None
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {
         "model": model,
-        "fingerprint": _fingerprint(pipe.unet),
+        "fingerprint": {name: _fingerprint(module) for name, module in sorted(modules.items())},
         "sampling": {**asdict(sampling), "height": sampling.height or own, "width": sampling.width or own},
-        "scheduler": {"class": type(pipe.scheduler).__name__, **scheduler},
+        "scheduler": plain({"class": type(pipe.scheduler).__name__, **scheduler}),  # DPM-Solver's holds an infinity
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
-def _fingerprint(unet: torch.nn.Module) -> float:
-    """A number that other weights would not have: cheap, and the same on every device."""
-    first = [tensor.flatten()[:16].detach().double().cpu() for tensor in unet.state_dict().values()]
-    values = torch.cat(first).nan_to_num()
-    return float(values @ torch.linspace(1, 2, len(values), dtype=torch.float64))
+def _fingerprint(module: torch.nn.Module) -> str:
+    """What other weights would not have: a hash of some bytes of each tensor, the same on every machine."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        values = tensor.detach().flatten()
+        some = values[:: max(1, len(values) // 64)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _manifest(
+    configuration: Configuration, conditions: dict[str, Any], batch: dict[str, int] | None
+) -> dict[str, Any]:
+    """How the images of a configuration are made."""
+    if configuration.by_time:
+        raise EvaluationError(
+            f"{configuration.name}: levels are chosen by measured times, so that no two runs need give the same "
+            "pictures: name the levels instead, by max_downsample"
+        )
+    made_by: dict[str, Any] = {
+        "name": configuration.name, "switches": configuration.resolved, "steps": configuration.steps,
+        "seed_offset": configuration.seed_offset,
+    }  # fmt: skip
+    if configuration.by_batch and batch:
+        made_by["batch"] = batch
+    return _under(conditions, made_by)
+
+
+def _under(conditions: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a configuration under these conditions."""
+    sampling = {**conditions["sampling"], "steps": made_by.get("steps") or conditions["sampling"]["steps"]}
+    return {**conditions, "sampling": sampling, "configuration": made_by}
 
 
 def _refuse_another(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -61,6 +61,7 @@ class ClipFeatures:
         self.batch_size = batch_size
         self.name = name
         self.dimensions: int = model.config.projection_dim
+        self.device: torch.device = model.device
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu", label: str | None = None) -> "ClipFeatures":
@@ -101,15 +102,17 @@ class ClipFeatures:
         return self.model.get_image_features(pixel_values=pixels.to(self.model.device))
 
     def _text_features(self, texts: Sequence[str]) -> Any:
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        most = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
         return self.model.get_text_features(**tokens.to(self.model.device))
 
 
 class InceptionFeatures:
     """InceptionV3's pooled features, (count, 2048), over which Fréchet and kernel distances are called FID and KID.
 
-    The network is torch-fidelity's port of the original one, and pictures are resized as pytorch-fid does, without
-    antialiasing, so that figures compare with published ones.
+    Network and resizing are torch-fidelity's ports of the original ones in TensorFlow, without antialiasing, as in
+    torchmetrics with ``antialias=False``. pytorch-fid places the pixels of a resized picture a little differently, so
+    its figures may differ in their last digits; compare only figures of one extractor.
 
     Args:
         weights: The port's weights as a file; downloaded by default.
@@ -129,7 +132,7 @@ class InceptionFeatures:
                 "weights-inception-2015-12-05-6726825d.pth elsewhere and name the file with --inception-weights"
             ) from error
         self.model = model.eval().to(device)
-        self.device = device
+        self.device = torch.device(device)
         self.name = "InceptionV3"
         self.dimensions = 2048
         self.batch_size = 32
@@ -158,6 +161,12 @@ def load_extractor(name: str, device: str | torch.device = "cpu", inception_weig
     except Exception as error:  # whatever a stranger's files or a missing network make the loaders raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise EvaluationError(f"cannot load the CLIP model {name!r}: {reason}") from error
+
+
+def distance_device(extractor: Extractor) -> torch.device:
+    """Where distances over its features are computed: on its GPU, if that has float64 numbers, as NVIDIA's have."""
+    device = torch.device(getattr(extractor, "device", "cpu"))
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def extract(

@@ -31,7 +31,7 @@ class Fidelity:
 def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of two pictures (3, height, width) in [0, 1].
 
-    At most 100, which two equal pictures get: two of 8 bits that differ at all have less, and infinity has no mean.
+    At most 100, which equal pictures get, and large ones that differ in a few last bits: infinity has no mean.
     """
     return peak_signal_noise_ratio(pixels, reference, data_range=1.0).clamp(max=PSNR_CEILING)
 

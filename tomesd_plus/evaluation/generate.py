@@ -2,13 +2,17 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tomesd_plus.evaluation.configurations import Configuration
+from tomesd_plus.evaluation.items import Item
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Generated:
     Args:
         pixels: (3, height, width) in [0, 1], float32, on the CPU.
         seconds: The whole call: text encoding, denoising, decoding; without what ``on_step`` took.
-        step_seconds: The median denoising step; the first is left out where there are more.
+        step_seconds: The mean denoising step, since a cache's steps are not alike; without the first, which encloses
+            other work, where there are more.
     """
 
     pixels: Tensor
@@ -90,18 +95,19 @@ def generate_batch(
     """Generate a picture for each prompt and seed in one call; each has a generator of its own."""
     ticks: list[float] = []
     watched = 0.0  # seconds spent in on_step
+    device = pipe.unet.device
 
     def tick(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         nonlocal watched
-        tick = _now()
+        tick = _now(device)
         ticks.append(tick - watched)
         if on_step:
             on_step(step)
-        watched += _now() - tick
+        watched += _now(device) - tick
         return tensors
 
     negative = None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(prompts)
-    start = _now()
+    start = _now(device)
     result = pipe(
         list(prompts),
         negative_prompt=negative,
@@ -113,17 +119,40 @@ def generate_batch(
         output_type="pt",
         callback_on_step_end=tick,
     )
-    seconds = _now() - start - watched
+    seconds = _now(device) - start - watched
     between = [late - early for early, late in pairwise(ticks)] or [seconds]
     withheld = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
     return GeneratedBatch(
-        torch.as_tensor(result.images).float().cpu(), seconds, statistics.median(between), tuple(map(bool, withheld))
+        torch.as_tensor(result.images).float().cpu(), seconds, statistics.fmean(between), tuple(map(bool, withheld))
     )
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.mps.is_available():
+def run_batch(
+    pipe: Any,
+    items: Sequence[Item],
+    configuration: Configuration,
+    sampling: Sampling,
+    on_step: Callable[[int], None] | None = None,
+) -> GeneratedBatch:
+    """Generate one batch under a configuration that is switched on."""
+    sampling = replace(sampling, steps=configuration.steps or sampling.steps)
+    seeds = [item.noise_seed(configuration.seed_offset) for item in items]
+    with _fixed_global_generator(pipe.unet.device):
+        return generate_batch(pipe, [item.prompt for item in items], seeds, sampling, on_step)
+
+
+def _now(device: torch.device) -> float:
+    """The time when all work on the device is done; of another device it would say nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter()
+
+
+@contextmanager
+def _fixed_global_generator(device: torch.device) -> Iterator[None]:
+    """For what draws from PyTorch's global generator, as tomesd does: the same numbers for every image."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield

@@ -1,20 +1,76 @@
-"""The first pass: generate the images of every configuration, each item once, in any number of processes."""
+"""The first pass: folders, speeds, rows of equal time, and each image once, in any number of processes."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from tomesd_plus.evaluation.configurations import Configuration
-from tomesd_plus.evaluation.experiment import Experiment
+from tomesd_plus.evaluation.experiment import Experiment, describe
 from tomesd_plus.evaluation.files import remove_leftovers
-from tomesd_plus.evaluation.generate import GeneratedBatch, Sampling, generate_batch
-from tomesd_plus.evaluation.items import Item, Share
+from tomesd_plus.evaluation.generate import Sampling, run_batch
+from tomesd_plus.evaluation.items import Share
+from tomesd_plus.evaluation.speed import equal_time_rows, load_speeds, measured_speeds
 
 POLL_SECONDS = 0.5
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it came just now, and how much there is of it."""
+
+
+def generate_experiment(
+    pipe: Any,
+    model: str,
+    experiment: Experiment,
+    configurations: Sequence[Configuration],
+    sampling: Sampling,
+    batch_size: int = 1,
+    share: Share | None = None,
+    timed_runs: int = 5,
+    equal_time: bool = True,
+    on_progress: OnProgress | None = None,
+) -> tuple[Experiment, int]:
+    """Generate all images of this process's share, and speeds where it is the first; what is there already stays.
+
+    Speeds are measured by process 0 alone, before images are generated; processes launched with it wait meanwhile, so
+    as not to disturb. They tell which rows of equal time there are. A shard on a machine of its own has no such rows
+    unless ``speed.json`` of shard 0 is in its folder.
+
+    Args:
+        pipe: A text-to-image pipeline, untouched.
+        model: What it was loaded from.
+        experiment: What to generate, and where.
+        configurations: The ways to run the pipeline, the baseline first (see ``complete``).
+        sampling: Steps, guidance and size.
+        batch_size: Images at a time.
+        share: This process's part of the items.
+        timed_runs: How often each configuration is timed; 0 for no speeds and no rows of equal time.
+        equal_time: Add, for every configuration that is faster, the baseline with as many steps as fit in its time.
+        on_progress: See :data:`OnProgress`.
+
+    Returns:
+        The experiment with all its configurations, and how many items gave no image.
+
+    Raises:
+        EvaluationError: A folder was made with another configuration.
+    """
+    share = share or Share()
+    conditions = describe(pipe, model, sampling)
+    batch = {"size": batch_size, "processes": share.count if batch_size > 1 else 1}  # each takes every so many-th item
+    experiment = experiment.opened(configurations, conditions, batch)
+    chosen = list(configurations)
+    if timed_runs:
+        _measure(pipe, experiment, chosen, sampling, timed_runs, batch_size, share, on_progress)
+        if equal_time:
+            slower = equal_time_rows(chosen, load_speeds(experiment), sampling)
+            chosen += [row for row in slower if row.folder not in {other.folder for other in chosen}]
+            experiment = experiment.opened(chosen, conditions, batch)
+            _measure(pipe, experiment, chosen, sampling, timed_runs, batch_size, share, on_progress)
+    total = len(chosen) * len(share.of(experiment.items))
+
+    def on_images(count: int) -> None:
+        if on_progress:
+            on_progress("images", count, total)
+
+    return experiment, generate_images(pipe, experiment, chosen, sampling, batch_size, share, on_images)
 
 
 def generate_images(
@@ -28,8 +84,8 @@ def generate_images(
 ) -> int:
     """Generate what is missing of an experiment; what is there already is left as it is.
 
-    Stop it at any moment and call it again. Of each batch only the images that are missing are generated; a matrix
-    product's last bits may depend on the size of a batch, so pixels may differ by one in 255 from those of another.
+    Stop it at any moment and call it again. Where an image of a batch is missing the whole batch runs again: a matrix
+    product's last bits may depend on its size, so pixels may differ by one in 255 from those of another batch size.
 
     Args:
         pipe: A text-to-image pipeline, untouched.
@@ -55,28 +111,15 @@ def generate_images(
             missing = [item for item in batch if not folder.is_done(item)]
             if missing:
                 with configuration.switched_on(pipe):
-                    made = run_batch(pipe, missing, configuration, sampling)
-                for item, pixels, withheld in zip(missing, made.pixels, made.withheld, strict=True):
-                    folder.save(item, pixels, withheld)
+                    made = run_batch(pipe, batch, configuration, sampling)
+                for item, pixels, withheld in zip(batch, made.pixels, made.withheld, strict=True):
+                    if item in missing:
+                        folder.save(item, pixels, withheld)
             failures += sum(folder.failure(item).exists() for item in batch)
             if on_images:
                 on_images(len(batch))
-        remove_leftovers(folder.path)
+        remove_leftovers(path for item in items for path in (folder.image(item), folder.failure(item)))
     return failures
-
-
-def run_batch(
-    pipe: Any,
-    items: Sequence[Item],
-    configuration: Configuration,
-    sampling: Sampling,
-    on_step: Callable[[int], None] | None = None,
-) -> GeneratedBatch:
-    """Generate one batch under a configuration that is switched on."""
-    sampling = replace(sampling, steps=configuration.steps or sampling.steps)
-    seeds = [item.noise_seed(configuration.seed_offset) for item in items]
-    with _fixed_global_generator(pipe.unet.device):
-        return generate_batch(pipe, [item.prompt for item in items], seeds, sampling, on_step)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -85,9 +128,23 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-@contextmanager
-def _fixed_global_generator(device: torch.device) -> Iterator[None]:
-    """For what draws from PyTorch's global generator, as tomesd does: the same numbers for every image."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
+def _measure(
+    pipe: Any,
+    experiment: Experiment,
+    configurations: Sequence[Configuration],
+    sampling: Sampling,
+    timed_runs: int,
+    batch_size: int,
+    share: Share,
+    on_progress: OnProgress | None,
+) -> None:
+    def on_run(total: int) -> None:
+        if on_progress:
+            on_progress(f"speeds of {len(configurations)} rows", 1, total)
+
+    names = {configuration.folder for configuration in configurations}
+    if share.index == 0:
+        measured_speeds(pipe, experiment, configurations, sampling, timed_runs, batch_size, on_run)
+    elif share.index < share.launched:
+        size = len(experiment.items[:batch_size])
+        wait_for(lambda: names <= load_speeds(experiment, timed_runs, size).keys())

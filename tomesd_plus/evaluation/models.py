@@ -1,5 +1,6 @@
 """Load a pipeline by name: the embedded one, a hub id, a folder, or a single checkpoint file."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,33 @@ class ModelError(Exception):
     """A model cannot be loaded; the message is one line that says which and why."""
 
 
-def load_model(name: str = TINY, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def local_device(device: str | None = None) -> str:
+    """The device asked for, or the best there is; ``cuda`` is, in a launcher's process, the GPU of its number."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def load_model(
+    name: str = TINY, device: str = "cpu", dtype: torch.dtype = torch.float32, safety_checker: bool = True
+) -> Any:
     """Load a text-to-image pipeline whose denoiser is a UNet.
 
     Args:
         name: ``"tiny"`` for the embedded pipeline, a hub id, a folder in diffusers' layout, or a ``.safetensors``
             or ``.ckpt`` file in the original layout of SD 1.x, 2.x or SDXL (its configuration comes from the hub).
-        device: As PyTorch names it.
+        device: As PyTorch names it; see :func:`local_device`. A GPU becomes the process's current one.
         dtype: Of all its models.
+        safety_checker: Keep the model's, if it has one. In a comparison it would decide which images a row has.
 
     Raises:
         ModelError: It cannot be found or read, or it has no UNet.
     """
+    device = local_device(device)
     options = {"torch_dtype": dtype}  # not "dtype", which the oldest supported diffusers does not know
     try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(torch.device(device))
         if name == TINY:
             pipe = load_tiny_pipeline(dtype, device)
         elif name.endswith((".safetensors", ".ckpt")):
@@ -40,6 +54,9 @@ def load_model(name: str = TINY, device: str = "cpu", dtype: torch.dtype = torch
             pipe = AutoPipelineForText2Image.from_pretrained(name, **options)
         if not hasattr(pipe, "unet"):
             raise ValueError(f"{type(pipe).__name__} has no UNet; SD 1.x, 2.x and SDXL have")
+        if not safety_checker and getattr(pipe, "safety_checker", None) is not None:
+            pipe.safety_checker = None
+            pipe.register_to_config(requires_safety_checker=False)
         pipe = pipe.to(device)
     except Exception as error:  # whatever a stranger's files make the loaders raise, the user gets one line
         reason = " ".join(str(error).split()) or type(error).__name__

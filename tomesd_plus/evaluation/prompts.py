@@ -11,6 +11,7 @@ from tomesd_plus.evaluation.errors import EvaluationError, optional_import
 from tomesd_plus.tiny import held_out_captions
 
 EMBEDDED = "embedded"
+ENCODING = "utf-8-sig"  # spreadsheets put a byte order mark before the text
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "sentence")  # what published lists call it
 
 
@@ -37,7 +38,7 @@ def load_prompts(
     Args:
         source: ``"embedded"`` for the package's held-out captions; a file: ``.txt`` (one a line), ``.tsv`` or
             ``.csv`` (with a header line), ``.json`` (a list of texts or of objects, or COCO's annotations),
-            ``.jsonl``, ``.parquet`` (needs pyarrow); or the id of a data set (needs datasets).
+            ``.jsonl``, ``.parquet`` (needs pyarrow), any other as a text's; or the id of a data set (needs datasets).
         column: Which column or key holds them; by default one named prompt, caption, text or the like.
         split: Of a data set.
         limit: Take the first so many.
@@ -45,9 +46,11 @@ def load_prompts(
     Raises:
         EvaluationError: The source cannot be found or read, has no such column, or no prompt that is not empty.
     """
+    if source == EMBEDDED and column is not None:
+        raise EvaluationError(f"the embedded prompts have no columns, so there is no {column!r}")
     if source == EMBEDDED:
         texts: Iterable[Any] = held_out_captions()
-    elif Path(source).suffix.lower() in READERS:
+    elif Path(source).suffix.lower() in READERS or Path(source).is_file():
         texts = _from_file(Path(source), column)
     else:
         texts = _from_data_set(source, column, split)
@@ -66,7 +69,7 @@ def load_prompts(
 
 def _from_file(path: Path, column: str | None) -> Iterable[Any]:
     try:
-        return READERS[path.suffix.lower()](path, column)
+        return READERS.get(path.suffix.lower(), _read_text)(path, column)
     except (OSError, ValueError, csv.Error) as error:  # broken JSON and broken UTF-8 are ValueErrors
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"cannot read prompts from {path}: {reason}") from error
@@ -96,18 +99,24 @@ def choose_column(names: Sequence[str], wanted: str | None, source: Any, usual: 
 
 
 def _read_text(path: Path, column: str | None) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
+    if column is not None:
+        raise ValueError(f"a text has no columns, so there is no {column!r}")
+    return path.read_text(encoding=ENCODING).splitlines()
 
 
 def _read_table(path: Path, column: str | None) -> list[Any]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    tabs = path.suffix.lower() == ".tsv"
+    with path.open(encoding=ENCODING, newline="") as file:
+        # In lists with tabs a quote is a quote: a lone one would swallow the lines up to the next
+        rows = csv.DictReader(
+            file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        )
         name = choose_column(rows.fieldnames or (), column, path)
         return [row[name] for row in rows]
 
 
 def _read_json(path: Path, column: str | None) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding=ENCODING)
     entries: Any
     if path.suffix.lower() == ".jsonl":
         entries = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -118,7 +127,7 @@ def _read_json(path: Path, column: str | None) -> list[Any]:
     if not isinstance(entries, list):
         raise ValueError("expected a list of texts or of objects, or an object with 'annotations'")
     names = list(dict.fromkeys(key for entry in entries if isinstance(entry, Mapping) for key in entry))
-    if not names:
+    if not names and column is None:
         return entries
     name = choose_column(names, column, path)
     return [entry.get(name) if isinstance(entry, Mapping) else entry for entry in entries]

@@ -1,16 +1,19 @@
 """The pictures that generated ones are to resemble: a folder, a data set, or statistics that were saved."""
 
+import hashlib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tomesd_plus.evaluation.distances import Features, Kernel, Statistics, within
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.features import Extractor, extract
-from tomesd_plus.evaluation.images import Images
+from tomesd_plus.evaluation.features import Extractor, distance_device, extract
+from tomesd_plus.evaluation.images import SUFFIXES, Images
+from tomesd_plus.evaluation.parts import files_digest
 from tomesd_plus.evaluation.prompts import EMBEDDED
 from tomesd_plus.tiny import TINY_REFERENCE
 
@@ -24,18 +27,20 @@ class Reference:
         statistics: Their mean and covariance.
         features: Themselves, for kernel distances; files of other tools lack them.
         unreadable: How many pictures could not be read.
+        device: Where distances to it are computed.
     """
 
     source: str
     statistics: Statistics
     features: Features | None
     unreadable: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
     _within: dict[Kernel, float] = field(default_factory=dict)
 
     def within(self, kernel: Kernel) -> float:
         """The reference's own part of a kernel distance, computed once."""
         if kernel not in self._within and self.features is not None:
-            self._within[kernel] = within(self.features, kernel).item()
+            self._within[kernel] = within(self.features, kernel, device=self.device).item()
         return self._within[kernel]
 
 
@@ -68,7 +73,18 @@ def load_reference(
     features, kept = extract(extractor, images, file, on_images)
     if len(kept) < 2:
         raise EvaluationError(f"{source} has {len(kept)} readable pictures; a distance needs at least 2")
-    return Reference(source, Statistics.of(features), features, len(images.unreadable))
+    device = distance_device(extractor)
+    return Reference(source, Statistics.of(features, device=device), features, len(images.unreadable), device)
+
+
+def reference_version(source: str, split: str = "validation", column: str | None = None) -> str:
+    """What changes with the pictures of a reference, told without reading them."""
+    path = TINY_REFERENCE if source == EMBEDDED else Path(source)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if path.is_dir():
+        return files_digest(sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES))
+    return f"{split}, {column}" if column else split
 
 
 def _load_statistics(path: Path, extractor: Extractor, source: str) -> Reference:
@@ -83,4 +99,5 @@ def _load_statistics(path: Path, extractor: Extractor, source: str) -> Reference
             f"{path} holds statistics of {len(statistics.mean)} dimensions, but {extractor.name} has "
             f"{extractor.dimensions}: they were made with another network"
         )
-    return Reference(source, statistics, features)
+    device = distance_device(extractor)
+    return Reference(source, statistics.to(device), features, device=device)

@@ -163,7 +163,8 @@ def as_csv(rows: Sequence[Result]) -> str:
                 "batch_size": speed.batch_size, "memory_mib": speed.memory_mib,
             }  # fmt: skip
         for name, estimate in row.metrics.items():
-            line |= {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high}
+            line |= {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high,
+                     f"{name} images": estimate.count}  # fmt: skip
         lines.append(line)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")

@@ -1,37 +1,32 @@
 """The second pass: from folders of images to a table."""
 
+import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
+import psutil
 
-from tomesd_plus.evaluation.configurations import BASELINE
-from tomesd_plus.evaluation.distances import (
-    Features,
-    Kernel,
-    Statistics,
-    frechet_distance,
-    gaussian_kernel,
-    kernel_distance,
-    polynomial_kernel,
-)
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.experiment import Experiment
-from tomesd_plus.evaluation.features import ClipFeatures, Extractor, InceptionFeatures, clip_scores, extract
-from tomesd_plus.evaluation.fidelity import Metric, fidelity, psnr, ssim
+from tomesd_plus.evaluation.estimates import clip_score, distances, fidelities
+from tomesd_plus.evaluation.experiment import Experiment, ImageFolder
+from tomesd_plus.evaluation.features import ClipFeatures, Extractor, extract
+from tomesd_plus.evaluation.fidelity import Metric, psnr, ssim
+from tomesd_plus.evaluation.generation import OnProgress
 from tomesd_plus.evaluation.images import Images
-from tomesd_plus.evaluation.intervals import Estimate, mean_estimate, resampling_weights
-from tomesd_plus.evaluation.reference import Reference, load_reference
-from tomesd_plus.evaluation.results import Result, save_results
-from tomesd_plus.evaluation.run import OnProgress
+from tomesd_plus.evaluation.intervals import Estimate
+from tomesd_plus.evaluation.items import Item
+from tomesd_plus.evaluation.parts import Part, files_digest, load_parts
+from tomesd_plus.evaluation.reference import Reference, load_reference, reference_version
+from tomesd_plus.evaluation.results import Result, load_results, save_results
 from tomesd_plus.evaluation.speed import load_speeds
 
 SCRATCH = ".features-"
+OnCount = Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,9 @@ class Scoring:
 def score(out: Path, scoring: Scoring, on_progress: OnProgress | None = None) -> list[Result]:
     """Score every configuration of an experiment.
 
-    Images are read one batch at a time and features lie on the disk, so memory does not grow with their number. The
-    results are written after every row.
+    Images are read one batch at a time and features lie on the disk, so memory does not grow with their number. Each
+    row's figures are kept beside its images: stop it at any moment and call it again. The table has all of them, also
+    those over extractors that this call does not name.
 
     Args:
         out: The experiment's folder.
@@ -70,154 +66,158 @@ def score(out: Path, scoring: Scoring, on_progress: OnProgress | None = None) ->
         EvaluationError: Images are missing, or the reference cannot be used.
     """
     experiment = Experiment.load(out)
-    if experiment.configurations[:1] != (BASELINE.folder,):
-        raise EvaluationError(f"{out} has no images of the baseline: run the generate pass again")
+    experiment.baseline  # noqa: B018  it says so where there is none
     if missing := experiment.missing():
         which = ", ".join(f"{count} of {name!r}" for name, count in missing.items())
         raise EvaluationError(
             f"images are yet to be generated: {which}. Run the generate pass again, or delete the folders"
         )
-    rows: list[Result] = []
     with _scratch(out) as scratch:
-        references = _references(scoring, scratch, on_progress)
+        scorer = Scorer(experiment, scoring, scratch, on_progress)
+        rows = _earlier(out)
         for name in experiment.configurations:
-            rows.append(_score_one(experiment, name, scoring, references, scratch, on_progress))
-            save_results(rows, out)
-    return rows
+            rows[name] = scorer.row(name)
+            save_results([rows[other] for other in experiment.configurations if other in rows], out)
+    return [rows[name] for name in experiment.configurations]
 
 
-def distance_names(extractor: Extractor) -> dict[str, Kernel | None]:
-    """What distances over an extractor's features are called, with their kernel; ``None`` is the Fréchet distance.
-
-    FID and KID are distances over InceptionV3's features; those over any other's say whose.
-    """
-    if isinstance(extractor, InceptionFeatures):
-        return {"FID": None, "KID": polynomial_kernel}
-    names: dict[str, Kernel | None] = {
-        f"Fréchet distance ({extractor.name})": None,
-        f"kernel distance ({extractor.name})": polynomial_kernel,
-    }
-    if isinstance(extractor, ClipFeatures):
-        names[f"CMMD ({extractor.name})"] = gaussian_kernel
-    return names
-
-
-def distances(
-    extractor: Extractor, features: Features, reference: Reference, resamples: int
-) -> tuple[dict[str, Estimate], list[str]]:
-    """All distances of generated pictures' features (count ≥ 2, dimensions) to a reference, and notes."""
-    estimates, notes = {}, []
-    count, dimensions = features.shape
-    weights = resampling_weights(count, resamples)
-    for name, kernel in distance_names(extractor).items():
-        if kernel is None:
-            resampled = [frechet_distance(reference.statistics, Statistics.of(features, row)) for row in weights]
-            value = frechet_distance(reference.statistics, Statistics.of(features))
-            estimates[name] = Estimate.of(value, torch.tensor(resampled), count)
-        elif reference.features is None:
-            notes.append(f"{name} is left out: {reference.source} has no features, only their mean and covariance.")
-        else:
-            all_weights = torch.cat([torch.ones(1, count), weights])
-            values = kernel_distance(features, reference.features, kernel, all_weights, reference.within(kernel))
-            estimates[name] = Estimate.of(values[0].item(), values[1:], count)
-    for whose, number in (("generated", count), ("reference", reference.statistics.count)):
-        if number is not None and number <= dimensions:
-            notes.append(
-                f"{number} {whose} images for the {dimensions} dimensions of {extractor.name}: the covariance is "
-                "singular and the Fréchet distance far too large; compare only rows of the same number of images."
-            )
-    return estimates, notes
-
-
-def _references(scoring: Scoring, scratch: Path, on_progress: OnProgress | None) -> dict[str, Reference]:
-    if scoring.reference is None:
+def _earlier(out: Path) -> dict[str, Result]:
+    """The rows of an earlier table, which stay in it until they are scored again."""
+    try:
+        return {row.images_at.name: row for row in load_results(out)}
+    except EvaluationError:
         return {}
-    return {
-        extractor.name: load_reference(
-            scoring.reference, extractor, scratch / f"reference-{index}.npy", scoring.reference_split,
-            scoring.reference_column, _named("reference", 0, on_progress),
-        )
-        for index, extractor in enumerate(scoring.extractors)
-    }  # fmt: skip
 
 
-def _score_one(
-    experiment: Experiment,
-    name: str,
-    scoring: Scoring,
-    references: dict[str, Reference],
-    scratch: Path,
-    on_progress: OnProgress | None,
-) -> Result:
-    folder, baseline = experiment.folder(name), experiment.folder(experiment.configurations[0])
-    manifest = folder.manifest
-    made = [item for item in experiment.items if folder.image(item).exists()]
-    passes = len(scoring.extractors) + (folder != baseline)
-    tick = _named(manifest["configuration"]["name"], passes * len(made), on_progress)
-    images = Images.of_paths([folder.image(item) for item in made])
-    metrics: dict[str, Estimate] = {}
-    notes = [f"{experiment.skipped_prompts} empty prompts were left out."] if experiment.skipped_prompts else []
-    unreadable: set[str] = set()
-    if folder != baseline:
-        pairs = [item for item in made if baseline.image(item).exists()]
-        candidates = Images.of_paths([folder.image(item) for item in pairs])
-        originals = Images.of_paths([baseline.image(item) for item in pairs])
-        compared, lost = _fidelity(candidates, originals, scoring, tick)
-        metrics |= compared
-        notes += lost
-        unreadable |= set(candidates.unreadable)
-    for extractor in scoring.extractors:
-        features, kept = extract(extractor, images, scratch / "images.npy", tick)
-        unreadable |= set(images.unreadable)
-        if extractor.name in references and len(kept) >= 2:
-            figures, remarks = distances(extractor, features, references[extractor.name], scoring.resamples)
-            metrics |= figures
-            notes += remarks
+class Scorer:
+    """Makes the rows of an experiment one by one; loads a reference when the first row needs it."""
+
+    def __init__(
+        self, experiment: Experiment, scoring: Scoring, scratch: Path, on_progress: OnProgress | None = None
+    ) -> None:
+        self.experiment = experiment
+        self.scoring = scoring
+        self.scratch = scratch
+        self.on_progress = on_progress
+        self.speeds = load_speeds(experiment)
+        self.references: dict[str, Reference] = {}
+        self.metrics: list[dict[str, Metric]] = [{"PSNR dB": psnr, "SSIM": ssim}]
+        if scoring.lpips:
+            self.metrics.append({"LPIPS": scoring.lpips})  # a part of its own, so that it can come later
+        self.against = ""
+        if scoring.reference is not None:
+            version = reference_version(scoring.reference, scoring.reference_split, scoring.reference_column)
+            self.against = f" against {scoring.reference} ({version})"
+
+    def row(self, name: str) -> Result:
+        """Score one configuration: make the parts that are not there yet, and join all."""
+        folder, baseline = self.experiment.folder(name), self.experiment.baseline
+        title = folder.manifest["configuration"]["name"]
+        made = [item for item in self.experiment.items if folder.image(item).exists()]
+        pairs = [item for item in made if baseline.image(item).exists()] if folder != baseline else []
+        images = files_digest(folder.image(item) for item in made)
+        compared = files_digest(other.image(item) for item in pairs for other in (folder, baseline))
+        known = load_parts(folder.path, {images, compared})
+        resamples = f", {self.scoring.resamples} resamples"
+        fidelities = {", ".join(metrics) + resamples: metrics for metrics in self.metrics if pairs}
+        extractors = {e.name + self.against + resamples: e for e in self.scoring.extractors}
+        new = [*(pairs for of in fidelities if of not in known), *(made for of in extractors if of not in known)]
+        tick = self._ticks(title, sum(map(len, new)))
+        parts = []
+        for of, metrics in fidelities.items():
+            if of not in known:
+                known[of] = self._compared(folder, pairs, metrics, Part(of, compared), tick)
+                known[of].save(folder.path)
+            parts.append(known.pop(of))
+        for of, extractor in extractors.items():
+            if of not in known:
+                known[of] = self._extracted(folder, made, extractor, Part(of, images), tick)
+                known[of].save(folder.path)
+            parts.append(known.pop(of))
+        return self._joined(folder, made, pairs, parts, list(known.values()))
+
+    def _compared(
+        self, folder: ImageFolder, items: Sequence[Item], metrics: dict[str, Metric], part: Part, tick: OnCount
+    ) -> Part:
+        baseline = self.experiment.baseline
+        images = Images.of_paths([folder.image(item) for item in items])
+        originals = Images.of_paths([baseline.image(item) for item in items])
+        estimates, notes = fidelities(images, originals, metrics, self.scoring.resamples, tick)
+        if originals.unreadable:
+            notes.append(f"{len(set(originals.unreadable))} images of the baseline cannot be read.")
+        return replace(part, metrics=estimates, notes=notes, unreadable=_names(images))
+
+    def _extracted(
+        self, folder: ImageFolder, items: Sequence[Item], extractor: Extractor, part: Part, tick: OnCount
+    ) -> Part:
+        images = Images.of_paths([folder.image(item) for item in items])
+        reference = self._reference(extractor)
+        features, kept = extract(extractor, images, self.scratch / "images.npy", tick)
+        metrics: dict[str, Estimate] = {}
+        notes: list[str] = []
+        if reference and len(kept) >= 2:
+            resamples = self.scoring.resamples
+            on_resample = self._ticks(f"{folder.manifest['configuration']['name']}, intervals", resamples)
+            metrics, notes = distances(extractor, features, reference, resamples, on_resample)
         if isinstance(extractor, ClipFeatures) and kept:
-            scores = _clip_scores(extractor, features, [made[index].prompt for index in kept])
-            metrics[f"CLIP score ({extractor.name})"] = mean_estimate(scores, scoring.resamples)
-    for reference in references.values():
-        if reference.unreadable:
-            notes.append(f"{reference.unreadable} images of {reference.source} cannot be read and were left out.")
-    failed = [item for item in experiment.items if folder.failure(item).exists()]
-    reasons = {folder.failure(item).read_text().strip() for item in failed}
-    notes += _losses(manifest["configuration"]["name"], len(failed), reasons, unreadable)
-    offset = manifest["configuration"]["seed_offset"]
-    return Result(
-        manifest["configuration"]["name"], folder.path, len(made) - len(unreadable), len(failed), len(unreadable),
-        sorted({item.seed + offset for item in experiment.items}), experiment.prompts, manifest, metrics,
-        {name: reference.source for name, reference in references.items()}, load_speeds(experiment).get(name), notes,
-    )  # fmt: skip
+            prompts = [items[index].prompt for index in kept]
+            name = f"CLIP score ({extractor.name})"
+            metrics[name] = clip_score(extractor, features, prompts, self.scoring.resamples)
+        sources = {extractor.name: reference.source} if reference else {}
+        return replace(part, metrics=metrics, notes=notes, unreadable=_names(images), references=sources)
+
+    def _joined(
+        self, folder: ImageFolder, made: Sequence[Item], pairs: Sequence[Item], parts: list[Part], others: list[Part]
+    ) -> Result:
+        """One row of the parts asked for, and of others that are there as far as they add figures."""
+        for other in others:
+            if not other.metrics.keys() & {name for part in parts for name in part.metrics}:
+                parts = [*parts, other]
+        manifest = folder.manifest
+        name = manifest["configuration"]["name"]
+        skipped = self.experiment.skipped_prompts
+        notes = [f"{skipped} empty prompts were left out."] if skipped else []
+        if folder != self.experiment.baseline and (alone := len(made) - len(pairs)):
+            notes.append(f"{name}: {alone} images have none of the baseline to compare with: no PSNR, SSIM or LPIPS.")
+        fidelity = {metric for metrics in self.metrics for metric in metrics}
+        for part in parts:
+            own = f"{name}: " if part.metrics.keys() & fidelity else ""
+            notes += [f"{own}{note}" for note in part.notes]
+        unreadable = {file for part in parts for file in part.unreadable}
+        failed = [item for item in self.experiment.items if folder.failure(item).exists()]
+        reasons = {folder.failure(item).read_text(encoding="utf-8").strip() for item in failed}
+        notes += _losses(name, len(failed), reasons, unreadable)
+        return Result(
+            name, folder.path, len(made) - len(unreadable), len(failed), len(unreadable),
+            sorted({item.seed + manifest["configuration"]["seed_offset"] for item in self.experiment.items}),
+            self.experiment.prompts, manifest,
+            {name: estimate for part in parts for name, estimate in part.metrics.items()},
+            {name: source for part in parts for name, source in part.references.items()},
+            self.speeds.get(folder.path.name), list(dict.fromkeys(notes)),
+        )  # fmt: skip
+
+    def _reference(self, extractor: Extractor) -> Reference | None:
+        if self.scoring.reference is not None and extractor.name not in self.references:
+            self.references[extractor.name] = load_reference(
+                self.scoring.reference, extractor, self.scratch / f"reference-{len(self.references)}.npy",
+                self.scoring.reference_split, self.scoring.reference_column, self._ticks("reference", 0),
+            )  # fmt: skip
+        return self.references.get(extractor.name)
+
+    def _ticks(self, name: str, total: int) -> OnCount:
+        on_progress = self.on_progress
+        return (lambda count: on_progress(f"score: {name}", count, total)) if on_progress else None
 
 
-def _fidelity(
-    images: Images, originals: Images, scoring: Scoring, on_images: Callable[[int], None] | None
-) -> tuple[dict[str, Estimate], list[str]]:
-    wanted: dict[str, Metric] = {"PSNR dB": psnr, "SSIM": ssim}
-    if scoring.lpips:
-        wanted["LPIPS"] = scoring.lpips
-    result = fidelity(images, originals, wanted, on_images)
-    estimates = {
-        name: mean_estimate(torch.tensor(values), scoring.resamples)
-        for name, values in result.values.items()
-        if values
-    }
-    return estimates, [f"{result.unequal} pairs of images differ in size and were left out."] if result.unequal else []
-
-
-def _clip_scores(extractor: ClipFeatures, features: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
-    parts = []
-    for start in range(0, len(prompts), extractor.batch_size):
-        texts = extractor.of_texts(prompts[start : start + extractor.batch_size])
-        parts.append(clip_scores(torch.tensor(features[start : start + extractor.batch_size]), texts))
-    return torch.cat(parts)
+def _names(images: Images) -> list[str]:
+    return sorted({Path(name).name for name in images.unreadable})
 
 
 def _losses(name: str, failed: int, reasons: Iterable[str], unreadable: Iterable[str]) -> list[str]:
     notes = []
     if failed:
         notes.append(f"{name}: {failed} items gave no image: {'; '.join(sorted(reasons))}.")
-    if files := sorted(Path(file).name for file in unreadable):
+    if files := sorted(unreadable):
         notes.append(f"{name}: {len(files)} images cannot be read: {', '.join(files[:3])}.")
     if notes:
         notes.append(
@@ -226,14 +226,13 @@ def _losses(name: str, failed: int, reasons: Iterable[str], unreadable: Iterable
     return notes
 
 
-def _named(name: str, total: int, on_progress: OnProgress | None) -> Callable[[int], None] | None:
-    return (lambda count: on_progress(f"score: {name}", count, total)) if on_progress else None
-
-
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """A folder for features, gone afterwards; what a killed run left is removed first."""
-    for old in out.glob(f"{SCRATCH}*"):
-        shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=SCRATCH) as name:
+    """A folder for features, gone afterwards; what a killed process of this machine left is removed first."""
+    own = f"{SCRATCH}{platform.node()}-"
+    for old in out.glob(f"{own}*"):
+        process = old.name.removeprefix(own).split("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=f"{own}{os.getpid()}-") as name:
         yield Path(name)

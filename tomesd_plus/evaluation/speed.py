@@ -1,21 +1,24 @@
 """Time and memory of each configuration, interleaved with the baseline's."""
 
+import hashlib
+import json
+import math
 import platform
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
 
 from tomesd_plus.evaluation.configurations import BASELINE, Configuration, equal_time
+from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.experiment import Experiment
 from tomesd_plus.evaluation.files import read_json, write_json
-from tomesd_plus.evaluation.generate import Sampling
-from tomesd_plus.evaluation.generation import run_batch
+from tomesd_plus.evaluation.generate import Sampling, run_batch
 from tomesd_plus.evaluation.items import Item
 
 FILE = "speed.json"
@@ -28,7 +31,7 @@ class Speed:
 
     Args:
         seconds: Median time of an image: of a batch, divided by its size.
-        step_seconds: Median time of a denoising step, of a whole batch.
+        step_seconds: Time of a denoising step, of a whole batch: the mean over the steps, the median over the runs.
         speedup: Median of the baseline's time divided by this one's, run one after the other.
         speedup_low, speedup_high: The least and the greatest of these.
         runs: How many.
@@ -36,6 +39,7 @@ class Speed:
         memory_mib: Peak, MiB: what PyTorch allocated on a GPU, or the process's resident memory on a CPU.
         removed: At each step its noise level, and the share of tokens removed at each downsample.
         device: What it ran on.
+        manifest: A hash of how the images are made.
     """
 
     seconds: float
@@ -48,6 +52,7 @@ class Speed:
     memory_mib: float
     removed: list[dict[str, Any]] = field(default_factory=list)
     device: str = ""
+    manifest: str = ""
 
 
 def measured_speeds(
@@ -57,32 +62,101 @@ def measured_speeds(
     sampling: Sampling,
     runs: int = 5,
     batch_size: int = 1,
-    on_run: Callable[[], None] | None = None,
+    on_run: Callable[[int], None] | None = None,
 ) -> dict[str, Speed]:
-    """Measure each configuration that ``speed.json`` lacks, and write that; returns all speeds, by folder."""
-    known = load_speeds(experiment)
+    """Measure what ``speed.json`` lacks, each configuration in turn with the baseline; returns all speeds, by folder.
+
+    The file is written after each configuration, so a killed run loses one at most.
+
+    Args:
+        pipe, configurations, sampling, runs: As in :func:`measure_speeds`.
+        experiment: Its folders are open. Its first items are what is generated.
+        batch_size: Images at a time.
+        on_run: Called after each run with how many there are.
+    """
+    items = experiment.items[:batch_size]
+    device = device_name(pipe.unet.device)
+    known = {
+        name: speed for name, speed in load_speeds(experiment, runs, len(items)).items() if speed.device == device
+    }
     new = [configuration for configuration in configurations if configuration.folder not in known]
-    if new:
-        items = list(experiment.items[:batch_size])
-        chosen = [BASELINE, *(configuration for configuration in new if not configuration.is_baseline)]
-        measured = measure_speeds(pipe, chosen, items, sampling, runs, on_run)
-        known = {**measured, **known}  # the baseline's first figures stay
-        write_json(experiment.out / FILE, {name: asdict(speed) for name, speed in known.items()})
+    pairs = [[BASELINE, configuration] for configuration in new if not configuration.is_baseline]
+    pairs = pairs or [[configuration] for configuration in new]
+    total = sum(map(len, pairs)) * (runs + 1)
+    for pair in pairs:
+        measured = measure_speeds(pipe, pair, items, sampling, runs, (lambda: on_run(total)) if on_run else None)
+        for name, speed in measured.items():  # the baseline's first stays
+            known.setdefault(name, replace(speed, manifest=manifest_digest(experiment, name)))
+        entries = read_json(experiment.out / FILE) if (experiment.out / FILE).exists() else {}
+        entries |= {name: asdict(speed) for name, speed in known.items()}
+        write_json(experiment.out / FILE, entries)
     return load_speeds(experiment)
 
 
-def load_speeds(experiment: Experiment) -> dict[str, Speed]:
-    """What was measured so far, by the configurations' folders."""
+def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = None) -> dict[str, Speed]:
+    """What was measured so far, by the configurations' folders, as far as it still holds.
+
+    It does not where the folder is of other images by now, nor where the baseline's batch or device is another.
+
+    Args:
+        experiment: Its folders are open.
+        runs: The fewest that count.
+        batch_size: The only one that counts; whichever the baseline has by default.
+    """
     path = experiment.out / FILE
-    return {name: Speed(**entry) for name, entry in read_json(path).items()} if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        speeds = {name: Speed(**entry) for name, entry in read_json(path).items()}
+    except (TypeError, AttributeError) as error:
+        raise EvaluationError(f"{path} is not of this version: delete it, and speeds are measured again") from error
+    base = speeds.get(BASELINE.folder)
+    return {
+        name: speed
+        for name, speed in speeds.items()
+        if base is not None
+        and (speed.batch_size, speed.device) == (batch_size or base.batch_size, base.device)
+        and speed.runs >= runs
+        and name in experiment.configurations
+        and speed.manifest == manifest_digest(experiment, name)
+    }
+
+
+def manifest_digest(experiment: Experiment, name: str) -> str:
+    """A hash of how a configuration's images are made."""
+    manifest = json.dumps(experiment.folder(name).manifest, sort_keys=True)
+    return hashlib.sha256(manifest.encode()).hexdigest()[:16]
+
+
+def equal_time_steps(steps: int, speedup: float, seconds: float, step_seconds: float) -> int:
+    """How many steps the baseline can do in a faster configuration's time.
+
+    Only steps can be left out: encoding the prompt and decoding the image take their time whatever their number.
+
+    Args:
+        steps: The baseline's.
+        speedup: The configuration's.
+        seconds, step_seconds: The baseline's times of an image and of a step of one image.
+
+    Example:
+        >>> equal_time_steps(20, speedup=2.0, seconds=1.0, step_seconds=0.04)  # 0.8 s are steps, 0.5 s have to go
+        7
+    """
+    saved = seconds - seconds / speedup
+    return max(1, steps - math.ceil(round(saved / step_seconds, 6)))
 
 
 def equal_time_rows(
     configurations: Sequence[Configuration], speeds: dict[str, Speed], sampling: Sampling
 ) -> list[Configuration]:
     """For each configuration that is faster, the baseline with as many steps as fit in its time."""
+    base = speeds.get(BASELINE.folder)
+    if base is None:
+        return []
     fewer = {
-        max(1, round(sampling.steps / speeds[configuration.folder].speedup))
+        equal_time_steps(
+            sampling.steps, speeds[configuration.folder].speedup, base.seconds, base.step_seconds / base.batch_size
+        )
         for configuration in configurations
         if configuration.switches and configuration.folder in speeds
     }
@@ -98,6 +172,8 @@ def measure_speeds(
     on_run: Callable[[], None] | None = None,
 ) -> dict[str, Speed]:
     """Run all configurations in turn, so that a machine's noise meets them alike; a warm-up of each goes before.
+
+    Switching on is not timed, nor the first two steps after it, in which some set themselves up.
 
     Args:
         pipe: A text-to-image pipeline, untouched.
@@ -116,11 +192,13 @@ def measure_speeds(
             name = configuration.folder
             with configuration.switched_on(pipe) as report:
                 if run < 0:
-                    with _peak_memory(pipe) as peak:
+                    with peak_memory(pipe.unet.device) as peak:
                         run_batch(pipe, items, configuration, sampling)
                     memory[name] = peak[0] / MEBIBYTE
                     removed[name] = [asdict(step) for step in report.steps] if report else []
                 else:
+                    short = min(2, configuration.steps or sampling.steps)
+                    run_batch(pipe, items, replace(configuration, steps=short), sampling)
                     made = run_batch(pipe, items, configuration, sampling)
                     seconds[name].append(made.seconds / len(items))
                     steps[name].append(made.step_seconds)
@@ -147,10 +225,9 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def _peak_memory(pipe: Any) -> Iterator[list[float]]:
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
     """The peak in bytes, as the one entry of a list, once the block is left."""
     peak = [0.0]
-    device = pipe.unet.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield peak

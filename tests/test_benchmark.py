@@ -1,0 +1,400 @@
+"""The benchmark: shapes, ideals, what is measured and resumed, tables; never a time."""
+
+import csv
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import INPUTS, hooks, make_pipeline, make_unet
+from diffusers.models.attention import BasicTransformerBlock
+from PIL import Image
+from typer.testing import CliRunner
+
+from tomesd_plus import ToMeConfig
+from tomesd_plus.benchmark import (
+    NAMED,
+    SHAPES,
+    SUITES,
+    UNTOUCHED,
+    Measured,
+    Protocol,
+    Suite,
+    Workload,
+    as_markdown,
+    build_unet,
+    fewer_tokens,
+    load_rows,
+    make_inputs,
+    measure,
+    run_suite,
+    settings_from,
+    speedup_figure,
+    task,
+    with_ideals,
+)
+from tomesd_plus.benchmark import run as run_module
+from tomesd_plus.benchmark.fidelity import embedded_psnr
+from tomesd_plus.benchmark.measure import _candidate, twin
+from tomesd_plus.benchmark.rows import make_rows
+from tomesd_plus.caching.cache import feature_cache_on
+from tomesd_plus.cli import app
+from tomesd_plus.evaluation import EvaluationError
+from tomesd_plus.plan import MergePlan
+from tomesd_plus.planner import Planner
+
+CPU = torch.device("cpu")
+TINY = Workload("tiny", 64)
+QUICK = Protocol(repeats=1, run_seconds=0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of the gate
+
+
+def suite(*names, workload=TINY, ratios=(0.5,)):
+    return Suite((task(workload, names, ratios),), repeats=1, run_seconds=0, prompts=0)
+
+
+# Shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "attention"),
+    [
+        ("sd15", 859.5, {1: 5, 2: 5, 4: 5, 8: 1}),
+        ("sd21", 865.9, {1: 5, 2: 5, 4: 5, 8: 1}),
+        ("sdxl", 2567.5, {2: 10, 4: 60}),
+    ],
+)
+def test_shapes_are_the_published_ones(name, millions, attention):
+    shape = SHAPES[name]
+    unet = build_unet(shape, torch.float16, "meta")
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == millions
+    assert {p.dtype for p in unet.parameters()} == {torch.float16}
+    counts, size = Counter(), 128
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.register_forward_pre_hook(lambda m, args: counts.update([size // 8 / args[0].shape[1] ** 0.5]))
+    inputs = make_inputs(shape, size, 2, torch.float16, "meta")
+    assert unet(timestep=torch.zeros((), device="meta"), **inputs).sample.shape == inputs["sample"].shape
+    assert counts == attention
+    assert shape.finest == min(attention)
+
+
+def test_the_same_weights_every_time_and_no_trace_in_the_global_state():
+    before = torch.get_rng_state()
+    one, two = build_unet(SHAPES["tiny"]), build_unet(SHAPES["tiny"], torch.bfloat16)
+    assert torch.equal(before, torch.get_rng_state()) and torch.get_default_dtype() is torch.float32
+    assert {p.dtype for p in two.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), build_unet(SHAPES["tiny"]).parameters()))
+
+
+def test_twins_share_their_tensors_only():
+    unet = build_unet(SHAPES["tiny"])
+    other = twin(unet)
+    assert all(a is b for a, b in zip(unet.parameters(), other.parameters()))
+    assert not set(unet.modules()) & set(other.modules())
+
+
+# The ideal --------------------------------------------------------------------------------------------------------
+
+
+def tokens_seen(unet):
+    """Tokens at the layers of the first block, which has 256 of them."""
+    block, seen = unet.down_blocks[0].attentions[0].transformer_blocks[0], {}
+    layers = {
+        "query": block.attn1.to_q,
+        "key": block.attn1.to_k,
+        "cross": block.attn2.to_q,
+        "mlp": block.ff.net[0].proj,
+    }
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].shape[1]}))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        output = unet(**INPUTS, timestep=500).sample
+    for handle in handles:
+        handle.remove()
+    return seen, output
+
+
+@pytest.mark.parametrize(
+    ("options", "merged"),
+    [
+        ({}, {"query", "key"}),
+        ({"merge_mlp": True}, {"query", "key", "mlp"}),
+        ({"merge_cross_attention": True, "merge_mlp": True}, {"query", "key", "cross", "mlp"}),
+        ({"merge_block": True}, {"query", "key", "cross", "mlp"}),
+        ({"keys_values_only": True}, {"key"}),
+        ({"queries_only": True}, {"query"}),
+        ({"merge_self_attention": False, "merge_mlp": True}, {"mlp"}),
+    ],
+)
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+def test_the_ideal_runs_the_merged_layers_on_fewer_tokens_and_leaves_nothing(options, merged, ratio):
+    unet = make_unet()
+    whole, expected = tokens_seen(unet)
+    with fewer_tokens(unet, ToMeConfig(ratio=ratio, **options), 16, 16):
+        fewer, output = tokens_seen(unet)
+    assert set(whole.values()) == {256}
+    assert fewer == {name: int(256 * (1 - ratio)) if name in merged else 256 for name in whole}
+    assert output.shape == expected.shape and not torch.equal(output, expected)
+    assert not [m for m in unet.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert torch.equal(tokens_seen(unet)[1], expected)
+
+
+def test_ideals_are_of_the_same_layers_and_ratio():
+    settings = with_ideals(settings_from(["attn1", "tomesd", "block, whole every 4", "cache 3"], [0.5]))
+    names = ["untouched", "ideal: attn1", "attn1", "tomesd", "ideal: block", "block, whole every 4", "cache 3"]
+    assert [setting.name for setting in settings] == names
+    assert {setting.ratio for setting in settings} == {None, 0.5}
+    assert settings_from(["block + cache 3"], [0.5])[0].ideal is None
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_finest_level_of_a_shape_is_the_first_that_is_merged():
+    pipe = make_pipeline("sdxl")
+    for levels, expected in ((1, 2), (2, 4)):
+        with settings_from(["attn1"], [0.5], levels)[0].switched_on(pipe, finest=2) as report:
+            assert next(iter(report._mergers.values())).config.max_downsample == expected
+    assert not hooks(pipe)
+
+
+def test_settings_of_ones_own():
+    (one,) = settings_from(["merge: {ratio: 0.25, window: 4, whole_every: 2}, cache: 3"], [0.5])
+    assert (one.ratio, one.cycle) == (0.25, 6)
+    with one.switched_on(make_pipeline("sd")) as report:
+        config = next(iter(report._mergers.values())).config
+    assert (config.window, config.schedules[1](0.9), config.schedules[1](0.1)) == (4, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("attn2", "unknown setting 'attn2'"),
+        ("merge: {schedule: cosine}", "constant ratio"),
+        ("merge: {max_downsample: 2}", "--levels"),
+        ("cache: {threshold: 0.1}", "interval"),
+        ("merge: {windows: 3}", "windows"),
+    ],
+)
+def test_settings_that_cannot_be(name, words):
+    with pytest.raises(EvaluationError, match=words):
+        for setting in settings_from([name], [0.5]):
+            setting.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "full"), [("cache 3", [True, False, False]), ("block + cache 3", [True, False, False])]
+)
+@torch.no_grad()
+def test_each_run_begins_a_generation(name, full):
+    (setting,) = settings_from([name], [0.5])
+    with _candidate(build_unet(SHAPES["tiny"]), setting, TINY, CPU) as candidate:
+        for _ in range(2):
+            candidate.run(setting.cycle)
+            assert [step.reason is not None for step in feature_cache_on(candidate.pipe.unet).steps] == full
+
+
+# Measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_measured_beside_the_others():
+    settings = with_ideals(settings_from([name for name in NAMED if "gate" not in name], [0.5]))
+    order = []
+    measured = measure(TINY, settings, CPU, replace(QUICK, repeats=2), order.append)
+    assert [each.setting for each in measured] == settings
+    assert order == [setting.name for setting in settings] * 3  # preparing, and two rounds in turn
+    for each in measured:
+        assert not each.failure and len(each.seconds) == 2 and each.memory_mib > 0
+        assert each.calls == each.setting.cycle
+        ours = bool(each.setting.switches.keys() & {"merge", "tomesd"})
+        assert [(each.matching_seconds or 0) > 0, (each.merging_seconds or 0) > 0] == [ours, ours]
+    assert "timed" not in Planner.plan.__qualname__ + MergePlan.merge.__qualname__
+
+
+def test_a_setting_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("tomesd.apply_patch", lambda *args, **options: 1 / 0)
+    outcome = run_suite(suite("tomesd package", "attn1"), CPU, tmp_path, "a")
+    rows = {row.setting: row for row in outcome.rows}
+    assert rows["tomesd package"].note == "failed: ZeroDivisionError: division by zero"
+    assert rows["attn1"].speedup and not rows["tomesd package"].speedup
+    assert "failed" in (tmp_path / "a.md").read_text()
+
+
+def test_peers_that_are_not_installed_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "DeepCache", None)
+    outcome = run_suite(suite("DeepCache 3", "cache 3"), CPU, tmp_path, "a")
+    assert [row.setting for row in outcome.rows] == ["untouched", "cache 3"]
+    assert len(outcome.left_out) == 1 and "pip install DeepCache" in outcome.left_out[0]
+
+
+# Rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_merge_efficiency_is_of_paired_times():
+    settings = with_ideals(settings_from(["attn1"], [0.5]))
+
+    def rows_of(*times, psnr=40.0):
+        measured = [Measured(setting, seconds, 1) for setting, seconds in zip(settings, times, strict=True)]
+        return make_rows(TINY, measured, "x", {settings[2].key: psnr})
+
+    rows = rows_of([10.0, 20.0, 10.0], [8.0, 16.0, 8.0], [8.5, 17.0, 9.0])
+    assert [row.efficiency for row in rows] == ["", "", "0.75"]
+    assert [row.speedup for row in rows] == ["1", "1.25", "1.176"]
+    assert (rows[2].step_ms, rows[2].step_ms_low, rows[2].step_ms_high) == ("9000", "8500", "17000")
+    assert (rows[2].speedup_low, rows[2].speedup_high, rows[2].psnr) == ("1.111", "1.176", "40")
+    assert rows_of([1.0], [0.5], [1.5])[2].efficiency == "-1"
+    assert rows_of([1.0], [1.0], [1.5])[2].efficiency == ""  # there is nothing to save
+
+
+def test_finished_rows_stay_and_the_rest_is_measured(tmp_path, monkeypatch):
+    asked = []
+
+    def watched(workload, settings, *rest):
+        asked.append(settings)
+        return measure(workload, settings, *rest)
+
+    monkeypatch.setattr(run_module, "measure", watched)
+    first = run_suite(suite("attn1"), CPU, tmp_path, "a").rows
+    again = run_suite(suite("attn1"), CPU, tmp_path, "a").rows
+    assert again == first == load_rows(tmp_path / "a.csv") and len(asked) == 1
+    more = run_suite(suite("attn1", "block"), CPU, tmp_path, "a").rows
+    assert more[:3] == first and [row.setting for row in more[3:]] == ["ideal: block", "block"]
+    assert [setting.name for setting in asked[1]] == ["untouched", "ideal: block", "block"]
+    monkeypatch.setattr("tomesd_plus.__version__", "9")
+    assert len(run_suite(suite("attn1"), CPU, tmp_path, "a").rows) == len(more) + 3
+
+
+def test_what_is_stopped_keeps_its_workloads_and_goes_on(tmp_path):
+    small = replace(TINY, size=32)
+    both = replace(suite("attn1"), tasks=(*suite("attn1").tasks, *suite("attn1", workload=small).tasks))
+
+    def stop(what, setting):
+        if "32²" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(both, CPU, tmp_path, "a", stop)
+    assert {row.size for row in load_rows(tmp_path / "a.csv")} == {"64"}
+    late = run_suite(replace(both, minutes=0), CPU, tmp_path, "a")
+    assert late.unfinished == [str(small)] and len(late.rows) == 3
+    assert {row.size for row in run_suite(both, CPU, tmp_path, "a").rows} == {"64", "32"}
+
+
+def test_a_file_of_another_program_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("name,value\nx,1\n")
+    with pytest.raises(EvaluationError, match="not this benchmark's"):
+        run_suite(suite("attn1"), CPU, tmp_path, "a")
+
+
+def test_tables_and_plots_of_several_devices_and_sizes(tmp_path):
+    measured = [Measured(setting, [1.0]) for setting in (UNTOUCHED, *settings_from(["attn1"], [0.5]))]
+    rows = [
+        row
+        for size in (512, 1024)
+        for device in ("one", "two")
+        for row in make_rows(Workload("sd15", size), measured, device, {})
+    ]
+    text = as_markdown(rows)
+    assert text.count("## sd15, 512 × 512, batch 2, float32, eager") == 2
+    assert text.count("| attn1 | 0.5 | 1 | 1000 [1000, 1000] | 1.00× [1.00, 1.00] |") == 4
+    figure = speedup_figure(rows)
+    assert [axis.get_title().splitlines()[1] for axis in figure.axes] == ["one", "two"]
+    assert speedup_figure([]) is None
+
+
+# Fidelity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fidelity_is_computed_once_and_kept(tmp_path, monkeypatch):
+    settings, path = with_ideals(settings_from(["attn1"], [0.25, 0.5])), tmp_path / "fidelity.json"
+    psnr = embedded_psnr(settings, path, CPU, prompts=1, steps=2)
+    assert set(psnr) == {s.key for s in settings if "ideal" not in s.switches and s != UNTOUCHED}
+    assert psnr["attn1", "0.25", "1"] > psnr["attn1", "0.5", "1"] > 20
+    monkeypatch.setattr("tomesd_plus.benchmark.fidelity.load_tiny_pipeline", lambda **options: pytest.fail("again"))
+    assert embedded_psnr(settings, path, CPU, prompts=1, steps=2) == psnr
+    assert embedded_psnr(settings, path, CPU, prompts=0) == {}
+
+
+# Suites and the command -------------------------------------------------------------------------------------------
+
+
+def test_suites_hold_what_is_published():
+    for make in SUITES.values():
+        for each in make().tasks:
+            assert each.settings[0] == UNTOUCHED and len({s.key for s in each.settings}) == len(each.settings)
+            for setting in each.settings:
+                setting.check()
+    gpu = {(w.shape, w.size, w.batch, w.mode) for w in (each.workload for each in SUITES["gpu"]().tasks)}
+    assert gpu >= {("sd15", size, batch, "eager") for size in (512, 1024, 2048) for batch in (2, 8)}
+    assert gpu >= {("sdxl", 1024, 2, "eager"), ("sdxl", 2048, 2, "eager"), ("sd15", 1024, 2, "compiled")}
+    assert SUITES["gpu"]().minutes == 10
+    assert {(w.size, w.dtype) for w in (each.workload for each in SUITES["cpu"]().tasks)} >= {(512, "float32")}
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, ["benchmark", *map(str, arguments)])
+
+
+@pytest.mark.slow
+def test_the_smoke_suite_writes_its_tables_and_a_plot(cli, tmp_path):
+    result = cli("--suite", "smoke", "--device", "cpu", "--out", "made")
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "made" / "smoke.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    wanted = {s.key for each in SUITES["smoke"]().tasks for s in each.settings}
+    assert {(row["setting"], row["ratio"], row["levels"]) for row in rows} == wanted
+    assert all(row["step_ms"] and row["speedup"] and row["memory_mib"] for row in rows)
+    without = ("ideal", "untouched", "attn1, gate")
+    assert all(bool(row["psnr"]) == (not row["setting"].startswith(without)) for row in rows)
+    assert "Weights are random" in (tmp_path / "made" / "smoke.md").read_text()
+    assert Image.open(tmp_path / "made" / "smoke.png").height > 400
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {
+        "smoke.csv", "smoke.md", "smoke.png", "fidelity.json",
+    }  # fmt: skip
+
+
+def test_single_settings(cli, tmp_path):
+    result = cli("--shape", "tiny", "--size", 32, "--size", 64, "--batch", 1, "--ratio", 0.25, "--setting", "block",
+                 "--dtype", "bfloat16", "--device", "cpu", "--repeats", 1, "--prompts", 0)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = load_rows(tmp_path / "benchmark" / "benchmark.csv")
+    assert {(row.size, row.batch, row.dtype) for row in rows} == {("32", "1", "bfloat16"), ("64", "1", "bfloat16")}
+    assert "tiny 64², batch 1, bfloat16, eager" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "sd9"], "unknown shape 'sd9'"),
+        (["--suite", "tpu"], "unknown suite 'tpu'"),
+        (["--suite", "smoke", "--size", "64"], "a suite has its own size"),
+        (["--suite", "gpu"], "needs a GPU"),
+        (["--setting", "attn9"], "unknown setting 'attn9'"),
+        (["--ratio", "0.8"], "0.8"),
+        (["--ratio", "1.5"], "1.5"),
+        (["--size", "65"], "multiples of 8"),
+        (["--batch", "0"], "at least one sample"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--device", "toaster"], "device 'toaster' cannot be used"),
+        (["--out", "file/x"], "cannot write"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(cli, arguments, words, tmp_path):
+    (tmp_path / "file").write_text("")
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    shape = [] if {"--shape", "--suite"} & set(arguments) else ["--shape", "tiny"]
+    result = cli(*arguments, *device, *shape)
+    assert result.exit_code == 2
+    assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.output

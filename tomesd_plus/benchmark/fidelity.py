@@ -1,0 +1,69 @@
+"""Speed counts only beside fidelity: each setting's PSNR on the embedded pipeline, computed once and kept."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import tomesd_plus
+from tomesd_plus.benchmark.settings import UNTOUCHED, Setting
+from tomesd_plus.evaluation.compare import Setting as Compared
+from tomesd_plus.evaluation.compare import compare
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.files import read_json, write_json
+from tomesd_plus.evaluation.generate import Sampling
+from tomesd_plus.tiny import held_out_captions, load_tiny_pipeline
+
+
+def embedded_psnr(
+    settings: Sequence[Setting],
+    path: Path,
+    device: torch.device,
+    prompts: int = 4,
+    steps: int = 25,
+    on_step: Callable[[str], None] | None = None,
+) -> dict[tuple[str, str, str], float]:
+    """Mean PSNR, dB, to the untouched pipeline's pictures of the same prompts and seeds, by the settings' keys.
+
+    The embedded pipeline has self-attention at full resolution, so ``levels`` counts from there, in float32.
+
+    Args:
+        settings: Ideals, gates and peers that are not installed are left out.
+        path: The JSON file that keeps what was computed, as long as prompts, steps and version are the same.
+        device: Where to run it.
+        prompts: How many of the embedded pipeline's held-out captions; 0: only what is kept.
+        steps: Denoising steps.
+        on_step: Called with a setting's name after each step.
+    """
+    conditions = f"{prompts} prompts, {steps} steps, tomesd_plus {tomesd_plus.__version__}"
+    kept = read_json(path) if path.exists() else {}
+    wanted = {_name(setting, conditions): setting for setting in settings if _has_pictures(setting)}
+    missing = {name: setting for name, setting in wanted.items() if name not in kept}
+    if missing and prompts:
+        compared = [Compared(name, setting.switched_on) for name, setting in missing.items()]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # for what draws from the global generator, as tomesd does
+            pipe = load_tiny_pipeline(device=device)
+            pipe.set_progress_bar_config(disable=True)
+            made = compare(pipe, held_out_captions()[:prompts], compared, Sampling(steps), on_step=on_step)
+        kept |= {row.name: statistics.fmean(min(100.0, value) for value in row.psnr) for row in made.rows}
+        write_json(path, kept)
+    return {setting.key: kept[name] for name, setting in wanted.items() if name in kept}
+
+
+def _name(setting: Setting, conditions: str) -> str:
+    name, ratio, levels = setting.key
+    return f"{name}; ratio {ratio or '-'}; levels {levels}; {conditions}"
+
+
+def _has_pictures(setting: Setting) -> bool:
+    if setting == UNTOUCHED or "ideal" in setting.switches:
+        return False
+    if setting.switches.get("merge", {}).get("levels", "all") != "all":
+        return False  # a gate would decide by what pays on the embedded pipeline
+    try:
+        setting.check()
+    except EvaluationError:
+        return False
+    return True

@@ -1,0 +1,121 @@
+"""Fewer tokens at no cost: what merging could save if matching, merging and unmerging took no time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from tomesd_plus.config import ToMeConfig
+from tomesd_plus.matching import max_removed
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional arguments and keywords."""
+
+
+@contextmanager
+def fewer_tokens(unet: nn.Module, config: ToMeConfig, height: int, width: int) -> Iterator[None]:
+    """Let the layers that a configuration merges run on as few tokens, inside a ``with`` block.
+
+    They are given the first tokens, as a view, and in place of their output a tensor of zeros for all tokens is handed
+    on that is there already. The pictures are worthless; the times are the least that merging these layers at this
+    ratio could take. Not for ``torch.compile``, which would see that the output is not used.
+
+    Args:
+        unet: The UNet.
+        config: Which layers, at which levels, and the ratio, the same at every step.
+        height, width: Of the latents.
+    """
+    kept, zeros = _kept(config, height, width), _Zeros()
+    handles: list[Any] = []
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            for layer, fewer in _hooks(block, config, kept, zeros):
+                handles.append(layer.register_forward_pre_hook(fewer.before, with_kwargs=True))
+                handles.append(layer.register_forward_hook(fewer.after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kept(config: ToMeConfig, height: int, width: int) -> dict[int, int]:
+    """How many tokens are kept of how many, where any are removed."""
+    kept = {}
+    for downsample, schedule in config.schedules.items():
+        rows, columns = -(-height // downsample), -(-width // downsample)
+        tokens = rows * columns
+        removed = min(int(tokens * max(schedule.ratios)), max_removed(rows, columns, config.cell_size))
+        if removed:
+            kept[tokens] = tokens - removed
+    return kept
+
+
+def _hooks(
+    block: Any, config: ToMeConfig, kept: dict[int, int], zeros: "_Zeros"
+) -> Iterator[tuple[nn.Module, "_Fewer"]]:
+    """The layers of a block that are merged, each with hooks of its own."""
+    if config.merge_block:
+        yield block, _Fewer(kept, zeros)
+        return
+    if config.merge_self_attention:
+        kinds = {"keys_values_only": _FewerKeys, "queries_only": _FewerQueries}
+        yield block.attn1, next((kind for name, kind in kinds.items() if getattr(config, name)), _Fewer)(kept, zeros)
+    if config.merge_cross_attention and block.attn2 is not None:
+        yield block.attn2, _Fewer(kept, zeros)
+    if config.merge_mlp:
+        yield block.ff, _Fewer(kept, zeros)
+
+
+class _Zeros:
+    """One tensor of zeros for each shape and dtype; nobody writes into it."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def like(self, output: Tensor, tokens: int) -> Tensor:
+        shape = torch.Size((output.shape[0], tokens, output.shape[2]))
+        key = (shape, output.dtype)
+        if key not in self.tensors:
+            self.tensors[key] = output.new_zeros(shape)
+        return self.tensors[key]
+
+
+class _Fewer:
+    """The hooks around one layer.
+
+    Args:
+        kept: How many tokens are kept of how many.
+        zeros: What is handed on.
+    """
+
+    def __init__(self, kept: dict[int, int], zeros: _Zeros) -> None:
+        self.kept = kept
+        self.zeros = zeros
+        self.tokens = 0
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        hidden_states = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, channels)
+        self.tokens = hidden_states.shape[1]
+        fewer = hidden_states[:, : self.kept.get(self.tokens, self.tokens)]
+        return self.call(args, kwargs, hidden_states, fewer)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Tensor, fewer: Tensor) -> Call:
+        """The layer's call in which fewer tokens stand for the whole ones."""
+        return ((fewer, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": fewer})
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output if output.shape[1] == self.tokens else self.zeros.like(output, self.tokens)
+
+
+class _FewerQueries(_Fewer):
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Tensor, fewer: Tensor) -> Call:
+        return super().call(args, kwargs | {"encoder_hidden_states": whole}, whole, fewer)
+
+
+class _FewerKeys(_Fewer):
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Tensor, fewer: Tensor) -> Call:
+        return args, kwargs | {"encoder_hidden_states": fewer}

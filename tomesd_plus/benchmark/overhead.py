@@ -1,0 +1,58 @@
+"""How much of a UNet call is matching, and how much merging and unmerging."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tomesd_plus import merger, tomesd
+from tomesd_plus.plan import MergePlan
+from tomesd_plus.planner import Planner
+
+WATCHED: dict[str, tuple[tuple[Any, str], ...]] = {
+    "matching": (
+        (merger, "levels_of"),  # draws the cells
+        (Planner, "plan"),
+        (tomesd, "draw_destinations"),
+        (tomesd, "bipartite_match"),
+    ),
+    "merging": ((MergePlan, "merge"), (MergePlan, "unmerge"), (tomesd.TomesdPlan, "merge")),
+}
+"""The functions whose time is told apart from the layers'."""
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[dict[str, float]]:
+    """Yields the seconds spent in the functions of :data:`WATCHED` inside a ``with`` block, by kind."""
+    seconds = dict.fromkeys(WATCHED, 0.0)
+    inside = False
+
+    def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:  # one of them calls another
+                return function(*args, **kwargs)
+            inside, start = True, now(device)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[kind] += now(device) - start
+                inside = False
+
+        return call
+
+    with ExitStack() as stack:
+        for kind, functions in WATCHED.items():
+            for owner, name in functions:
+                stack.enter_context(patch.object(owner, name, timed(kind, getattr(owner, name))))
+        yield seconds
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,112 @@
+"""The benchmark's rows for people: Markdown tables, and a picture of speed-up over size."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from tomesd_plus.benchmark.rows import Row
+from tomesd_plus.benchmark.settings import IDEAL, UNTOUCHED
+from tomesd_plus.evaluation.files import atomic_write
+
+LEGEND = """\
+Weights are random: the cost depends on shapes, not on weights. A batch counts both guidance branches. Times are
+medians over runs in turn with the untouched UNet (PyTorch's scaled-dot-product attention), brackets their least and
+greatest; a speed-up is the median of such pairs. *Efficiency* is the share of what the same layers on as few tokens
+would save at no cost (rows named *ideal*). Matching and merging are measured eager, by themselves. *PSNR* is that
+setting's on the embedded 64 × 64 pipeline, to the untouched pictures of the same seeds: a tiny model, for comparing
+settings, and the same at whatever size the row is."""
+HEADER = ("setting", "ratio", "levels", "ms / UNet step", "speed-up", "efficiency", "matching ms", "merging ms",
+          "peak MiB", "PSNR dB", "note")  # fmt: skip
+MAX_LINES = 20  # of a plot
+
+
+def save_report(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
+    """Write ``NAME.md``, and ``NAME.png`` if there are speed-ups; returns which."""
+    paths = [folder / f"{name}.md"]
+    atomic_write(paths[0], as_markdown(rows))
+    figure = speedup_figure(rows)
+    if figure is not None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        paths.append(folder / f"{name}.png")
+        atomic_write(paths[1], buffer.getvalue())
+    return paths
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """A table for each workload, by speed-up."""
+    lines = [LEGEND]
+    for workload in dict.fromkeys(row.workload for row in rows):
+        own = [row for row in rows if row.workload == workload]
+        first = own[0]
+        lines += [
+            "",
+            f"## {first.shape}, {first.size} × {first.size}, batch {first.batch}, {first.dtype}, {first.mode}",
+            "",
+            f"{first.device}; tomesd_plus {first.tomesd_plus}, torch {first.torch}, diffusers {first.diffusers}; "
+            f"{first.date}; {first.runs or 0} runs.",
+            "",
+        ]
+        cells = [HEADER, ["---"] * len(HEADER), *(_cells(row) for row in sorted(own, key=_order))]
+        lines += [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join(lines) + "\n"
+
+
+def speedup_figure(rows: Sequence[Row]) -> Figure | None:
+    """Speed-up over size, a part for each shape, batch, dtype, mode and device; ``None`` without speed-ups."""
+    timed = [row for row in rows if row.speedup and row.setting != UNTOUCHED.name]
+    groups = list(dict.fromkeys((row.shape, *row.workload[2:]) for row in timed))
+    if not groups:
+        return None
+    columns = min(2, len(groups))
+    down = -(-len(groups) // columns)
+    figure = Figure(figsize=(7.5 * columns, 4 * down), layout="constrained")
+    axes = figure.subplots(down, columns, squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    for axis, group in zip(axes.flat, groups):
+        own = [row for row in timed if (row.shape, *row.workload[2:]) == group]
+        axis.set_prop_cycle(color=[colormaps["tab20"](index) for index in range(MAX_LINES)])
+        counts = Counter(row.label for row in own)  # those of most sizes are drawn
+        for label, _ in counts.most_common(MAX_LINES):
+            line = sorted((row for row in own if row.label == label), key=lambda row: int(row.size))
+            speedups = [float(row.speedup) for row in line]
+            bars = [
+                [float(row.speedup) - float(row.speedup_low) for row in line],
+                [float(row.speedup_high) - float(row.speedup) for row in line],
+            ]
+            style = ":" if label.startswith(IDEAL) else "-"
+            sizes = [int(row.size) for row in line]
+            axis.errorbar(sizes, speedups, bars, fmt=f"o{style}", markersize=3, linewidth=0.9, capsize=2, label=label)
+        ticks = sorted({int(row.size) for row in own})
+        axis.axhline(1, color="0.6", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        shape, batch, dtype, mode, device, *_ = group
+        axis.set(
+            xlabel="pixels of a side", ylabel="speed-up", title=f"{shape}, batch {batch}, {dtype}, {mode}\n{device}"
+        )
+        axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _order(row: Row) -> tuple[bool, bool, float]:
+    """The untouched UNet first, then by speed-up; what failed comes last."""
+    return row.setting != UNTOUCHED.name, bool(row.note.startswith("failed")), float(row.speedup or 0)
+
+
+def _cells(row: Row) -> list[str]:
+    spread = f" [{row.step_ms_low}, {row.step_ms_high}]" if row.step_ms else ""
+    speedup = ""
+    if row.speedup:
+        speedup = f"{float(row.speedup):.2f}× [{float(row.speedup_low):.2f}, {float(row.speedup_high):.2f}]"
+    return [
+        row.setting, row.ratio, row.levels if row.ratio else "", row.step_ms + spread, speedup,
+        row.efficiency, row.matching_ms, row.merging_ms, row.memory_mib, row.psnr, row.note.replace("|", "/"),
+    ]  # fmt: skip

@@ -1,0 +1,185 @@
+"""The benchmark's table: its rows, how they come from measured times, and their CSV file."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import diffusers
+import torch
+
+import tomesd_plus
+from tomesd_plus.benchmark.measure import Measured, Workload
+from tomesd_plus.benchmark.settings import Setting
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting on a workload, all as text, so that a file gives back what was written; ``""`` is not known.
+
+    Args:
+        shape, size, batch, dtype, mode, device: What ran where. Size in pixels; the batch counts both guidance
+            branches; the mode is eager or compiled.
+        setting, ratio, levels: See :class:`~tomesd_plus.benchmark.settings.Setting`.
+        step_ms, step_ms_low, step_ms_high: Time of a UNet call, ms: median, least and greatest over the runs.
+        speedup, speedup_low, speedup_high: The untouched UNet's time divided by this one's, round by round.
+        efficiency: Share of what merging can save that is saved, see :func:`merge_efficiency`.
+        matching_ms: Of a UNet call: drawing cells and finding plans; eager, and on a GPU with a wait around each.
+        merging_ms: The same of merging and unmerging.
+        memory_mib: Peak: what PyTorch allocated on a GPU; on a CPU the process's resident memory, in which there is
+            also what other settings keep from step to step.
+        psnr: dB, of pictures of the embedded pipeline to the untouched one's with the same seeds.
+        runs, calls: How many runs were timed, and UNet calls a run.
+        tomesd_plus, torch, diffusers: Versions.
+        date: When it was measured, UTC.
+        note: A peer's version, or why there are no times.
+    """
+
+    shape: str
+    size: str
+    batch: str
+    dtype: str
+    mode: str
+    device: str
+    setting: str
+    ratio: str
+    levels: str
+    tomesd_plus: str
+    torch: str
+    diffusers: str
+    step_ms: str = ""
+    step_ms_low: str = ""
+    step_ms_high: str = ""
+    speedup: str = ""
+    speedup_low: str = ""
+    speedup_high: str = ""
+    efficiency: str = ""
+    matching_ms: str = ""
+    merging_ms: str = ""
+    memory_mib: str = ""
+    psnr: str = ""
+    runs: str = ""
+    calls: str = ""
+    date: str = ""
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells it from others: a row with the same is not measured again."""
+        return astuple(self)[:12]
+
+    @property
+    def workload(self) -> tuple[str, ...]:
+        """What it shares with the rows that it is compared with."""
+        return (*self.key[:6], *self.key[9:])
+
+    @property
+    def label(self) -> str:
+        """Its setting and ratio in a few words."""
+        depth = f", {self.levels} levels" if self.levels != "1" else ""
+        return f"{self.setting}{f', {self.ratio}' if self.ratio else ''}{depth}"
+
+
+def blank_row(workload: Workload, setting: Setting, device: str) -> Row:
+    """A row that was not measured yet."""
+    return Row(
+        workload.shape, str(workload.size), str(workload.batch), workload.dtype, workload.mode, device, *setting.key,
+        tomesd_plus.__version__, torch.__version__, diffusers.__version__,
+    )  # fmt: skip
+
+
+def make_rows(
+    workload: Workload, measured: Sequence[Measured], device: str, psnr: dict[tuple[str, str, str], float]
+) -> list[Row]:
+    """The rows of settings that were measured together, the untouched UNet first.
+
+    Args:
+        workload: What ran.
+        measured: The times.
+        device: Its name.
+        psnr: dB by the settings' keys.
+    """
+    base, *_ = measured
+    shares = {each.setting.key: _share(each, base) for each in measured if each.seconds}
+    rows = []
+    for each in measured:
+        values: dict[str, str] = {"note": each.failure or each.setting.note}
+        if each.seconds:
+            speedups = [whole / own for whole, own in zip(base.seconds, each.seconds, strict=True)]
+            ideal, efficiency = each.setting.ideal, None
+            if ideal is not None and ideal.key in shares:
+                efficiency = merge_efficiency(1.0, shares[each.setting.key], shares[ideal.key])
+            values |= {
+                "step_ms": _text(1000 * statistics.median(each.seconds)),
+                "step_ms_low": _text(1000 * min(each.seconds)),
+                "step_ms_high": _text(1000 * max(each.seconds)),
+                "speedup": _text(statistics.median(speedups)),
+                "speedup_low": _text(min(speedups)),
+                "speedup_high": _text(max(speedups)),
+                "efficiency": _text(efficiency, 3),
+                "matching_ms": _text(None if each.matching_seconds is None else 1000 * each.matching_seconds),
+                "merging_ms": _text(None if each.merging_seconds is None else 1000 * each.merging_seconds),
+                "memory_mib": _text(each.memory_mib),
+                "psnr": _text(psnr.get(each.setting.key)),
+                "runs": str(len(each.seconds)),
+                "calls": str(each.calls),
+            }
+        values["date"] = datetime.now(UTC).date().isoformat()
+        rows.append(Row(**{**asdict(blank_row(workload, each.setting, device)), **values}))
+    return rows
+
+
+def merge_efficiency(base: float, merged: float, ideal: float) -> float | None:
+    """Share of what merging can save that is in fact saved: (base − merged) / (base − ideal).
+
+    Args:
+        base: Time of the untouched network.
+        merged: Time with merging.
+        ideal: Time of the same network whose merged layers run on fewer tokens at no cost.
+
+    Returns:
+        1 at best, and less than 0 where merging makes it slower; ``None`` where there is nothing to save.
+
+    Example:
+        >>> merge_efficiency(base=10.0, merged=8.5, ideal=8.0)
+        0.75
+    """
+    return (base - merged) / (base - ideal) if base > ideal else None
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Read a CSV file that :func:`save_rows` wrote; none if there is no file.
+
+    Raises:
+        EvaluationError: It is another program's.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [Row(**line) for line in csv.DictReader(file)]
+    except (OSError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{path} is not this benchmark's: {error}") from error
+
+
+def save_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write a CSV file, a line a row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [each.name for each in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, rows))
+    atomic_write(path, text.getvalue())
+
+
+def _share(measured: Measured, base: Measured) -> float:
+    """The time as a share of the untouched UNet's, in pairs, so that a machine that slows down meets both alike."""
+    return statistics.median(own / whole for own, whole in zip(measured.seconds, base.seconds, strict=True))
+
+
+def _text(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"

@@ -1,0 +1,95 @@
+"""Runs a suite: what is missing of its table, workload by workload, until all is there or time is up."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tomesd_plus.benchmark.fidelity import embedded_psnr
+from tomesd_plus.benchmark.measure import Protocol, measure
+from tomesd_plus.benchmark.report import save_report
+from tomesd_plus.benchmark.rows import Row, blank_row, load_rows, make_rows, save_rows
+from tomesd_plus.benchmark.settings import UNTOUCHED, Setting
+from tomesd_plus.benchmark.suites import Suite
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.speed import device_name
+
+FIDELITY = "fidelity.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark left.
+
+    Args:
+        rows: The whole table, what earlier runs had put there included.
+        files: What was written.
+        unfinished: Workloads for which there was no time.
+        left_out: Why settings were not measured, each reason once.
+    """
+
+    rows: list[Row]
+    files: list[Path]
+    unfinished: list[str]
+    left_out: list[str]
+
+
+def run_suite(
+    suite: Suite, device: torch.device, out: Path, name: str, on_progress: Callable[[str, str], None] | None = None
+) -> Outcome:
+    """Measure what ``NAME.csv`` lacks, and write it and the report of all its rows.
+
+    The file is written after each workload, so a run that is stopped loses one at most; run it again to go on. Rows of
+    the same versions and device are not measured again.
+
+    Args:
+        suite: What to measure, how, and for how long.
+        device: Where.
+        out: The folder, which is there.
+        name: Of the files.
+        on_progress: Called with what is under way and the setting, before each run.
+    """
+    deadline = time.monotonic() + 60 * suite.minutes if suite.minutes is not None else float("inf")
+    protocol = Protocol(suite.repeats, suite.run_seconds, deadline)
+    progress = on_progress or (lambda what, setting: None)
+    path, where = out / f"{name}.csv", device_name(device)
+    rows = load_rows(path)
+    available, left_out = _available(list({s.key: s for task in suite.tasks for s in task.settings}.values()))
+    psnr = embedded_psnr(
+        available, out / FIDELITY, device, suite.prompts, suite.steps, lambda setting: progress("fidelity", setting)
+    )
+    unfinished = []
+    for task in suite.tasks:
+        known = {row.key for row in rows}
+        settings = [setting for setting in task.settings if setting in available]
+        missing = [setting for setting in settings if blank_row(task.workload, setting, where).key not in known]
+        if not missing:
+            continue
+        ideals = [setting.ideal for setting in missing]
+        needed = [each for each in settings if each in missing or each == UNTOUCHED or each in ideals]
+
+        def before_run(setting: str, what: str = str(task.workload)) -> None:
+            progress(what, setting)
+
+        measured = [] if protocol.is_over else measure(task.workload, needed, device, protocol, before_run)
+        if not measured:
+            unfinished.append(str(task.workload))
+            continue
+        rows += [row for row in make_rows(task.workload, measured, where, psnr) if row.key not in known]
+        save_rows(rows, path)
+    files = [path, *save_report(rows, out, name)] if rows else []
+    return Outcome(rows, files, unfinished, left_out)
+
+
+def _available(settings: Sequence[Setting]) -> tuple[list[Setting], list[str]]:
+    """Those whose peers are installed, and why the others are left out."""
+    chosen, reasons = [], []
+    for setting in settings:
+        try:
+            setting.check()
+            chosen.append(setting)
+        except EvaluationError as error:
+            reasons.append(str(error))
+    return chosen, list(dict.fromkeys(reasons))

@@ -1,0 +1,198 @@
+"""The settings that are compared: ways of merging, their ideals, the peers, and the untouched UNet."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import lcm
+from typing import Any
+
+from tomesd_plus.benchmark.ideal import fewer_tokens
+from tomesd_plus.config import ToMeConfig
+from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
+from tomesd_plus.evaluation.errors import EvaluationError, optional_import
+
+IDEAL = "ideal: "
+PACKAGE = "tomesd package"
+LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_block", "keys_values_only",
+          "queries_only", "cell_size")  # fmt: skip
+"""The options that decide which layers run on how many tokens, and so what merging could save at best."""
+
+_ALL_LAYERS = {"merge_cross_attention": True, "merge_mlp": True}
+_BLOCK = {"merge_block": True}
+NAMED: dict[str, dict[str, dict[str, Any]]] = {
+    "attn1": {"merge": {}},
+    "attn1, gate": {"merge": {"levels": "auto"}},
+    "attn1 + attn2 + mlp": {"merge": _ALL_LAYERS},
+    "block": {"merge": _BLOCK},
+    "block, plan every 4": {"merge": _BLOCK | {"plan_every": 4}},
+    "block, whole every 4": {"merge": _BLOCK | {"whole_every": 4}},
+    "keys and values": {"merge": {"keys_values_only": True}},
+    "tomesd": {"tomesd": {}},
+    PACKAGE: {PACKAGE: {}},
+    "cache 3": {"cache": {"interval": 3}},
+    "DeepCache 3": {"deepcache": {"interval": 3}},
+    "block + cache 3": {"merge": _BLOCK, "cache": {"interval": 3}},
+}
+"""Settings by name; those that merge are taken at each ratio."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run a UNet.
+
+    Args:
+        name: In tables.
+        switches: What is on, as in a :class:`~tomesd_plus.evaluation.Configuration`; nothing is the untouched UNet.
+        ratio: Share of tokens to remove, the same at every step; ``None`` if nothing merges.
+        levels: At how many levels to merge, from the finest that has self-attention.
+    """
+
+    name: str
+    switches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ratio: float | None = None
+    levels: int = 1
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from others, as a table of text has it."""
+        return self.name, "" if self.ratio is None else f"{self.ratio:g}", str(self.levels)
+
+    @property
+    def ideal(self) -> "Setting | None":
+        """The same layers on as few tokens at no cost; ``None`` if merging is not all that the setting does."""
+        if len(self.switches) != 1:
+            return None
+        [(kind, options)] = self.switches.items()
+        if kind != "merge" and (kind not in ("tomesd", PACKAGE) or options):
+            return None
+        layers = {name: options[name] for name in LAYERS if name in options}
+        return Setting(IDEAL + _layers(layers), {"ideal": layers}, self.ratio, self.levels)
+
+    @property
+    def cycle(self) -> int:
+        """After how many UNet calls its work repeats."""
+        merge = self.switches.get("merge", {})
+        caches = [options for kind, options in self.switches.items() if kind in ("cache", "deepcache")]
+        intervals = [options.get("interval", 3) for options in caches]
+        return lcm(merge.get("whole_every") or 1, merge.get("plan_every", 1), *intervals)
+
+    def check(self) -> None:
+        """Raise an EvaluationError if an option is wrong, or a peer is not installed."""
+        if PACKAGE in self.switches:
+            optional_import("tomesd", f"the setting {PACKAGE!r}")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise EvaluationError(f"{self.name}: a ratio must lie in [0, 1), not {self.ratio:g}")
+        self._configuration(1)
+
+    @property
+    def note(self) -> str:
+        """Which version of a peer it is."""
+        peers = {PACKAGE: "tomesd", "deepcache": "DeepCache"}
+        return ", ".join(f"{peers[kind]} {version(peers[kind])}" for kind in self.switches if kind in peers)
+
+    @contextmanager
+    def switched_on(self, pipe: Any, finest: int = 1, latent_size: tuple[int, int] | None = None) -> Iterator[Any]:
+        """Hold the setting on a pipeline, or what has a UNet and a scheduler like one, inside a ``with`` block.
+
+        Args:
+            pipe: The pipeline.
+            finest: The least downsample at which its UNet has self-attention.
+            latent_size: Height and width of the latents; needed by ideals.
+        """
+        if "ideal" in self.switches:
+            assert latent_size is not None
+            config = ToMeConfig(self.ratio or 0.0, self._max_downsample(finest), **self.switches["ideal"])
+            on: Any = fewer_tokens(pipe.unet, config, *latent_size)
+        elif PACKAGE in self.switches:
+            on = _tomesd_package(pipe.unet, self.ratio or 0.0, self._max_downsample(finest))
+        else:
+            on = self._configuration(finest).switched_on(pipe) if self.switches else nullcontext()
+        with on as report:
+            yield report
+
+    def _max_downsample(self, finest: int) -> int:
+        return int(min(8, finest * 2 ** (self.levels - 1)))
+
+    def _configuration(self, finest: int) -> Configuration:
+        merging: dict[str, Any] = {"ratio": self.ratio, "max_downsample": self._max_downsample(finest)}
+        added = {"merge": {**merging, "schedule": "constant"}, "tomesd": merging}
+        own = {kind: options for kind, options in self.switches.items() if kind not in ("ideal", PACKAGE)}
+        return Configuration(self.name, {kind: options | added.get(kind, {}) for kind, options in own.items()})
+
+
+UNTOUCHED = Setting("untouched")
+
+
+def settings_from(names: Sequence[str], ratios: Sequence[float], levels: int = 1) -> list[Setting]:
+    """Settings by name or as a configuration's text; those that merge at each ratio.
+
+    Args:
+        names: Of :data:`NAMED`, or text such as ``"merge: {merge_block: true, window: 4}"``.
+        ratios: Shares of tokens to remove.
+        levels: At how many levels to merge, from the finest that has self-attention.
+
+    Example:
+        >>> [setting.key for setting in settings_from(["attn1", "cache 3"], [0.25, 0.5])]
+        [('attn1', '0.25', '1'), ('attn1', '0.5', '1'), ('cache 3', '', '1')]
+    """
+    chosen = []
+    for name in names:
+        if name == UNTOUCHED.name:
+            continue  # it is always there
+        if name not in NAMED and ":" not in name:
+            raise EvaluationError(
+                f"unknown setting {name!r}: choose from {'; '.join(NAMED)}; or a configuration's text"
+            )
+        switches = NAMED.get(name) or _parsed(name)
+        merging = switches.keys() & {"merge", "tomesd", PACKAGE}
+        own = switches.get("merge", switches.get("tomesd", {})).get("ratio")
+        switches = {kind: {n: v for n, v in options.items() if n != "ratio"} for kind, options in switches.items()}
+        for ratio in ([own] if own is not None else ratios) if merging else [None]:
+            chosen.append(Setting(name, switches, ratio, levels if merging else 1))
+    return chosen
+
+
+def with_ideals(settings: Sequence[Setting]) -> list[Setting]:
+    """The untouched UNet, then the settings, each after its ideal; none twice."""
+    chosen = {UNTOUCHED.key: UNTOUCHED}
+    for setting in settings:
+        for each in (setting.ideal, setting):
+            if each is not None:
+                chosen.setdefault(each.key, each)
+    return list(chosen.values())
+
+
+def _parsed(text: str) -> dict[str, dict[str, Any]]:
+    switches = parse_configuration(text).switches
+    merge, cache = switches.get("merge", {}), switches.get("cache", {})
+    if not isinstance(merge.get("ratio", 0.0), (int, float)) or merge.keys() & {"schedule", "more_at"}:
+        raise EvaluationError(f"{text}: a benchmark merges at a constant ratio, which must be a number")
+    if any("max_downsample" in options for options in switches.values()):
+        raise EvaluationError(f"{text}: give --levels, how many levels to merge, instead of max_downsample")
+    if not isinstance(cache.get("interval", 3), int) or cache.keys() & {"full_steps", "threshold"}:
+        raise EvaluationError(f"{text}: a benchmark measures caches with an interval, which must be a number")
+    return switches
+
+
+def _layers(options: dict[str, Any]) -> str:
+    """A name for the layers that run on fewer tokens."""
+    if options.get("merge_block"):
+        name = "block"
+    else:
+        attention = {"keys_values_only": "keys and values", "queries_only": "queries"}
+        first = next((words for option, words in attention.items() if options.get(option)), "attn1")
+        own = [first] if options.get("merge_self_attention", True) else []
+        others = {"merge_cross_attention": "attn2", "merge_mlp": "mlp"}
+        name = " + ".join([*own, *(words for option, words in others.items() if options.get(option))])
+    return name + (f", cells {options['cell_size']}" if "cell_size" in options else "")
+
+
+@contextmanager
+def _tomesd_package(unet: Any, ratio: float, max_downsample: int) -> Iterator[None]:
+    tomesd = optional_import("tomesd", f"the setting {PACKAGE!r}")
+    tomesd.apply_patch(unet, ratio=ratio, max_downsample=max_downsample)
+    try:
+        yield
+    finally:
+        tomesd.remove_patch(unet)

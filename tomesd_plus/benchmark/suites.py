@@ -1,0 +1,113 @@
+"""What results/ publishes: the workloads and settings of each suite."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tomesd_plus.benchmark.measure import Workload
+from tomesd_plus.benchmark.settings import PACKAGE, UNTOUCHED, Setting, settings_from, with_ideals
+
+OURS = ["attn1", "attn1 + attn2 + mlp", "block", "block, whole every 4", "keys and values"]
+CACHES = ["cache 3", "DeepCache 3", "block + cache 3"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A workload and what is compared on it.
+
+    Args:
+        workload: The UNet and its input.
+        settings: Those to compare, with the untouched one and the ideals.
+    """
+
+    workload: Workload
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Everything that one published table has, the most important first.
+
+    Args:
+        tasks: In this order.
+        repeats, run_seconds: See :class:`~tomesd_plus.benchmark.measure.Protocol`.
+        prompts, steps: Of the pictures that PSNR is computed from.
+        minutes: When to stop.
+    """
+
+    tasks: tuple[Task, ...]
+    repeats: int = 5
+    run_seconds: float = 0.2
+    prompts: int = 4
+    steps: int = 25
+    minutes: float | None = None
+
+
+def task(workload: Workload, names: Sequence[str], ratios: Sequence[float] = (0.5,), levels: int = 1) -> Task:
+    """A task of settings by name; see :func:`~tomesd_plus.benchmark.settings.settings_from`.
+
+    Compiled workloads have no ideals: a compiler would see that there the layers' output is not used.
+    """
+    settings = settings_from(names, ratios, levels)
+    return Task(workload, (UNTOUCHED, *settings) if workload.compiled else tuple(with_ideals(settings)))
+
+
+def cpu_suite() -> Suite:
+    """SD 1.5's shape in float32: about two hours on two cores, and 8 GB."""
+    at = {size: Workload("sd15", size) for size in (256, 512, 768, 1024)}
+    return Suite(
+        (
+            task(at[512], [*OURS, "tomesd", PACKAGE, *CACHES]),
+            task(at[512], ["attn1", "block", PACKAGE], [0.25, 0.75]),
+            task(at[512], ["attn1, gate"], [0.1, 0.5]),
+            task(at[256], ["attn1", "attn1, gate", "block", PACKAGE], [0.1, 0.5]),
+            task(at[1024], ["attn1", "block", "keys and values", PACKAGE]),
+            task(at[1024], ["block"], levels=2),
+            task(at[768], ["attn1", "block", PACKAGE]),
+        )
+    )
+
+
+def gpu_suite() -> Suite:
+    """The shapes of SD 1.5 and SDXL in float16, eager and compiled: at most ten minutes on one H200."""
+    main = [*OURS, PACKAGE, *CACHES]
+    few = ["attn1", "block", "keys and values", PACKAGE]
+
+    def at(shape: str, size: int, batch: int = 2, compiled: bool = False) -> Workload:
+        return Workload(shape, size, batch, "float16", compiled)
+
+    return Suite(
+        (
+            task(at("sd15", 512), [*main, "attn1, gate"]),
+            task(at("sd15", 1024), [*main, "tomesd", "block, plan every 4"]),
+            task(at("sd15", 2048), main),
+            task(at("sdxl", 1024), [*few, "cache 3"]),
+            task(at("sdxl", 2048), [*few, "cache 3"]),
+            task(at("sd15", 512, 8), few),
+            task(at("sd15", 1024, 8), few),
+            task(at("sd15", 2048, 8), few),
+            task(at("sd15", 512), ["attn1, gate"], [0.1]),
+            task(at("sdxl", 1024), ["attn1, gate"], [0.1, 0.5]),
+            task(at("sd15", 768), few),
+            task(at("sd15", 1536), few),
+            task(at("sd15", 1024), ["attn1", "block", PACKAGE], [0.25, 0.75]),
+            task(at("sd15", 2048), ["block", "keys and values"], levels=2),
+            task(Workload("sd15", 1024, 2, "bfloat16"), ["attn1", "block"]),
+            task(at("sd15", 1024, compiled=True), ["attn1", "block", PACKAGE]),
+            task(at("sd15", 2048, compiled=True), ["attn1", "block"]),
+            task(at("sd15", 512, compiled=True), ["attn1", "block"]),
+            task(at("sdxl", 1024, compiled=True), ["block"]),
+        ),
+        minutes=10,
+    )
+
+
+def smoke_suite() -> Suite:
+    """The GPU suite's settings with a tiny UNet, small pictures and two steps, on any machine: to see that all runs."""
+    return Suite(tuple(map(_small, gpu_suite().tasks)), repeats=1, run_seconds=0, prompts=1, steps=2)
+
+
+def _small(each: Task) -> Task:
+    return replace(each, workload=Workload("tiny", each.workload.size // 16))
+
+
+SUITES = {"cpu": cpu_suite, "gpu": gpu_suite, "smoke": smoke_suite}

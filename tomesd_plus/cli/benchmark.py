@@ -1,0 +1,135 @@
+"""``tomesd-plus benchmark``: what merging costs and saves at the shapes of published UNets."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tomesd_plus.benchmark import SHAPES, SUITES, Outcome, Suite, Workload, run_suite, settings_from, task
+from tomesd_plus.benchmark.measure import DTYPES
+from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say
+from tomesd_plus.cli.options import Device, Dtype
+from tomesd_plus.cli.report import MIN_WIDTH
+from tomesd_plus.evaluation import local_device
+
+SINGLE = {"shape", "size", "batch", "ratio", "setting", "levels", "dtype", "compiled"}
+SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
+
+
+def benchmark_command(
+    context: typer.Context,
+    suite: Annotated[str | None, typer.Option(help=f"A whole published table: {', '.join(SUITES)}.")] = None,
+    shape: Annotated[str, typer.Option(help=f"Of the UNet: {', '.join(SHAPES)}.")] = "sd15",
+    size: Annotated[list[int] | None, typer.Option(help="Pixels of a side; repeatable. Default: the model's.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Samples, both guidance branches; repeatable.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Share of tokens to remove; repeatable.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="By name, or such as 'merge: {window: 4}'; repeatable. See below.")
+    ] = None,
+    levels: Annotated[int, typer.Option(min=1, max=4, help="Levels to merge at, from the finest.")] = 1,
+    dtype: Dtype = None,
+    device: Device = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="With unet.compile_repeated_blocks.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed runs of each setting. Default: 5.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=0, help="Pictures of the embedded pipeline for PSNR; 0: none. Default: 4.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; run again to go on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder. Default: results for a suite, else benchmark.")] = None,
+) -> None:
+    """Time a UNet of a published shape, with random weights, under several settings in turn.
+
+    Settings: attn1; attn1 + attn2 + mlp; block; block, plan every 4; block, whole every 4; keys and values;
+    attn1, gate; tomesd (our drop-in); tomesd package; cache 3; DeepCache 3; block + cache 3; or a configuration as
+    `evaluate` takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge
+    efficiency. Finished rows are not measured again.
+    """
+    where = _device(device)
+    if suite is not None:
+        given = {n for n in SINGLE if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+        if given:
+            fail(f"a suite has its own {', '.join(sorted(given))}: leave out --suite or these")
+        if suite not in SUITES:
+            fail(f"unknown suite {suite!r}: choose from {', '.join(SUITES)}")
+        if suite == "gpu" and where.type == "cpu":
+            fail("the suite 'gpu' needs a GPU: 'smoke' runs the same with a tiny UNet anywhere")
+        chosen = SUITES[suite]()
+    else:
+        dtype = dtype or ("float32" if where.type == "cpu" else "float16")
+        chosen = run(lambda: _single(shape, size, batch, ratio, setting, levels, dtype, compiled))
+    chosen = replace(
+        chosen,
+        repeats=repeats or chosen.repeats,
+        prompts=chosen.prompts if prompts is None else prompts,
+        minutes=chosen.minutes if minutes is None else minutes,
+    )
+    out = out or Path("results" if suite else "benchmark")
+    check_writable(out)
+    quiet()
+    with progress_bar("runs") as progress:
+        bar = progress.add_task("", total=None)
+
+        def on_progress(what: str, now: str) -> None:
+            progress.update(bar, advance=1, description=escape(f"{what}: {now}"))
+
+        outcome = run(lambda: run_suite(chosen, where, out, suite or "benchmark", on_progress))
+    _print(outcome)
+
+
+def _single(
+    shape: str,
+    size: list[int] | None,
+    batch: list[int] | None,
+    ratio: list[float] | None,
+    setting: list[str] | None,
+    levels: int,
+    dtype: str,
+    compiled: bool,
+) -> Suite:
+    """A suite of what the options name."""
+    if shape not in SHAPES:
+        fail(f"unknown shape {shape!r}: choose from {', '.join(SHAPES)}")
+    if dtype not in DTYPES:
+        fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
+    sizes = size or [SHAPES[shape].image_size]
+    if any(pixels < 16 or pixels % 8 for pixels in sizes):
+        fail(f"sizes must be multiples of 8 and at least 16 pixels, not {', '.join(map(str, sizes))}")
+    if min(batch or [2]) < 1:
+        fail("a batch has at least one sample")
+    names, ratios = setting or SETTINGS, ratio or [0.5]
+    for each in settings_from(names, ratios, levels):
+        each.check()
+    workloads = [Workload(shape, pixels, count, dtype, compiled) for pixels in sizes for count in batch or [2]]
+    return Suite(tuple(task(workload, names, ratios, levels) for workload in workloads))
+
+
+def _device(name: str | None) -> torch.device:
+    name = local_device(name)
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
+
+
+def _print(outcome: Outcome) -> None:
+    grid = Table(caption="Random weights: cost depends on shapes, not on weights.", caption_justify="left")
+    for name in ("workload", "setting", "ms / UNet step", "speed-up", "efficiency", "PSNR dB"):
+        grid.add_column(name, justify="left" if name in ("workload", "setting") else "right")
+    workload = None
+    for row in outcome.rows:
+        first = f"{row.shape} {row.size}², batch {row.batch}, {row.dtype}, {row.mode}" * (row.workload != workload)
+        workload = row.workload
+        speedup = f"{float(row.speedup):.2f}×" if row.speedup else row.note[:40]
+        grid.add_row(*map(escape, (first, row.label, row.step_ms, speedup, row.efficiency, row.psnr)))
+    Console(width=max(console.width, MIN_WIDTH)).print(grid)
+    for reason in outcome.left_out:
+        say(f"Left out. {reason}")
+    if outcome.unfinished:
+        say(f"Time is up: run it again for {'; '.join(outcome.unfinished)}.")
+    if outcome.files:
+        console.print("Written: " + escape(", ".join(map(str, outcome.files))), soft_wrap=True)

@@ -1,0 +1,114 @@
+"""What a configuration can switch on in a pipeline: this package's merging and cache, and its peers."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from tomesd_plus import tomesd
+from tomesd_plus.config import ToMeConfig
+from tomesd_plus.evaluation.errors import EvaluationError, optional_import
+from tomesd_plus.evaluation.schedules import Direction, make_schedule
+from tomesd_plus.pipeline import merging_report, token_merging
+from tomesd_plus.report import TokenMergingReport
+from tomesd_plus.schedule import AdaptiveRatio
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Something that can be on.
+
+    Args:
+        on: From a pipeline to a context manager inside which it is on, and which may yield a report.
+        resolved: All its options, those included that were left at their defaults: the same method for ever.
+        by_batch: It decides for a whole batch, so that an image depends on what else is in its batch.
+        by_time: It decides by measured times, so that no image can be had twice.
+    """
+
+    on: Callable[[Any], AbstractContextManager[Any]]
+    resolved: Any
+    by_batch: bool = False
+    by_time: bool = False
+
+
+def prepare(name: str, kind: str, options: dict[str, Any]) -> Switch:
+    """Make a switch of a kind among :data:`SWITCHES`; an EvaluationError that names the configuration."""
+    if kind not in SWITCHES:
+        raise EvaluationError(f"{name}: unknown switch {kind!r}: choose from {', '.join(SWITCHES)}, name, steps")
+    try:
+        return SWITCHES[kind][0](**options)
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"{name}: {kind}: {error}".replace("ToMeConfig.__init__() ", "")) from error
+
+
+def _merge(schedule: str | None = None, more_at: str = "noisy", **options: Any) -> Switch:
+    """Token merging by this package: a named schedule with mean ``ratio``, and any option of ToMeConfig."""
+    if isinstance(ratio := options.get("ratio", 0.5), (int, float)):
+        cells = ToMeConfig(**(options | {"ratio": 0.0})).cell_size  # checked, which those in options are not
+        maximum = 1 - 1 / math.prod(cells)
+        options["ratio"] = make_schedule(schedule or "cosine", ratio, Direction(more_at), maximum)
+    elif schedule is not None:
+        raise ValueError("a schedule needs ratio to be a number")
+    config = ToMeConfig(**options)
+    adaptive = any(isinstance(chosen, AdaptiveRatio) for chosen in config.schedules.values())
+    return Switch(lambda pipe: token_merging(pipe, config), config, adaptive, config.levels != "all")
+
+
+def _cache(**options: Any) -> Switch:
+    """The package's feature cache."""
+    from tomesd_plus.caching import FeatureCacheConfig, feature_cache
+
+    config = FeatureCacheConfig(**options)
+    return Switch(lambda pipe: feature_cache(pipe, config), config, config.threshold is not None)
+
+
+def _tomesd(**options: Any) -> Switch:
+    """Token merging as tomesd does it."""
+    bound = inspect.signature(tomesd.apply_patch).bind(None, **options)
+    bound.apply_defaults()
+    resolved = dict(list(bound.arguments.items())[1:])  # without the model
+    ratio = resolved["ratio"]
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ValueError(f"a ratio must be a number in [0, 1), not {ratio!r}")
+
+    @contextmanager
+    def switch_on(pipe: Any) -> Iterator[TokenMergingReport]:
+        tomesd.apply_patch(pipe, **options)
+        try:
+            yield merging_report(pipe)
+        finally:
+            tomesd.remove_patch(pipe)
+
+    return Switch(switch_on, resolved)
+
+
+def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
+    """The feature cache of the package DeepCache, where that is installed."""
+    deepcache = optional_import("DeepCache", "the configuration 'deepcache'")
+    for name, value, least in (("interval", interval, 1), ("branch", branch, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+    @contextmanager
+    def switch_on(pipe: Any) -> Iterator[None]:
+        helper = deepcache.DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=interval, cache_branch_id=branch)
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
+
+    return Switch(switch_on, {"interval": interval, "branch": branch, "version": version("DeepCache")})
+
+
+SWITCHES: dict[str, tuple[Callable[..., Switch], str]] = {
+    "merge": (_merge, "ratio"),
+    "cache": (_cache, "interval"),
+    "tomesd": (_tomesd, "ratio"),
+    "deepcache": (_deepcache, "interval"),
+}
+"""A function of the options, and the option that a bare value is. A new kind, such as presets, is a new line here."""
