@@ -21,6 +21,7 @@ from tomesd_plus.evaluation import (
     load_extractor,
     load_model,
     load_prompts,
+    local_device,
     make_items,
     parse_configuration,
     score,
@@ -32,7 +33,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # those of tomesd's table
 
 if len(sys.argv) > 3:
     model, classes, reference, *rest = sys.argv[1:]
-    out, features, device = Path(rest[0] if rest else "evaluate_fid"), "inception", "cuda"
+    out, features, device = Path(rest[0] if rest else "evaluate_fid"), "inception", local_device("cuda")
     names = [name for _, name in load_prompts(classes).entries]
     prompts, seeds = [f"A high quality photograph of a {name}." for name in names], range(2)  # 2,000 images
     sampling = Sampling(steps=50, guidance_scale=7.5, height=512, width=512)  # PLMS is SD 1.5's own scheduler
@@ -47,7 +48,7 @@ share = Share.here()
 extractor = load_extractor(features, device)  # first, so that missing weights are said before the work
 items = make_items(((f"{index:06}", prompt) for index, prompt in enumerate(prompts)), seeds)
 experiment, _ = generate_experiment(
-    load_model(model, device), model, Experiment(out, tuple(items), "a class a prompt"), complete(configurations),
+    load_model(model, device, safety_checker=False), model, Experiment(out, tuple(items), "a class a prompt"), complete(configurations),
     sampling, share=share, timed_runs=1 if model == "tiny" else 5, equal_time=model != "tiny",
 )  # fmt: skip
 if share.index == 0:

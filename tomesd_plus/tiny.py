@@ -19,8 +19,9 @@ def load_tiny_pipeline(
     """Load the embedded text-to-image pipeline: 64 × 64 pictures of emoji on coloured backgrounds.
 
     It knows captions such as "a large red apple on a blue background", "a small dog on the left of a pink striped
-    background" and "a small star and a small moon on a purple gradient background"; see the model card beside its
-    files. It needs no network; two CPU cores train it in two hours with ``examples/train_tiny``.
+    background" and "a small star and a small moon on a purple gradient background". Use a guidance scale of about 3;
+    see the model card beside its files. It needs no network; two CPU cores train it in two hours with
+    ``examples/train_tiny``.
 
     Args:
         dtype: Of all its models. The files are fp16.

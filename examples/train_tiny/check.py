@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.train_tiny.check", description=__doc__)
     parser.add_argument("--pictures", type=int, default=500, help="how many to generate, of at most 500 captions")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale")
     parser.add_argument("--out", type=Path, default=Path("results/tiny-pipeline.csv"), help="the table to write")
     arguments = parser.parse_args()
     if not 2 <= arguments.pictures <= len(held_out_captions()):

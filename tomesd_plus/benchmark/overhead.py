@@ -55,4 +55,6 @@ def now(device: torch.device) -> float:
     """The time in seconds once the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()

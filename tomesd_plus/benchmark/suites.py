@@ -102,7 +102,7 @@ def gpu_suite() -> Suite:
 
 
 def smoke_suite() -> Suite:
-    """The GPU suite's settings with a tiny UNet, small pictures and two steps, on any machine: to see that all runs."""
+    """The GPU suite's settings with a tiny UNet, small pictures and two steps, anywhere: to see that all runs."""
     return Suite(tuple(map(_small, gpu_suite().tasks)), repeats=1, run_seconds=0, prompts=1, steps=2)
 
 

@@ -29,7 +29,7 @@ def benchmark_command(
     batch: Annotated[list[int] | None, typer.Option(help="Samples, both guidance branches; repeatable.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Share of tokens to remove; repeatable.")] = None,
     setting: Annotated[
-        list[str] | None, typer.Option(help="By name, or such as 'merge: {window: 4}'; repeatable. See below.")
+        list[str] | None, typer.Option(help="By name, or such as 'merge: {window: 4}'; repeatable. See above.")
     ] = None,
     levels: Annotated[int, typer.Option(min=1, max=4, help="Levels to merge at, from the finest.")] = 1,
     dtype: Dtype = None,

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from tomesd_plus import tomesd
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.configurations import OTHER_SEED
+from tomesd_plus.evaluation.fidelity import psnr, ssim
 from tomesd_plus.evaluation.generate import Generated, Sampling, generate
+from tomesd_plus.evaluation.speed import equal_time_steps
 from tomesd_plus.pipeline import merging_report, token_merging
 from tomesd_plus.report import StepRecord, TokenMergingReport
 
@@ -70,7 +71,7 @@ class Row:
 
     @property
     def step_seconds(self) -> float:
-        """Median time of a denoising step."""
+        """Time of a denoising step: the mean over its steps, the median over prompts."""
         return statistics.median(image.step_seconds for image in self.generated)
 
     @property
@@ -119,7 +120,7 @@ def compare(
     reference, *rows = _rows(pipe, prompts, [baseline, *settings], sampling, seed, on_step)
     if equal_time:
         fewer = {
-            max(1, round(sampling.steps / row.speedup))
+            equal_time_steps(sampling.steps, row.speedup, reference.seconds, reference.step_seconds)
             for setting, row in zip(settings, rows, strict=True)
             if row.speedup > 1 and setting.steps is None and not setting.seed_offset
         }
@@ -155,8 +156,8 @@ def _rows(
             row.merge_maps.append(merge_map)
             base = rows[0].generated[index]
             row.speedups.append(base.seconds / image.seconds)
-            row.psnr.append(_psnr(image.pixels, base.pixels))
-            row.ssim.append(_ssim(image.pixels, base.pixels))
+            row.psnr.append(psnr(image.pixels, base.pixels).item())
+            row.ssim.append(ssim(image.pixels, base.pixels).item())
             if report is not None:
                 row.removed, row.step_records = report.removed, report.steps
     return rows
@@ -183,15 +184,6 @@ def _run(
 
         image = generate(pipe, prompt, seed + setting.seed_offset, sampling, after)
     return image, report, merge_map
-
-
-def _ssim(pixels: Tensor, reference: Tensor) -> float:
-    ssim = structural_similarity_index_measure(pixels[None], reference[None], data_range=1.0)
-    return float(ssim)  # type: ignore[arg-type]
-
-
-def _psnr(pixels: Tensor, reference: Tensor) -> float:
-    return float(peak_signal_noise_ratio(pixels, reference, data_range=1.0))
 
 
 @contextmanager
