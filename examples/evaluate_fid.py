@@ -48,8 +48,9 @@ share = Share.here()
 extractor = load_extractor(features, device)  # first, so that missing weights are said before the work
 items = make_items(((f"{index:06}", prompt) for index, prompt in enumerate(prompts)), seeds)
 experiment, _ = generate_experiment(
-    load_model(model, device, safety_checker=False), model, Experiment(out, tuple(items), "a class a prompt"), complete(configurations),
-    sampling, share=share, timed_runs=1 if model == "tiny" else 5, equal_time=model != "tiny",
+    load_model(model, device, safety_checker=False), model, Experiment(out, tuple(items), "a class a prompt"),
+    complete(configurations), sampling, share=share,
+    timed_runs=1 if model == "tiny" else 5, equal_time=model != "tiny",
 )  # fmt: skip
 if share.index == 0:
     wait_for(lambda: not experiment.missing())  # the other processes' images

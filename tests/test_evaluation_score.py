@@ -1,13 +1,11 @@
 """The second pass: figures, tables and pictures, from whatever lies in the folders."""
 
 import csv
-import json
 import os
 import platform
 import shutil
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,10 +31,7 @@ from tomesd_plus.evaluation import (
     write_report,
 )
 from tomesd_plus.evaluation.distances import Statistics
-from tomesd_plus.evaluation.fidelity import fidelity, load_lpips, psnr, ssim
-from tomesd_plus.evaluation.images import Images
 from tomesd_plus.evaluation.intervals import resampling_weights
-from tomesd_plus.evaluation.pictures import Point, pareto_front
 
 SAMPLING = Sampling(steps=3, height=32, width=32)
 ITEMS = tuple(make_items([(f"{index:06}", f"a cat {'abcdef'[index]}") for index in range(4)]))
@@ -126,11 +121,6 @@ def test_pictures_are_drawn(finished):
     for name in ("pareto", "grid", "ratios"):
         with Image.open(finished / f"{name}.png") as picture:
             assert picture.width > 500 and len(np.unique(np.asarray(picture))) > 50
-
-
-def test_the_front_is_what_nothing_beats():
-    points = [Point("a", 1.0, 40), Point("b", 1.5, 30), Point("c", 1.2, 30), Point("d", 1.4, 35), Point("e", 1.5, 29)]
-    assert [point.name for point in pareto_front(points)] == ["a", "d", "b"]
 
 
 def test_a_report_can_be_made_again_and_joined(finished, out, tmp_path):
@@ -287,101 +277,6 @@ def test_references_that_cannot_be_used_are_said(out, scoring, tmp_path, monkeyp
     }.items():
         with pytest.raises(EvaluationError, match=words):
             score(out, replace(scoring, reference=str(tmp_path / name)))
-
-
-def test_equal_images_have_the_highest_figures(tmp_path):
-    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert psnr(picture, picture) == 100 and ssim(picture, picture) == pytest.approx(1)
-    assert psnr(picture, (picture + 0.1)) == pytest.approx(20, abs=0.01)
-
-
-def test_lpips_is_used_where_it_can_be_had(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(EvaluationError, match="pip install torchvision"):
-        load_lpips()
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    images = Images.of_paths([tmp_path / "a.png"])
-    assert fidelity(images, images, {"LPIPS": lambda a, b: (a - b).abs().max()}).values == {"LPIPS": [0.0]}
-
-
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path, scoring):
-    """No more images are open at a time than a batch holds; features lie on the disk."""
-    from tomesd_plus.evaluation.features import extract
-
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    images, alive = Images.of_paths([tmp_path / "a.png"] * 100), []
-
-    class Watching(SimpleNamespace):
-        def of_images(self, batch):
-            alive.append(len(batch))
-            return torch.zeros(len(batch), 2)
-
-    features, kept = extract(Watching(name="w", dimensions=2, batch_size=7), images, tmp_path / "f.npy")
-    assert max(alive) == 7 and sum(alive) == len(kept) == 100 and isinstance(features, np.memmap)
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["evaluate", "generate", "--features", "tiny"], "'evaluate generate' does not take --features"),
-        (["evaluate", "score", "--steps", 3, "--limit", 2], "does not take --limit, --steps"),
-        (["evaluate", "score", "--out", "nowhere"], "nowhere holds no evaluation"),
-        (["evaluate", "-c", "merge: 0.9"], "0.9 is more than the cells allow"),
-        (["evaluate", "--configurations", "none.yaml"], "cannot read configurations from none.yaml"),
-        (["evaluate", "--prompts", "none.txt"], "cannot read prompts from none.txt"),
-        (["evaluate", "--shard", "2/2"], "a shard is i/n"),
-        (["evaluate", "--features", "no/clip"], "cannot load the CLIP model 'no/clip'"),
-        (["evaluate", "--shard", "0/2", "--lpips"], "a shard is not scored, so --lpips does nothing"),
-        (["evaluate", "--timed-runs", 0, "--equal-time"], "--equal-time needs the speeds"),
-        (["evaluate", "--features", "tiny", "--inception-weights", "w"], "needs --features inception"),
-        (["evaluate", "--features", "tiny", "--features", "inception"], "inception needs --reference"),
-        (["evaluate", "--model", "m", "--prompts", "p.txt", "--column", "c"], "cannot read prompts"),
-        (
-            ["evaluate", "--features", "inception", "--reference", "r", "--inception-weights", "none.pth"],
-            "there is no file none.pth",
-        ),
-        (["evaluate", "generate", "--model", "no/model"], "cannot load model 'no/model'"),
-        (["report", "nowhere"], "nowhere has no results.json"),
-        (["report", "a", "b"], "need --out"),
-        (["report", "a", "./a", "--out", "c"], "named once"),
-        (["report", "a", "b", "--out", "a"], "would overwrite"),
-    ],
-)
-def test_what_cannot_be_done_is_said_in_one_line(cli, arguments, words):
-    result = cli(*arguments)
-    assert result.exit_code == 2
-    notes = ("LPIPS is left out", "No distances")
-    lines = [line for line in result.stderr.strip().splitlines() if not any(note in line for note in notes)]
-    assert words in lines[-1] and len(lines) == 1
-    assert "Traceback" not in result.output
-
-
-def test_a_folder_of_other_programs_results_is_said(cli, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"accuracy": 1}))
-    result = cli("report", tmp_path)
-    assert result.exit_code == 2 and "is not an evaluation's" in result.stderr
-
-
-@pytest.mark.slow
-def test_the_passes_of_a_shard_at_a_time(cli, tmp_path):
-    make_pipeline("sd").save_pretrained(tmp_path / "model")
-    common = ["--model", "model", "--limit", 3, "--size", 32, "--steps", 2, "--timed-runs", 0, "-c", "merge: 0.5"]
-    assert cli("evaluate", "generate", *common, "--shard", "0/2").exit_code == 0
-    unfinished = cli("evaluate", "score", "--features", "tiny")
-    assert unfinished.exit_code == 2 and "images are yet to be generated: 1 of 'baseline'" in unfinished.stderr
-    last = cli("evaluate", *common, "--shard", "1/2")
-    assert last.exit_code == 0 and "Once all shards are done" in last.stderr
-    result = cli("evaluate", "score", "--features", "tiny", "--no-lpips")
-    assert result.exit_code == 0, result.output
-    assert "merge: 0.5" in result.stdout and {row.images for row in load_results(tmp_path / "evaluation")} == {3}
-    refused = cli("evaluate", "generate", *common[:-1], "merge: 0.25", "--guidance", 3)
-    assert refused.exit_code == 2 and "was made with another configuration" in refused.stderr
 
 
 def test_progress_ends_where_it_said(out, scoring):

@@ -140,3 +140,17 @@ def test_missing_weights_and_libraries_are_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(EvaluationError, match="pip install torch-fidelity"):
         load_extractor("inception")
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """No more images are open at a time than a batch holds; features lie on the disk."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images, alive = Images.of_paths([tmp_path / "a.png"] * 100), []
+
+    class Watching(SimpleNamespace):
+        def of_images(self, batch):
+            alive.append(len(batch))
+            return torch.zeros(len(batch), 2)
+
+    features, kept = extract(Watching(name="w", dimensions=2, batch_size=7), images, tmp_path / "f.npy")
+    assert max(alive) == 7 and sum(alive) == len(kept) == 100 and isinstance(features, np.memmap)

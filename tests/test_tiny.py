@@ -152,7 +152,8 @@ def test_the_check_prints_and_writes_its_table(check, tmp_path, monkeypatch, cap
     with out.open() as file:
         generated, real, blurred, noise = csv.DictReader(file)
     distances = [float(row["distance"]) for row in (real, blurred, noise)]
-    assert distances == sorted(distances) and distances[0] < float(generated["distance"]) < distances[2]
+    assert distances == sorted(distances)
+    assert float(generated["distance"]) < distances[2] / 2  # twelve pictures cannot tell it from the floor
     assert float(generated["background colour"]) >= 0.8 > float(noise["background colour"])
     assert float(generated["CLIP score"]) > float(noise["CLIP score"])
     assert "generated" in capsys.readouterr().out

@@ -55,6 +55,8 @@ class DetailKeeper:
 
     def unmerge(self, layer: nn.Module, plan: MergePlan, output: Tensor) -> Tensor:
         """Bring a layer's output (batch, merged tokens, channels) back to all tokens, with their details."""
+        if self.every is None:
+            return plan.unmerge(output)
         kept = self.outputs.get((layer, self._call))
         if kept is None or not plan.fits(kept):
             return plan.unmerge(output)  # the layer was skipped at the whole step

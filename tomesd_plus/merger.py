@@ -154,10 +154,11 @@ class TokenMerger:
                 self._attach_again(*self._lost)
             self._warn_if_stranger(attention)
             return None
-        plan = self.blocks.plan
         if self.blocks.inside:
+            plan = self.blocks.plan
             return plan if plan is not None and plan.kept.shape == hidden_states.shape[:2] else None
         if self.config.metric == "block_input":
+            plan = self.blocks.plan
             plan = plan if plan is not None and plan.fits(hidden_states) else None
         else:
             plan = self.plan(hidden_states, attention)
@@ -222,7 +223,11 @@ class TokenMerger:
         if not self.records or any(record.removed for record in self.records.values()):
             return  # compiled layers have no records
         adaptive = {level for level, ratio in self._schedules.items() if isinstance(ratio, AdaptiveRatio)}
-        wanted = {level.downsample for level in self.levels.values() if level.removed}
+        wanted = {
+            level
+            for level, ratio in self._schedules.items()
+            if isinstance(ratio, AdaptiveRatio) or ratio(step.noise_level) > 0
+        }
         levels = sorted({record.downsample for record in self.records.values() if record.downsample})
         left_alone = self.details.whole or self.blocks.gate is not None or adaptive & set(levels)  # for good reason
         if not wanted or left_alone or (wanted & set(levels) and not wanted & self._ran):

@@ -127,18 +127,12 @@ def generate_batch(
     )
 
 
-def run_batch(
-    pipe: Any,
-    items: Sequence[Item],
-    configuration: Configuration,
-    sampling: Sampling,
-    on_step: Callable[[int], None] | None = None,
-) -> GeneratedBatch:
+def run_batch(pipe: Any, items: Sequence[Item], configuration: Configuration, sampling: Sampling) -> GeneratedBatch:
     """Generate one batch under a configuration that is switched on."""
     sampling = replace(sampling, steps=configuration.steps or sampling.steps)
     seeds = [item.noise_seed(configuration.seed_offset) for item in items]
     with _fixed_global_generator(pipe.unet.device):
-        return generate_batch(pipe, [item.prompt for item in items], seeds, sampling, on_step)
+        return generate_batch(pipe, [item.prompt for item in items], seeds, sampling)
 
 
 def _now(device: torch.device) -> float:

@@ -50,11 +50,6 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def is_baseline(self) -> bool:
-        """True for the untouched pipeline on the evaluation's own seeds."""
-        return bool(self.manifest["configuration"]["name"] == "baseline")
-
-    @property
     def conditions(self) -> str:
         """All but the configuration, in a line."""
         made, sampling = self.manifest, self.manifest["sampling"]
