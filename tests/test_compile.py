@@ -77,7 +77,7 @@ def test_graphs_are_made_once_a_plateau(options, later, whole):
 @pytest.mark.slow
 def test_many_blocks_share_their_graphs():
     """As in SDXL: more blocks than graphs that may be made, and three plateaus."""
-    deep = {"layers_per_block": 3, "transformer_layers_per_block": 2}
+    deep = {"layers_per_block": 4}
     unet, eager, graphs = make_unet(**deep), make_unet(**deep), Graphs()
     for model in (unet, eager):
         apply_token_merging(model, ratio=PLATEAUS, max_downsample=2, plan_per="block")
