@@ -9,7 +9,7 @@ import torch
 from test_evaluation_generation import CONFIGURATIONS, ITEMS, SAMPLING, opened
 
 from tomesd_plus.evaluation import EvaluationError, Experiment, Share, Speed, generate, generate_experiment, speed
-from tomesd_plus.evaluation.generate import _now
+from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.speed import device_name, load_speeds, manifest_digest, measured_speeds
 
 SPEED = Speed(1.0, 0.4, 1.0, 1.0, 3.0, runs=2, batch_size=1, memory_mib=1.0, device=device_name(torch.device("cpu")))
@@ -102,7 +102,7 @@ def test_a_step_takes_what_steps_take_on_the_mean(pipe, monkeypatch):
     """The median would miss a cache's full steps."""
     ticks = iter([0, 9, 9, 10, 10, 20, 20, 21, 21, 22])  # the call's start, each step's end twice, the call's end
     module = import_module("tomesd_plus.evaluation.generate")
-    monkeypatch.setattr(module, "_now", lambda device: next(ticks))
+    monkeypatch.setattr(module, "now", lambda device: next(ticks))
     made = generate(pipe, "a cat", 0, replace(SAMPLING, steps=4))
     assert made.step_seconds == pytest.approx((1 + 10 + 1) / 3) and made.seconds == 22
 
@@ -110,6 +110,6 @@ def test_a_step_takes_what_steps_take_on_the_mean(pipe, monkeypatch):
 def test_the_clock_waits_for_the_pipelines_own_device(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    _now(torch.device("cuda:1"))
-    _now(torch.device("cpu"))
+    now(torch.device("cuda:1"))
+    now(torch.device("cpu"))
     assert waited == [torch.device("cuda:1")]

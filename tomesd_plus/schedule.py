@@ -9,7 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 
 class Schedule(ABC):
@@ -160,8 +162,7 @@ class StepsSchedule(Schedule):
         _check(self.plateaus)
 
     def __call__(self, noise_level: float) -> float:
-        index = int((1 - noise_level) * len(self.plateaus))
-        return self.plateaus[min(max(index, 0), len(self.plateaus) - 1)]
+        return plateau_at(self.plateaus, noise_level)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -204,6 +205,12 @@ class AdaptiveRatio:
         """
         counts = (min(int(tokens * ratio), most) for ratio in self.ratios)
         return max((count for count in counts if count <= alike), default=0)
+
+
+def plateau_at(plateaus: Sequence[Value], noise_level: float) -> Value:
+    """The value at a noise level in [0, 1], of plateaus of equal length from noisy to clean."""
+    index = int((1 - noise_level) * len(plateaus))
+    return plateaus[min(max(index, 0), len(plateaus) - 1)]
 
 
 def _check(ratios: Sequence[float]) -> None:

@@ -13,9 +13,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from tomesd_plus.benchmark.overhead import WATCHED, now, watched
+from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, Setting
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
+from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
 
 STEPS = 50  # of the scheduler whose first timesteps are run

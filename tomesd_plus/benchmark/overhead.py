@@ -1,6 +1,5 @@
 """How much of a UNet call is matching, and how much merging and unmerging."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ from unittest.mock import patch
 import torch
 
 from tomesd_plus import merger, tomesd
+from tomesd_plus.evaluation.clock import now
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.planner import Planner
 
@@ -49,12 +49,3 @@ def watched(device: torch.device) -> Iterator[dict[str, float]]:
             for owner, name in functions:
                 stack.enter_context(patch.object(owner, name, timed(kind, getattr(owner, name))))
         yield seconds
-
-
-def now(device: torch.device) -> float:
-    """The time in seconds once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()

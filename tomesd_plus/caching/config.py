@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tomesd_plus.schedule import plateau_at
+
 
 @dataclass(frozen=True)
 class IntervalSchedule:
@@ -29,8 +31,7 @@ class IntervalSchedule:
 
     def __call__(self, noise_level: float) -> int:
         """The interval at a noise level in [0, 1]."""
-        index = int((1 - noise_level) * len(self.intervals))
-        return self.intervals[min(max(index, 0), len(self.intervals) - 1)]
+        return plateau_at(self.intervals, noise_level)
 
 
 @dataclass(frozen=True)

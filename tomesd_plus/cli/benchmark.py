@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from tomesd_plus.benchmark import SHAPES, SUITES, Outcome, Suite, Workload, run_suite, settings_from, task
 from tomesd_plus.benchmark.measure import DTYPES
-from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say
+from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say, usable
 from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
 from tomesd_plus.evaluation import local_device
@@ -49,7 +48,7 @@ def benchmark_command(
     `evaluate` takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge
     efficiency. Finished rows are not measured again.
     """
-    where = _device(device)
+    where = usable(local_device(device))
     if suite is not None:
         given = {n for n in SINGLE if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
         if given:
@@ -106,14 +105,6 @@ def _single(
         each.check()
     workloads = [Workload(shape, pixels, count, dtype, compiled) for pixels in sizes for count in batch or [2]]
     return Suite(tuple(task(workload, names, ratios, levels) for workload in workloads))
-
-
-def _device(name: str | None) -> torch.device:
-    name = local_device(name)
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
 
 
 def _print(outcome: Outcome) -> None:

@@ -37,10 +37,7 @@ def load(model: str, device: str | None, dtype: str | None, safety_checker: bool
     dtype = dtype or ("float32" if device == "cpu" else "float16")
     if dtype not in DTYPES:
         fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"device {device!r} cannot be used: {str(error).splitlines()[0]}")
+    usable(device)
     quiet()
     try:
         return load_model(
@@ -48,6 +45,14 @@ def load(model: str, device: str | None, dtype: str | None, safety_checker: bool
         ), f"{device}, {dtype}, torch {torch.__version__}"
     except ModelError as error:
         fail(str(error))
+
+
+def usable(device: str) -> torch.device:
+    """The device, if a tensor can be made there; PyTorch has an error of another class for each way it cannot."""
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"device {device!r} cannot be used: {str(error).splitlines()[0]}")
 
 
 def quiet() -> None:

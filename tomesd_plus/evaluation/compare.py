@@ -1,20 +1,20 @@
 """The same prompts and seeds under several settings, interleaved, beside the untouched pipeline."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from tomesd_plus import tomesd
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.configurations import OTHER_SEED
 from tomesd_plus.evaluation.fidelity import psnr, ssim
 from tomesd_plus.evaluation.generate import Generated, Sampling, generate
 from tomesd_plus.evaluation.speed import equal_time_steps
-from tomesd_plus.pipeline import merging_report, token_merging
+from tomesd_plus.evaluation.switches import tomesd_patch
+from tomesd_plus.pipeline import token_merging
 from tomesd_plus.report import StepRecord, TokenMergingReport
 
 
@@ -47,7 +47,8 @@ class Setting:
     @classmethod
     def tomesd(cls, ratio: float, max_downsample: int = 1) -> "Setting":
         """Token merging as tomesd does it."""
-        return cls(f"tomesd's way, {ratio:g}", lambda pipe: _tomesd(pipe, ratio, max_downsample))
+        options = {"ratio": ratio, "max_downsample": max_downsample}
+        return cls(f"tomesd's way, {ratio:g}", lambda pipe: tomesd_patch(pipe, **options))
 
 
 @dataclass
@@ -184,12 +185,3 @@ def _run(
 
         image = generate(pipe, prompt, seed + setting.seed_offset, sampling, after)
     return image, report, merge_map
-
-
-@contextmanager
-def _tomesd(pipe: Any, ratio: float, max_downsample: int) -> Iterator[TokenMergingReport]:
-    tomesd.apply_patch(pipe, ratio=ratio, max_downsample=max_downsample)
-    try:
-        yield merging_report(pipe)
-    finally:
-        tomesd.remove_patch(pipe)

@@ -1,7 +1,6 @@
 """Pictures from prompts and seeds, with their times."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.configurations import Configuration
 from tomesd_plus.evaluation.items import Item
 
@@ -99,15 +99,15 @@ def generate_batch(
 
     def tick(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         nonlocal watched
-        tick = _now(device)
+        tick = now(device)
         ticks.append(tick - watched)
         if on_step:
             on_step(step)
-        watched += _now(device) - tick
+        watched += now(device) - tick
         return tensors
 
     negative = None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(prompts)
-    start = _now(device)
+    start = now(device)
     result = pipe(
         list(prompts),
         negative_prompt=negative,
@@ -119,7 +119,7 @@ def generate_batch(
         output_type="pt",
         callback_on_step_end=tick,
     )
-    seconds = _now(device) - start - watched
+    seconds = now(device) - start - watched
     between = [late - early for early, late in pairwise(ticks)] or [seconds]
     withheld = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
     return GeneratedBatch(
@@ -133,15 +133,6 @@ def run_batch(pipe: Any, items: Sequence[Item], configuration: Configuration, sa
     seeds = [item.noise_seed(configuration.seed_offset) for item in items]
     with _fixed_global_generator(pipe.unet.device):
         return generate_batch(pipe, [item.prompt for item in items], seeds, sampling)
-
-
-def _now(device: torch.device) -> float:
-    """The time when all work on the device is done; of another device it would say nothing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
 
 
 @contextmanager

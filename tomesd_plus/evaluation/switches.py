@@ -73,16 +73,17 @@ def _tomesd(**options: Any) -> Switch:
     ratio = resolved["ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ValueError(f"a ratio must be a number in [0, 1), not {ratio!r}")
+    return Switch(lambda pipe: tomesd_patch(pipe, **options), resolved)
 
-    @contextmanager
-    def switch_on(pipe: Any) -> Iterator[TokenMergingReport]:
-        tomesd.apply_patch(pipe, **options)
-        try:
-            yield merging_report(pipe)
-        finally:
-            tomesd.remove_patch(pipe)
 
-    return Switch(switch_on, resolved)
+@contextmanager
+def tomesd_patch(pipe: Any, **options: Any) -> Iterator[TokenMergingReport]:
+    """Merge as tomesd does inside a ``with`` block; takes what ``tomesd.apply_patch`` takes, and yields a report."""
+    tomesd.apply_patch(pipe, **options)
+    try:
+        yield merging_report(pipe)
+    finally:
+        tomesd.remove_patch(pipe)
 
 
 def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
