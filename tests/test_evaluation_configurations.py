@@ -78,10 +78,10 @@ def test_a_missing_peer_is_said(monkeypatch):
     ("text", "words"),
     [
         ("mrege: 0.5", "unknown switch 'mrege'"),
-        ("merge: 0.9", "0.9 is more than the cells allow"),
+        ("merge: 0.9", "0.9 is more than cells of 2 × 2 tokens allow"),
         ("merge: {ration: 0.5}", "ration"),
         ("merge: {ratio: 0.5, more_at: dirty}", "dirty"),
-        ("merge: {ratio: {1: 0.5}, schedule: linear}", "a number"),
+        ("merge: {ratio: 0.5, more_at: dusk}", "'noisy' or 'clean'"),
         ("merge: {ratio: 0.5, cell_size: [0, 2]}", "cell_size must be two whole numbers"),
         ("tomesd: {rato: 0.5}", "rato"),
         ("tomesd: abc", "a ratio must be a number"),

@@ -10,10 +10,11 @@ from typing import Any
 from tomesd_plus.benchmark.ideal import fewer_tokens
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
-from tomesd_plus.evaluation.errors import EvaluationError, optional_import
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
 
 IDEAL = "ideal: "
-PACKAGE = "tomesd package"
+PACKAGE = TOMESD_PACKAGE
 LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_block", "keys_values_only",
           "queries_only", "cell_size")  # fmt: skip
 """The options that decide which layers run on how many tokens, and so what merging could save at best."""
@@ -79,11 +80,9 @@ class Setting:
 
     def check(self) -> None:
         """Raise an EvaluationError if an option is wrong, or a peer is not installed."""
-        if PACKAGE in self.switches:
-            optional_import("tomesd", f"the setting {PACKAGE!r}")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise EvaluationError(f"{self.name}: a ratio must lie in [0, 1), not {self.ratio:g}")
-        self._configuration(1)
+        self.configuration()
 
     @property
     def note(self) -> str:
@@ -102,22 +101,22 @@ class Setting:
         """
         if "ideal" in self.switches:
             assert latent_size is not None
-            config = ToMeConfig(self.ratio or 0.0, self._max_downsample(finest), **self.switches["ideal"])
+            layers = self.switches["ideal"]
+            config = ToMeConfig(self.ratio or 0.0, max_downsample=self._max_downsample(finest), **layers)
             on: Any = fewer_tokens(pipe.unet, config, *latent_size)
-        elif PACKAGE in self.switches:
-            on = _tomesd_package(pipe.unet, self.ratio or 0.0, self._max_downsample(finest))
         else:
-            on = self._configuration(finest).switched_on(pipe) if self.switches else nullcontext()
+            on = self.configuration(finest).switched_on(pipe) if self.switches else nullcontext()
         with on as report:
             yield report
 
     def _max_downsample(self, finest: int) -> int:
         return int(min(8, finest * 2 ** (self.levels - 1)))
 
-    def _configuration(self, finest: int) -> Configuration:
+    def configuration(self, finest: int = 1) -> Configuration:
+        """The same for an evaluation, on a UNet with self-attention from a downsample on; not of an ideal."""
         merging: dict[str, Any] = {"ratio": self.ratio, "max_downsample": self._max_downsample(finest)}
-        added = {"merge": {**merging, "schedule": "constant"}, "tomesd": merging}
-        own = {kind: options for kind, options in self.switches.items() if kind not in ("ideal", PACKAGE)}
+        added = {"merge": {**merging, "schedule": "constant"}, "tomesd": merging, PACKAGE: merging}
+        own = {kind: options for kind, options in self.switches.items() if kind != "ideal"}
         return Configuration(self.name, {kind: options | added.get(kind, {}) for kind, options in own.items()})
 
 
@@ -186,13 +185,3 @@ def _layers(options: dict[str, Any]) -> str:
         others = {"merge_cross_attention": "attn2", "merge_mlp": "mlp"}
         name = " + ".join([*own, *(words for option, words in others.items() if options.get(option))])
     return name + (f", cells {options['cell_size']}" if "cell_size" in options else "")
-
-
-@contextmanager
-def _tomesd_package(unet: Any, ratio: float, max_downsample: int) -> Iterator[None]:
-    tomesd = optional_import("tomesd", f"the setting {PACKAGE!r}")
-    tomesd.apply_patch(unet, ratio=ratio, max_downsample=max_downsample)
-    try:
-        yield
-    finally:
-        tomesd.remove_patch(unet)

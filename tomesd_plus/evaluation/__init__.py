@@ -1,6 +1,6 @@
 """Measure what merging does to speed and pictures. Uses only the package's public API."""
 
-from tomesd_plus.evaluation.compare import Comparison, Row, Setting, compare, peer_settings
+from tomesd_plus.evaluation.compare import Comparison, Row, compare, peers_of
 from tomesd_plus.evaluation.configurations import Configuration, complete, load_configurations, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.experiment import Experiment, describe
@@ -33,7 +33,6 @@ __all__ = [
     "Row",
     "Sampling",
     "Scoring",
-    "Setting",
     "Share",
     "Speed",
     "as_markdown",
@@ -56,7 +55,7 @@ __all__ = [
     "make_items",
     "measured_speeds",
     "parse_configuration",
-    "peer_settings",
+    "peers_of",
     "score",
     "write_report",
 ]
