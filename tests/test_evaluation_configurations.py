@@ -1,6 +1,7 @@
 """Configurations as YAML, and what they do to a pipeline."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from tomesd_plus.evaluation import (
 )
 from tomesd_plus.evaluation.generate import Sampling
 
-ABLATION = Path(__file__).parents[1] / "examples" / "ablation.yaml"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ABLATION, GRID = EXAMPLES / "ablation.yaml", EXAMPLES / "grid.yaml"
 
 
 def test_a_bare_value_is_the_main_option():
@@ -122,6 +124,17 @@ def test_the_ablation_compares_schedules_of_one_mean(pipe):
                 generate(pipe, num_inference_steps=20)
                 means[configuration.name] = sum(step.removed[1] for step in report.steps) / len(report.steps)
     assert len(means) == 5 and all(mean == pytest.approx(0.5, abs=0.02) for mean in means.values())
+
+
+def test_the_grid_has_every_interval_ratio_and_direction():
+    switches = [configuration.switches for configuration in load_configurations(GRID)]
+    cells = {
+        (each.get("cache", {}).get("interval", 1), each["merge"]["ratio"], each["merge"].get("more_at", "constant"))
+        for each in switches
+        if "merge" in each
+    }
+    assert cells == set(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
+    assert [each["cache"]["interval"] for each in switches if "merge" not in each] == [2, 3, 5]
 
 
 def test_baseline_and_noise_floor_come_by_themselves():

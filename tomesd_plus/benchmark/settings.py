@@ -12,7 +12,9 @@ from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
+from tomesd_plus.presets import PRESETS
 
+STEPS = 25  # of a whole denoising
 IDEAL = "ideal: "
 PACKAGE = TOMESD_PACKAGE
 LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_block", "keys_values_only",
@@ -31,9 +33,10 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "keys and values": {"merge": {"keys_values_only": True}},
     "tomesd": {"tomesd": {}},
     PACKAGE: {PACKAGE: {}},
-    "cache 3": {"cache": {"interval": 3}},
-    "DeepCache 3": {"deepcache": {"interval": 3}},
     "block + cache 3": {"merge": _BLOCK, "cache": {"interval": 3}},
+    **{f"cache {interval}": {"cache": {"interval": interval}} for interval in (2, 3, 5)},
+    **{f"DeepCache {interval}": {"deepcache": {"interval": interval}} for interval in (2, 3, 5)},
+    **{f"preset {name}": {"preset": {"name": name}} for name in PRESETS},
 }
 """Settings by name; those that merge are taken at each ratio."""
 
@@ -72,11 +75,13 @@ class Setting:
 
     @property
     def cycle(self) -> int:
-        """After how many UNet calls its work repeats."""
+        """After how many UNet calls its work repeats; for a preset, whose ratios may go with the noise, all."""
+        if "preset" in self.switches:
+            return STEPS
         merge = self.switches.get("merge", {})
         caches = [options for kind, options in self.switches.items() if kind in ("cache", "deepcache")]
-        intervals = [options.get("interval", 3) for options in caches]
-        return lcm(merge.get("whole_every") or 1, merge.get("plan_every", 1), *intervals)
+        counts = [merge.get("whole_every"), merge.get("plan_every"), *(each.get("interval", 3) for each in caches)]
+        return lcm(*(count for count in counts if isinstance(count, int)))  # not those that go with the cache
 
     def check(self) -> None:
         """Raise an EvaluationError if an option is wrong, or a peer is not installed."""
