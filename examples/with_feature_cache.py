@@ -16,7 +16,7 @@ def picture(name: str) -> None:
 
 picture("untouched")
 
-# The whole UNet at every third step, half of the tokens there; between, where only the outer layers run, three quarters.
+# The whole UNet at every third step, half its tokens merged; three quarters where only the outer layers run.
 with feature_cache(pipe, interval=3) as cache, token_merging(pipe, ratio=0.5, cached_ratio=0.75) as merging:
     picture("cache-and-merging")
 print(cache)
