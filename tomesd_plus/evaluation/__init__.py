@@ -11,6 +11,7 @@ from tomesd_plus.evaluation.generation import generate_experiment, generate_imag
 from tomesd_plus.evaluation.items import Item, Share, make_items
 from tomesd_plus.evaluation.models import ModelError, load_model, local_device
 from tomesd_plus.evaluation.prompts import Prompts, load_prompts
+from tomesd_plus.evaluation.reference import save_reference
 from tomesd_plus.evaluation.report import joined, write_report
 from tomesd_plus.evaluation.results import Result, as_markdown, load_results
 from tomesd_plus.evaluation.score import Scoring, score
@@ -56,6 +57,7 @@ __all__ = [
     "measured_speeds",
     "parse_configuration",
     "peers_of",
+    "save_reference",
     "score",
     "write_report",
 ]
