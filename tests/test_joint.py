@@ -5,11 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import INPUTS, generate, make_pipeline
+from conftest import INPUTS, generate, make_pipeline, make_unet
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch._dynamo.testing import CompileCounter
 
 from tomesd_plus import (
     StepsSchedule,
     ToMeConfig,
+    ToMeProcessor,
     apply_feature_cache,
     apply_token_merging,
     remove_feature_cache,
@@ -167,11 +170,90 @@ def test_attention_is_not_reused_where_the_ratio_is_nought(pipe):
     assert torch.equal(generate(pipe, num_inference_steps=4), plain)
 
 
+@torch.no_grad()
 def test_reuse_starts_anew_with_another_batch_and_size(pipe):
-    apply_token_merging(pipe, ratio=0.5, whole_every=3, reuse_attention=True)
-    fresh = copy.deepcopy(pipe)
-    generate(pipe, num_inference_steps=4, height=16, width=32)
-    assert torch.equal(generate(pipe, num_inference_steps=4), generate(fresh, num_inference_steps=4))
+    unet, plain = pipe.unet, copy.deepcopy(pipe.unet)
+    report = apply_token_merging(unet, ratio=0.5, whole_every=4, reuse_attention=True)
+    sample, text = INPUTS["sample"], INPUTS["encoder_hidden_states"]
+    timesteps = torch.tensor([900, 890, 880, 870, 860, 850])
+    shapes = [sample, sample, sample[:1], sample[:1], sample[:1, :, :8].repeat(1, 1, 1, 2), sample[:1, :, :8]]
+    untouched = []
+    for timestep, latents in zip(timesteps, shapes, strict=True):
+        arguments = latents, timestep, text[: len(latents)]
+        untouched.append(torch.equal(unet(*arguments).sample, plain(*arguments).sample))
+    assert untouched == [True, False, True, False, True, True]
+    assert all(layer.reason for layer in report.layers)
+
+
+def test_branches_of_unlike_batch_keep_details_and_plans_of_their_own(pipe, monkeypatch):
+    """One call a branch, of two samples and of one: neither takes the other for a change of size."""
+    unet, plain = pipe.unet, copy.deepcopy(pipe.unet)
+    apply_token_merging(unet, ratio=0.5, whole_every=3, plan_every=3)
+    count = matchings(monkeypatch)
+    per_step, errors = [], []
+    with torch.no_grad():
+        for timestep in torch.tensor([900, 895, 890, 885]):
+            for batch in (2, 1):
+                arguments = INPUTS["sample"][:batch], timestep, INPUTS["encoder_hidden_states"][:batch]
+                errors.append((unet(*arguments).sample - plain(*arguments).sample).square().mean().item())
+            per_step.append(len(count))
+            count.clear()
+    assert per_step == [0, 4, 0, 0]
+    assert [error == 0 for error in errors] == [True, True, False, False, False, False, True, True]
+
+
+def test_two_mergers_with_an_adaptive_cache(pipe):
+    report = apply_token_merging(pipe, ratio=0.5)
+    other = ToMeProcessor(ratio=0.25)
+    pipe.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].attn1.set_processor(other)
+    apply_feature_cache(pipe, interval=3, threshold=1e9, branch=2)
+    for _ in range(2):  # the second merger finds its model at its first call
+        generate(pipe, num_inference_steps=4)
+    assert all(step.removed.get(1) == 0.5 for step in report.steps)
+    assert [step.removed.get(1) for step in other.merger.steps] == [0.25] * 4
+
+
+def test_reuse_comes_back_with_the_processors(pipe):
+    unet = pipe.unet
+    apply_token_merging(pipe, ratio=0.5, whole_every=2, reuse_attention=True)
+    picture, processors = generate(pipe, num_inference_steps=4), unet.attn_processors
+    unet.set_attn_processor(AttnProcessor2_0())
+    generate(pipe, num_inference_steps=2)
+    unet.set_attn_processor(processors)
+    generate(pipe, num_inference_steps=2)
+    assert torch.equal(generate(pipe, num_inference_steps=4), picture)
+
+
+def test_a_controlnet_has_no_cached_steps_and_keeps_nothing_for_them():
+    pipe = make_pipeline("controlnet")
+    report = apply_token_merging(pipe, ratio=0.5, whole_every="full")
+    apply_feature_cache(pipe, interval=6, branch=0)
+    generate(pipe, num_inference_steps=4, image=torch.zeros(1, 3, 32, 32), height=32, width=32)
+    assert report.kept_bytes == 2 * 256 * 16 * 4  # the UNet's last layer
+
+
+def test_another_models_layers_keep_nothing(pipe):
+    processor = ToMeProcessor(ratio=0.5, whole_every="full")
+    stranger = copy.deepcopy(pipe)
+    pipe.unet.set_attn_processor(processor)
+    apply_feature_cache(pipe, interval=3)
+    generate(pipe)
+    stranger.unet.set_attn_processor(processor)
+    with pytest.warns(UserWarning, match="serves another"):
+        generate(stranger)
+
+
+@pytest.mark.slow
+def test_a_compiled_preset_makes_as_many_graphs_however_many_layers_there_are():
+    counts = []
+    for layers in (1, 3):
+        torch.compiler.reset()
+        unet = make_unet(layers_per_block=layers)
+        apply_token_merging(unet, ratio=0.5, whole_every=3, merge_mlp=True, merge_cross_attention=True)
+        unet.compile_repeated_blocks(fullgraph=True, backend=(counter := CompileCounter()))
+        near_steps(unet)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("options", [

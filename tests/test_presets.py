@@ -9,6 +9,7 @@ from tomesd_plus import (
     apply_feature_cache,
     apply_preset,
     apply_token_merging,
+    feature_cache,
     preset,
     remove_feature_cache,
     remove_preset,
@@ -58,6 +59,14 @@ def test_what_cannot_be_applied_changes_nothing(pipe):
     apply_token_merging(pipe, ratio=0.5)
     with pytest.raises(ValueError, match="already"):
         apply_preset(pipe, "balanced")
+
+
+def test_a_preset_leaves_anothers_cache_alone(pipe):
+    with feature_cache(pipe, interval=2) as report:
+        with preset(pipe, "quality"):
+            generate(pipe)
+        generate(pipe, num_inference_steps=4)
+        assert report.cached == 2
 
 
 def test_removing_where_nothing_is_on_warns(pipe):

@@ -27,13 +27,13 @@ class ToMeConfig:
             ratio, an :class:`AdaptiveRatio`, or a mapping from level (downsample 1, 2, 4 or 8) to any of them. A
             mapping decides by itself which levels are merged. ``None``: step-aware, with a mean of 0.5. A cell of
             ``a × b`` tokens keeps one destination, so no ratio may exceed 1 − 1/(a·b): 0.75 with the default cells.
-        schedule: How a number given as ratio goes over the noise levels, which is then its mean: ``"constant"``,
-            ``"linear"``, ``"cosine"``, ``"steps"``, or ``"auto"``, the best of these as measured. ``None``: constant
-            for a number, and a cosine, more at noisy steps, where no ratio is given.
-        more_at: ``"noisy"`` or ``"clean"``: where a schedule by name merges more; ``"auto"`` decides that itself.
-            Both fields end up in ``ratio``, which holds the schedule itself then.
+        schedule: How a number given as ratio or cached ratio goes over the noise levels, which is then its mean:
+            ``"constant"``, ``"linear"``, ``"cosine"``, ``"steps"``, or ``"auto"``, the best of these as measured.
+            ``None``: constant for a number, and a cosine where no ratio is given.
+        more_at: ``"noisy"`` or ``"clean"``: where that schedule merges more; ``"auto"`` decides it itself. Both fields
+            end up in the ratios, which are schedules then.
         cached_ratio: In place of ``ratio`` on the cached steps of a feature cache, where the few layers that still run
-            are most of the cost; ``None``: the same.
+            are most of the cost; ``None``: the same. Does nothing without :func:`~tomesd_plus.apply_feature_cache`.
         max_downsample: Merge at levels of at most this downsample: 1, 2, 4 or 8. SD 1.x and 2.x have most of their
             cost at 1; **SDXL has no attention at 1, set 2 there.** Ignored if ``ratio`` is a mapping.
         levels: ``"all"`` merges at every level within ``max_downsample``. ``"auto"`` leaves those alone at which
@@ -70,7 +70,8 @@ class ToMeConfig:
         whole_every: Run the merged layers on all tokens every so many steps, at least 2, beginning with the first, and
             let each token keep on the steps between what told it from its group then: much closer pictures for little
             less saved. Keeps one output of each merged layer in memory. ``"full"``: on the full steps of a feature
-            cache, so that only its cached steps merge. ``None``: never.
+            cache, so that only its cached steps merge; models without such a cache, ControlNets too, then have no
+            whole steps. ``None``: never.
         reuse_attention: On the steps between whole ones do not merge, but take each self-attention's output of the
             last whole step again, wherever the ratio is not 0 (pyramid attention broadcast,
             https://arxiv.org/abs/2408.12588).
@@ -105,8 +106,13 @@ class ToMeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.more_at not in list(Direction):
+            raise ValueError(f"more_at must be 'noisy' or 'clean', not {self.more_at!r}")
         if self.ratio is None:
-            object.__setattr__(self, "ratio", CosineSchedule() if self.schedule is None else 0.5)
+            default = CosineSchedule() if self.more_at == Direction.noisy else CosineSchedule().reversed()
+            object.__setattr__(self, "ratio", default if self.schedule is None else 0.5)
+        elif self.schedule is None and self.more_at != Direction.noisy:
+            raise ValueError("more_at needs a schedule by name, or no ratio at all")
         if isinstance(self.cell_size, list):
             object.__setattr__(self, "cell_size", tuple(self.cell_size))
         for name, allowed in {
@@ -148,10 +154,12 @@ class ToMeConfig:
                 raise ValueError("merge_block measures similarity on the block's input; metric='keys' cannot be had")
             object.__setattr__(self, "metric", "block_input")
         if self.reuse_attention:
-            others = (self.merge_cross_attention, self.merge_mlp, self.merge_block)
-            if self.whole_every is None or self.levels != "all" or any(others) or not self.merge_self_attention:
+            others = (self.merge_cross_attention, self.merge_mlp, self.merge_block, self.queries_only)
+            fitting = self.levels == "all" and self.metric == "attention_input" and self.merge_self_attention
+            if self.whole_every is None or any(others) or not fitting:
                 raise ValueError(
-                    "reuse_attention is of self-attention only, needs whole_every, and has no gate (levels='all')"
+                    "reuse_attention needs whole_every, and goes without merge_cross_attention, merge_mlp, "
+                    "merge_block, queries_only, a gate (levels) and another metric: nothing is merged"
                 )
         for name in ("ratio", "cached_ratio"):
             ratio = getattr(self, name)
@@ -188,7 +196,7 @@ class ToMeConfig:
             return {level: cast(Ratio, self._with_schedule(each)) for level, each in ratio.items()}
         if isinstance(ratio, (Schedule, AdaptiveRatio)):
             if self.schedule is not None:
-                raise ValueError("schedule needs ratio to be a number, which becomes its mean")
+                raise ValueError("schedule needs ratio and cached_ratio to be numbers, which become its means")
             return ratio
         self._check_maximum(ConstantSchedule(ratio))
         if self.schedule is None:

@@ -11,8 +11,6 @@ unmerge, and a step on which nothing has changed since gives the whole step's ou
 What is kept also serves attention reuse, which takes ``kept`` for the output.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from tomesd_plus.config import Full
@@ -30,43 +28,58 @@ class DetailKeeper:
     """
 
     whole: bool  # the step under way
-    outputs: dict[tuple[nn.Module, int], Tensor]  # of the latest whole step, by layer and number of the call in it
+    _layers: list[
+        nn.Module
+    ]  # of the model; what is kept of one is its own attribute, so that compiled ones share graphs
+    _steps: dict[int, Step]  # the latest of each call of a step
+    _first: dict[int, int]  # the number of the step at which each call's cadence began
 
     def __init__(self, every: int | Full | None, mode: MergeMode) -> None:
         self.every = every
         self.mode = mode
+        self._layers = []
         self.reset()
 
-    def begin_step(self, step: Step, before: Step | None, cached: bool | None = None) -> None:
+    def attach(self, model: nn.Module) -> None:
+        """Serve the layers of a model."""
+        self._layers = list(model.modules())
+
+    def begin_step(self, step: Step, cached: bool | None = None) -> None:
         """Decide what kind of step it is, and drop outputs that do not fit it.
 
         Args:
             step: The step.
-            before: The one before.
             cached: Whether it is a feature cache's cached step; ``None`` if there is no such cache.
         """
         if self.every is None:
             return
-        if step.new_generation or before is None or not step.same_size(before):
-            self.outputs = {}
-            self._first = step.number
-        self._call = step.call
-        self.whole = cached is False if self.every == "full" else (step.number - self._first) % self.every == 0
+        if step.new_generation:
+            self.reset()
+        before = self._steps.get(step.call)  # guidance branches may come as calls of their own, of unlike batch
+        if before is None or not step.same_size(before):
+            self._drop(_place(step.call))
+            self._first[step.call] = step.number
+        self._steps[step.call] = step
+        self._place = _place(step.call)
+        self.whole = cached is False if self.every == "full" else self._is_whole(step, self.every)
+
+    def _is_whole(self, step: Step, every: int) -> bool:
+        return (step.number - self._first[step.call]) % every == 0
 
     def keep(self, layer: nn.Module, output: Tensor) -> None:
         """Keep a layer's output (batch, tokens, channels) of a whole step."""
-        self.outputs[layer, self._call] = output.detach()
+        setattr(layer, self._place, output.detach())
 
     def kept(self, layer: nn.Module, states: Tensor) -> Tensor | None:
         """A layer's output of the last whole step, if it is of the size of its input now; ``None`` on whole steps."""
-        output = None if self.whole else self.outputs.get((layer, self._call))
+        output: Tensor | None = None if self.whole else getattr(layer, self._place, None)
         return output if output is not None and output.shape == states.shape else None
 
     def unmerge(self, layer: nn.Module, plan: MergePlan, output: Tensor) -> Tensor:
         """Bring a layer's output (batch, merged tokens, channels) back to all tokens, with their details."""
         if self.every is None:
             return plan.unmerge(output)
-        kept = self.outputs.get((layer, self._call))
+        kept: Tensor | None = getattr(layer, self._place, None)
         if kept is None or not plan.fits(kept):
             return plan.unmerge(output)  # the layer was skipped at the whole step
         return kept + plan.unmerge(output - plan.merge(kept, self.mode))
@@ -74,13 +87,26 @@ class DetailKeeper:
     @property
     def kept_bytes(self) -> int:
         """Memory of what is kept."""
-        return sum(output.untyped_storage().nbytes() for output in self.outputs.values())
+        tensors = [value for layer in self._layers for name, value in vars(layer).items() if name.startswith(_KEPT)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def reset(self) -> None:
         """Forget everything."""
+        self._drop(_KEPT)
         self.whole = False
-        self.outputs = {}
-        self._first = self._call = 0
+        self._steps = {}
+        self._first = {}
+        self._place = _place(0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "whole": False, "outputs": {}}
+    def _drop(self, prefix: str) -> None:
+        for layer in self._layers:
+            for name in [name for name in vars(layer) if name.startswith(prefix)]:
+                delattr(layer, name)
+
+
+_KEPT = "_tomesd_plus_kept_"
+
+
+def _place(call: int) -> str:
+    """The attribute of a layer that holds its output in the so-manieth call of a step."""
+    return f"{_KEPT}{call}"

@@ -79,6 +79,7 @@ class TokenMerger:
         """
         self.attentions = attentions
         self._names = {module: f"{self.name}{name}" for name, module in model.named_modules()}
+        self.details.attach(model)
         self.planner.stages = {module: name.partition(".attentions.")[0] for name, module in model.named_modules()}
         self._handles = [
             model.register_forward_pre_hook(self.begin_step, with_kwargs=True),
@@ -126,7 +127,7 @@ class TokenMerger:
         self.steps.append(StepRecord(step.index, step.noise_level))
         self.cache = feature_cache_on(model)
         if self.cache is not None and self.cache.mode == "undecided":
-            self.cache.when_decided = lambda cached: self._lay_out(step, before, cached, sample.device)
+            self.cache.when_decided.append(lambda cached: self._lay_out(step, before, cached, sample.device))
         else:
             cached = None if self.cache is None else self.cache.mode == "cached"
             self._lay_out(step, before, cached, sample.device)
@@ -135,7 +136,7 @@ class TokenMerger:
         """Make the step's levels, and drop what does not hold on; a feature cache has told whether it is cached."""
         schedules = self.config.cached_schedules if cached else self.config.schedules
         self.planner.begin_step(step, before, bool(cached))
-        self.details.begin_step(step, before, cached)
+        self.details.begin_step(step, cached)
         generator = None
         if self.config.destinations == "random":
             # By the noise level, not by counting: the same step draws the same cells, whatever ran before it.
@@ -161,10 +162,7 @@ class TokenMerger:
 
         Inside a block that is merged as a whole it is the plan by which the input has been merged already.
         """
-        if not self.active:
-            if self._lost is not None:
-                self._attach_again(*self._lost)
-            self._warn_if_stranger(attention)
+        if not self._is_mine(attention):
             return None
         if self.blocks.inside:
             plan = self.blocks.plan
@@ -185,18 +183,28 @@ class TokenMerger:
     def keep_detail(self, layer: nn.Module, output: Tensor) -> None:
         """On a whole step keep the output of a layer that other steps merge, (batch, tokens, channels)."""
         level = self.levels.get(output.shape[1])
-        if not self.details.whole or level is None or level.downsample not in self._merged_levels:
+        if not self.active or not self.details.whole or level is None or level.downsample not in self._merged_levels:
             return
-        if self.details.every == "full" and self.cache is not None and self.cache.skips(self._names[layer]):
-            return  # the layer does not run on the steps between
-        self.details.keep(layer, output)
+        if not self._is_skipped(layer):
+            self.details.keep(layer, output)
+
+    def _is_skipped(self, layer: nn.Module) -> bool:
+        """True if a layer does not run on the steps between; a graph that knew its name would serve no other layer."""
+        if self.details.every != "full" or self.cache is None or torch.compiler.is_compiling():
+            return False
+        return self.cache.skips(self._names[layer].removeprefix(self.name))
 
     def reused(self, attention: nn.Module, hidden_states: Tensor) -> Tensor | None:
         """What the layer gave at the last whole step, if that is to be taken again, (batch, tokens, channels)."""
-        level = self.levels.get(hidden_states.shape[1])
-        if not self.active or level is None or level.cells is None:
+        if not self._is_mine(attention):
             return None
-        return self.details.kept(attention, hidden_states)
+        tokens = hidden_states.shape[1]
+        level = self.levels.get(tokens)
+        merged = level is not None and level.cells is not None
+        output = self.details.kept(attention, hidden_states) if merged else None
+        nothing = "there is no output of a whole step" if merged and not self.details.whole else self.reason(tokens)
+        self.record(attention, tokens, 0, nothing if output is None else "its last whole output was taken again")
+        return output
 
     def record(self, layer: nn.Module, tokens: int, removed: int, reason: str | None = None) -> None:
         """Note what was done to a layer in this step; compiled layers leave no notes."""
@@ -214,6 +222,14 @@ class TokenMerger:
             self._ran.add(level.downsample)
         if removed and level:
             self.steps[-1].removed[level.downsample] = removed / tokens
+
+    def _is_mine(self, attention: nn.Module) -> bool:
+        """True in a call of the model that the merger serves; else see whether that model has come back."""
+        if not self.active:
+            if self._lost is not None:
+                self._attach_again(*self._lost)
+            self._warn_if_stranger(attention)
+        return self.active
 
     # Planning ---------------------------------------------------------------------------------------------------
 

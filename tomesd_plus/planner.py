@@ -25,6 +25,7 @@ class Planner:
 
     plans: dict[Key, MergePlan]
     stages: dict[nn.Module, str]  # the block of the UNet that a layer is in; ``""`` for layers of no block
+    _steps: dict[int, Step]  # the latest of each call of a step
     _too_few: dict[Key, torch.Size]  # where an adaptive ratio found too few tokens alike, in (batch, tokens)
 
     def __init__(self, config: ToMeConfig) -> None:
@@ -37,17 +38,18 @@ class Planner:
         """Drop all plans."""
         self.plans = {}
         self._too_few = {}
+        self._steps = {}
 
     def begin_step(self, step: Step, before: Step | None, cached: bool = False) -> None:
         """Drop plans that do not hold for a step any more, which may be a feature cache's cached one."""
         self.call = step.call
-        if (
-            before is None
-            or step.new_generation
-            or not step.same_size(before)
-            or not self._lasts(step, before, cached)
-        ):
+        if before is None or step.new_generation or not self._lasts(step, before, cached):
             self.forget()
+        last = self._steps.get(step.call)  # guidance branches may come as calls of their own, of unlike batch
+        if last is not None and not step.same_size(last):
+            self.plans = {key: plan for key, plan in self.plans.items() if key[1] != step.call}
+            self._too_few = {key: size for key, size in self._too_few.items() if key[1] != step.call}
+        self._steps[step.call] = step
 
     def _lasts(self, step: Step, before: Step, cached: bool) -> bool:
         every = self.config.plan_every

@@ -1,7 +1,7 @@
-"""Presets: token merging and a feature cache that were measured together, by name."""
+"""Presets: token merging and a feature cache that go together, by name."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,35 +21,32 @@ class Preset:
     Args:
         description: For whom it is, in a line.
         merging: What to merge; its ``max_downsample`` is raised to the model's finest level that has self-attention.
-            ``None``: nothing.
         cache: When the whole UNet runs; ``None``: always.
     """
 
     description: str
-    merging: ToMeConfig | None = None
+    merging: ToMeConfig
     cache: FeatureCacheConfig | None = None
 
-    def merging_for(self, pipe: Any) -> ToMeConfig | None:
+    def merging_for(self, pipe: Any) -> ToMeConfig:
         """The merging for a pipeline or UNet: SDXL has no self-attention at full resolution."""
-        if self.merging is None:
-            return None
         return replace(self.merging, max_downsample=max(self.merging.max_downsample, finest_level(unet_of(pipe))))
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "quality": Preset(
-            "nearly the same picture",
+            "no cache, a whole step in four: the closest pictures",
             ToMeConfig(ratio=0.5, whole_every=4),
             None,
         ),
         "balanced": Preset(
-            "about three times as fast, close to the picture",
+            "the whole UNet on every third step",
             ToMeConfig(ratio=0.5, merge_cross_attention=True, merge_mlp=True, whole_every=12, plan_every="full"),
             FeatureCacheConfig(interval=3),
         ),
         "fast": Preset(
-            "about four times as fast, the same subject",
+            "the whole UNet on every fifth step",
             ToMeConfig(ratio=0.5, merge_cross_attention=True, merge_mlp=True, whole_every=15, plan_every="full"),
             FeatureCacheConfig(interval=5),
         ),
@@ -63,11 +60,11 @@ class PresetReport:
     """Live reports of what a preset has switched on.
 
     Args:
-        merging: Of token merging; ``None`` if the preset has none.
-        cache: Of the feature cache; ``None`` likewise.
+        merging: Of token merging.
+        cache: Of the feature cache; ``None`` if the preset has none.
     """
 
-    merging: TokenMergingReport | None
+    merging: TokenMergingReport
     cache: FeatureCacheReport | None
 
     def __str__(self) -> str:
@@ -97,15 +94,12 @@ def apply_preset(pipe: Any, name: str) -> PresetReport:
         2
     """
     chosen = preset_by_name(name)
-    merging_config = chosen.merging_for(pipe)
-    with ExitStack() as undo:
-        merging = cache = None
-        if merging_config is not None:
-            merging = apply_token_merging(pipe, merging_config)
-            undo.callback(remove_token_merging, pipe)
-        if chosen.cache is not None:
-            cache = apply_feature_cache(pipe, chosen.cache)
-        undo.pop_all()
+    merging = apply_token_merging(pipe, chosen.merging_for(pipe))
+    try:
+        cache = None if chosen.cache is None else apply_feature_cache(pipe, chosen.cache)
+    except BaseException:
+        remove_token_merging(pipe)
+        raise
     return PresetReport(merging, cache)
 
 
@@ -123,7 +117,9 @@ def preset(pipe: Any, name: str) -> Iterator[PresetReport]:
     try:
         yield reports
     finally:
-        remove_preset(pipe)
+        remove_token_merging(pipe)
+        if reports.cache is not None:  # else there may be another's
+            remove_feature_cache(pipe)
 
 
 def preset_by_name(name: str) -> Preset:

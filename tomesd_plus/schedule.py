@@ -230,7 +230,7 @@ SCHEDULES: dict[str, Schedule] = {
 }
 AUTO = "auto"
 BEST = "cosine", Direction.clean
-"""What ``"auto"`` stands for: the closest to the untouched pictures of those in ``results/``, at every mean ratio."""
+"""What ``"auto"`` stands for."""
 
 
 def schedule_by_name(name: str, mean: float, more_at: str = Direction.noisy, maximum: float = 0.75) -> Schedule:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -12,9 +13,10 @@ def ahead(make: Callable[[int], Any], start: int, stop: int, workers: int) -> It
     Args:
         make: A pure function, so that the result is the same with any number of workers.
         start, stop: As of ``range``.
-        workers: Processes; 0: none, each is made when it is asked for.
+        workers: Processes; 0: none, each is made when it is asked for. Each holds two batches in shared memory.
     """
-    return iter(DataLoader(_Made(make, start, stop), batch_size=None, num_workers=workers))
+    generator = torch.Generator()  # of its own: the loader would draw a number from the global one
+    return iter(DataLoader(_Made(make, start, stop), batch_size=None, num_workers=workers, generator=generator))
 
 
 class _Made(Dataset[Any]):

@@ -181,7 +181,7 @@ class _Candidate:
         with peak_memory(device) as peak:
             self.run(cycle)
         measured.memory_mib = (peak[0] - others) / MEBIBYTE
-        if measured.setting.switches.keys() & {"merge", "tomesd"}:
+        if measured.setting.switches.keys() & {"merge", "tomesd", "preset"}:
             with torch.compiler.set_stance("force_eager"), watched(device) as spent:
                 self.run(cycle)
             measured.matching_seconds, measured.merging_seconds = (spent[kind] / cycle for kind in WATCHED)

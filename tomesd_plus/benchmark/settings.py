@@ -75,13 +75,14 @@ class Setting:
 
     @property
     def cycle(self) -> int:
-        """After how many UNet calls its work repeats; for a preset, whose ratios may go with the noise, all."""
+        """After how many UNet calls its work repeats, at most a whole denoising; of a preset always that."""
         if "preset" in self.switches:
             return STEPS
         merge = self.switches.get("merge", {})
         caches = [options for kind, options in self.switches.items() if kind in ("cache", "deepcache")]
         counts = [merge.get("whole_every"), merge.get("plan_every"), *(each.get("interval", 3) for each in caches)]
-        return lcm(*(count for count in counts if isinstance(count, int)))  # not those that go with the cache
+        whole = lcm(*(count for count in counts if isinstance(count, int)))  # not those that go with the cache
+        return min(whole, STEPS)
 
     def check(self) -> None:
         """Raise an EvaluationError if an option is wrong, or a peer is not installed."""

@@ -40,7 +40,7 @@ class FeatureCache:
     mode: Literal["idle", "undecided", "full", "cached"]  # idle outside of the UNet's calls
     outputs: dict[str, Any]  # those of the call under way
     steps: deque[CacheStep]  # of the latest generation
-    when_decided: Callable[[bool], None] | None  # told of the call under way whether it is cached
+    when_decided: list[Callable[[bool], None]]  # told whether the call under way is cached, once that is known
     _features: dict[int, _Features]  # by the number of the call in its step
     _step: Step | None  # the latest call's
     _too_many: bool  # of the generation's calls are at one step: they can no longer be told apart, so all are full
@@ -110,7 +110,7 @@ class FeatureCache:
         """After the UNet, also after one that failed: its layers are ordinary ones again."""
         self.mode = "idle"
         self.outputs = {}
-        self.when_decided = None
+        self.when_decided = []
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
@@ -152,8 +152,8 @@ class FeatureCache:
         self.mode = "cached" if reason is None else "full"
         self.outputs = self._features[self._step.call].outputs
         self.steps.append(CacheStep(self._step.index, self._step.noise_level, reason, change))
-        if self.when_decided is not None:
-            self.when_decided(reason is None)
+        for tell in self.when_decided:
+            tell(reason is None)
 
     def skips(self, layer: str) -> bool:
         """True if cached steps skip a layer of the UNet, given by name."""
@@ -175,11 +175,11 @@ class FeatureCache:
         self.outputs = {}
         self._features = {}
         self._step = None
-        self.when_decided = None
+        self.when_decided = []
         self._too_many = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mode": "idle", "outputs": {}, "when_decided": None, "_features": {}, "_step": None}
+        return {**self.__dict__, "mode": "idle", "outputs": {}, "when_decided": [], "_features": {}, "_step": None}
 
 
 def feature_cache_on(unet: nn.Module) -> FeatureCache | None:

@@ -15,6 +15,7 @@ from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, 
 from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
 from tomesd_plus.evaluation import local_device
+from tomesd_plus.evaluation.errors import installed
 from tomesd_plus.presets import PRESETS
 
 SINGLE = {"shape", "size", "batch", "ratio", "setting", "preset", "cache_interval", "levels", "dtype", "compiled"}
@@ -70,7 +71,8 @@ def benchmark_command(
     else:
         dtype = dtype or ("float32" if where.type == "cpu" else "float16")
         names = [*(setting or []), *(f"preset: {name}" for name in preset or [])]
-        names += [f"{kind}: {count}" for count in cache_interval or [] for kind in ("cache", "deepcache")]
+        caches = ("cache", "deepcache") if installed("DeepCache") else ("cache",)
+        names += [f"{kind}: {count}" for count in cache_interval or [] for kind in caches]
         chosen = run(lambda: _single(shape, size, batch, ratio, names or SETTINGS, levels, dtype, compiled))
     chosen = replace(
         chosen,

@@ -81,7 +81,9 @@ def compare_command(
                 progress.update(task, total=None)  # the equal-time rows' number is not known before
 
         result = run(lambda: compare(pipe, chosen, settings, sampling, seed, equal_time=peers, on_step=on_step))
-    console.print(comparison_table(result, f"{model}, {steps} steps, {schedule} schedule, {where}"))
+    console.print(
+        comparison_table(result, f"{model}, {steps} steps, {f'{schedule} schedule, ' if ratios else ''}{where}")
+    )
     comparison_figure(result).savefig(out, dpi=150)
     console.print(f"Picture: {out}")
 

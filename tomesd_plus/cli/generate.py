@@ -32,11 +32,14 @@ from tomesd_plus.evaluation import generate
 from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.schedule import Direction
 
+OF_PRESETS = {"ratio", "schedule", "more_at", "max_downsample", "cache_interval"}
+
 
 def generate_command(
+    context: typer.Context,
     prompts: Prompts = None,
     model: Model = TINY,
-    ratio: Annotated[float, typer.Option(help="Mean ratio in [0, 1); 0 leaves the pipeline untouched.")] = 0.5,
+    ratio: Annotated[float, typer.Option(help="Mean ratio in [0, 1); 0 merges nothing.")] = 0.5,
     schedule: ScheduleName = "cosine",
     more_at: MoreAt = Direction.noisy,
     max_downsample: MaxDownsample = 1,
@@ -51,11 +54,15 @@ def generate_command(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("images"),
 ) -> None:
     """Generate a picture for each prompt, with or without merging and caching."""
-    if preset and cache_interval is not None:
-        fail("give either --preset or --cache-interval, not both: a preset has its own cache")
-    configuration = merging_from(ratio, schedule, more_at, max_downsample, cache_interval)
     if preset:
+        given = {
+            name for name in OF_PRESETS if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        }
+        if given:
+            fail(f"a preset has its own {', '.join(sorted(given))}: leave out --preset or these")
         configuration = preset_from(preset)
+    else:
+        configuration = merging_from(ratio, schedule, more_at, max_downsample, cache_interval)
     sampling = sampling_from(steps, guidance, size)
     chosen = prompts_from(prompts, model)
     check_writable(out)

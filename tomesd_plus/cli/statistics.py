@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run
+from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, usable
 from tomesd_plus.cli.options import Device
 from tomesd_plus.evaluation import load_extractor, local_device, save_reference
 from tomesd_plus.evaluation.features import INCEPTION
@@ -25,7 +25,8 @@ def statistics_command(
         fail(f"--out must name an .npz file, not {str(out)!r}")
     check_writable(out.parent)
     quiet()
-    extractor = run(lambda: load_extractor(features, local_device(device), inception_weights))
+    where = usable(local_device(device))
+    extractor = run(lambda: load_extractor(features, where, inception_weights))
     with progress_bar("pictures") as progress:
         bar = progress.add_task(extractor.name, total=None)
         reference = run(

@@ -129,6 +129,7 @@ def _preset(name: str = "balanced") -> Switch:
         with preset(pipe, name) as reports:
             yield reports.merging
 
+    # at which level it merges goes with the model, which a manifest names too
     return Switch(switch_on, {"merge": chosen.merging, "cache": chosen.cache})
 
 
