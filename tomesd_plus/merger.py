@@ -4,7 +4,6 @@ import hashlib
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.detail import DetailKeeper
 from tomesd_plus.host import owners_of_hooks, sample_and_timestep
+from tomesd_plus.idle import why_idle
 from tomesd_plus.levels import Level, levels_of
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.planner import Planner
 from tomesd_plus.report import LayerRecord, StepRecord
-from tomesd_plus.schedule import AdaptiveRatio, Schedule
 from tomesd_plus.step import Step, StepTracker, outside_graphs
 
 
@@ -258,33 +257,12 @@ class TokenMerger:
         return level.reason or "too few tokens are alike"
 
     def _warn_if_idle(self, step: Step) -> None:
-        if not self.records or any(record.removed for record in self.records.values()):
-            return  # compiled layers have no records
-        present = [level for level in self.levels.values() if level.ratio is not None]
-        adaptive = {level.downsample for level in present if isinstance(level.ratio, AdaptiveRatio)}
-        wanted = adaptive | {
-            level.downsample
-            for level in present
-            if isinstance(level.ratio, Schedule) and level.ratio(step.noise_level) > 0
-        }
-        levels = sorted({record.downsample for record in self.records.values() if record.downsample})
-        good_reasons = self.details.whole, self.config.reuse_attention, self.blocks.gate is not None
-        left_alone = any(good_reasons) or adaptive & set(levels)
-        if not wanted or left_alone or (wanted & set(levels) and not wanted & self._ran):
-            return
-        self._warned = True
-        if levels and not set(levels) & wanted:
-            to_do = (
-                "give ratio one of them"
-                if isinstance(self.config.ratio, Mapping)
-                else f"set max_downsample={levels[0]}"
-            )
-            why = f"this model has self-attention at levels {levels} only; {to_do}"
-            if levels[0] == 2:
-                why += " (SDXL has none at full resolution)"
-        else:
-            why = "; ".join(sorted({record.reason for record in self.records.values() if record.reason}))
-        warnings.warn(f"Token merging has merged nothing: {why}.", stacklevel=2)
+        if self.details.whole or self.config.reuse_attention or self.blocks.gate is not None:
+            return  # there is a good reason
+        why = why_idle(self.records.values(), self.levels.values(), self.config, step.noise_level, self._ran)
+        if why is not None:
+            self._warned = True
+            warnings.warn(f"Token merging has merged nothing: {why}.", stacklevel=2)
 
     def _warn_if_stranger(self, attention: nn.Module) -> None:
         if self.attached and attention not in self._names and not self._warned:
