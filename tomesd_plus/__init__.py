@@ -11,6 +11,7 @@ from tomesd_plus.caching import (
 )
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.pipeline import apply_token_merging, remove_token_merging, token_merging
+from tomesd_plus.presets import PRESETS, Preset, PresetReport, apply_preset, preset, remove_preset
 from tomesd_plus.processor import ToMeProcessor
 from tomesd_plus.report import TokenMergingReport
 from tomesd_plus.schedule import (
@@ -26,6 +27,7 @@ from tomesd_plus.tiny import load_tiny_pipeline
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "AdaptiveRatio",
     "ConstantSchedule",
     "CosineSchedule",
@@ -33,16 +35,21 @@ __all__ = [
     "FeatureCacheReport",
     "IntervalSchedule",
     "LinearSchedule",
+    "Preset",
+    "PresetReport",
     "Schedule",
     "StepsSchedule",
     "ToMeConfig",
     "ToMeProcessor",
     "TokenMergingReport",
     "apply_feature_cache",
+    "apply_preset",
     "apply_token_merging",
     "feature_cache",
     "load_tiny_pipeline",
+    "preset",
     "remove_feature_cache",
+    "remove_preset",
     "remove_token_merging",
     "token_merging",
     "tomesd",

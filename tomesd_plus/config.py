@@ -12,6 +12,7 @@ Metric = Literal["attention_input", "block_input", "keys"]
 Destinations = Literal["random", "fixed"]
 PlanPer = Literal["block", "stage", "level"]
 Levels = Literal["all", "auto", "remeasure"]
+Full = Literal["full"]
 
 LEVELS = (1, 2, 4, 8)
 
@@ -26,6 +27,8 @@ class ToMeConfig:
             mapping decides by itself which levels are merged. A cell of ``a × b`` tokens keeps one destination, so no
             ratio may exceed 1 − 1/(a·b): 0.75 with the default cells. The default merges more at noisy steps, with a
             mean of 0.5.
+        cached_ratio: In place of ``ratio`` on the cached steps of a feature cache, where the few layers that still run
+            are most of the cost; ``None``: the same.
         max_downsample: Merge at levels of at most this downsample: 1, 2, 4 or 8. SD 1.x and 2.x have most of their
             cost at 1; **SDXL has no attention at 1, set 2 there.** Ignored if ``ratio`` is a mapping.
         levels: ``"all"`` merges at every level within ``max_downsample``. ``"auto"`` leaves those alone at which
@@ -57,10 +60,15 @@ class ToMeConfig:
             mid block or up block of the UNet), for all of them; or the first of each ``"level"``. Sharing saves
             matchings, but what is alike in the first block need not be in the last. Compiled layers make plans of
             their own, unless it is ``"level"``.
-        plan_every: For how many steps a plan is used, at least 1; calls at one timestep are one step.
+        plan_every: For how many steps a plan is used, at least 1; calls at one timestep are one step. ``"full"``:
+            plans of a feature cache's full step serve its cached steps too, where the ratio is the same.
         whole_every: Run the merged layers on all tokens every so many steps, at least 2, beginning with the first, and
             let each token keep on the steps between what told it from its group then: much closer pictures for little
-            less saved. Keeps one output of each merged layer in memory. ``None``: never.
+            less saved. Keeps one output of each merged layer in memory. ``"full"``: on the full steps of a feature
+            cache, so that only its cached steps merge. ``None``: never.
+        reuse_attention: On the steps between whole ones do not merge, but take each self-attention's output of the
+            last whole step again, wherever the ratio is not 0 (pyramid attention broadcast,
+            https://arxiv.org/abs/2408.12588).
         seed: Seed of the random destinations, at least 0.
 
     Raises:
@@ -68,6 +76,7 @@ class ToMeConfig:
     """
 
     ratio: Ratio | Mapping[int, Ratio] = field(default_factory=CosineSchedule)
+    cached_ratio: Ratio | Mapping[int, Ratio] | None = None
     max_downsample: int = 1
     levels: Levels = "all"
     cell_size: tuple[int, int] = (2, 2)
@@ -83,8 +92,9 @@ class ToMeConfig:
     queries_only: bool = False
     proportional_attention: bool = True
     plan_per: PlanPer = "stage"
-    plan_every: int = 1
-    whole_every: int | None = None
+    plan_every: int | Full = 1
+    whole_every: int | Full | None = None
+    reuse_attention: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,10 +117,12 @@ class ToMeConfig:
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"window must be None or a whole number of at least 1, not {self.window!r}")
-        if not isinstance(self.plan_every, int) or self.plan_every < 1:
-            raise ValueError(f"plan_every must be a whole number of at least 1, not {self.plan_every!r}")
-        if self.whole_every is not None and (not isinstance(self.whole_every, int) or self.whole_every < 2):
-            raise ValueError(f"whole_every must be None or a whole number of at least 2, not {self.whole_every!r}")
+        if self.plan_every != "full" and (not isinstance(self.plan_every, int) or self.plan_every < 1):
+            raise ValueError(f"plan_every must be 'full' or a whole number of at least 1, not {self.plan_every!r}")
+        if self.whole_every not in (None, "full") and (not isinstance(self.whole_every, int) or self.whole_every < 2):
+            raise ValueError(
+                f"whole_every must be None, 'full' or a whole number of at least 2, not {self.whole_every!r}"
+            )
         if self.whole_every is not None and self.keys_values_only:
             raise ValueError("keys_values_only keeps every query, so there is no detail for whole_every to keep")
         if not (self.merge_self_attention or self.merge_cross_attention or self.merge_mlp or self.merge_block):
@@ -126,19 +138,35 @@ class ToMeConfig:
             if self.metric == "keys":
                 raise ValueError("merge_block measures similarity on the block's input; metric='keys' cannot be had")
             object.__setattr__(self, "metric", "block_input")
-        if isinstance(self.ratio, Mapping):
-            object.__setattr__(self, "ratio", dict(self.ratio))
-            if not self.ratio or not set(self.ratio) <= set(LEVELS):
-                raise ValueError(f"ratio must map levels among {LEVELS} to ratios, not {self.ratio!r}")
-        for schedule in self.schedules.values():
+        if self.reuse_attention:
+            others = (self.merge_cross_attention, self.merge_mlp, self.merge_block)
+            if self.whole_every is None or self.levels != "all" or any(others) or not self.merge_self_attention:
+                raise ValueError(
+                    "reuse_attention is of self-attention only, needs whole_every, and has no gate (levels='all')"
+                )
+        for name in ("ratio", "cached_ratio"):
+            ratio = getattr(self, name)
+            if isinstance(ratio, Mapping):
+                object.__setattr__(self, name, dict(ratio))
+                if not ratio or not set(ratio) <= set(LEVELS):
+                    raise ValueError(f"{name} must map levels among {LEVELS} to ratios, not {ratio!r}")
+        for schedule in (*self.schedules.values(), *self.cached_schedules.values()):
             self._check_maximum(schedule)
 
     @property
     def schedules(self) -> dict[int, Schedule | AdaptiveRatio]:
         """The schedule of each level that is merged."""
-        if isinstance(self.ratio, Mapping):
-            return {level: _schedule(ratio) for level, ratio in sorted(self.ratio.items())}
-        return {level: _schedule(self.ratio) for level in LEVELS if level <= self.max_downsample}
+        return self._by_level(self.ratio)
+
+    @property
+    def cached_schedules(self) -> dict[int, Schedule | AdaptiveRatio]:
+        """The same on a feature cache's cached steps."""
+        return self._by_level(self.ratio if self.cached_ratio is None else self.cached_ratio)
+
+    def _by_level(self, ratio: Ratio | Mapping[int, Ratio]) -> dict[int, Schedule | AdaptiveRatio]:
+        if isinstance(ratio, Mapping):
+            return {level: _schedule(each) for level, each in sorted(ratio.items())}
+        return {level: _schedule(ratio) for level in LEVELS if level <= self.max_downsample}
 
     def _check_maximum(self, schedule: Schedule | AdaptiveRatio) -> None:
         height, width = self.cell_size

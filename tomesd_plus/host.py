@@ -35,6 +35,12 @@ def unet_of(pipe: Any) -> nn.Module:
     return unet
 
 
+def finest_level(unet: nn.Module) -> int:
+    """The least downsample at which an SD UNet has self-attention: 1 for SD 1.x and 2.x, 2 for SDXL."""
+    blocks = list(getattr(unet, "down_blocks", ()))
+    return next((2**i for i, block in enumerate(blocks) if hasattr(block, "attentions")), 1)
+
+
 def owners_of_hooks(model: nn.Module, kind: type[Owner]) -> list[Owner]:
     """The objects of a class whose methods are forward pre-hooks on a model, or on a compiled model's two modules."""
     modules = [model, getattr(model, "_orig_mod", None)]

@@ -1,5 +1,6 @@
 """What holds for all layers of one resolution in one step: how many tokens to remove, and the cells."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,11 +35,22 @@ class Level:
 
 
 def levels_of(
-    step: Step, config: ToMeConfig, generator: torch.Generator | None, device: torch.device
+    step: Step,
+    config: ToMeConfig,
+    schedules: Mapping[int, Schedule | AdaptiveRatio],
+    generator: torch.Generator | None,
+    device: torch.device,
 ) -> dict[int, Level]:
-    """The levels of a step by their number of tokens. Of two with the same number the finer counts."""
+    """The levels of a step by their number of tokens. Of two with the same number the finer counts.
+
+    Args:
+        step: The step.
+        config: What to merge.
+        schedules: Its schedules for the kind of step.
+        generator: For random destinations.
+        device: Where cells are wanted.
+    """
     levels: dict[int, Level] = {}
-    schedules = config.schedules
     for downsample in LEVELS:
         height, width = -(-step.height // downsample), -(-step.width // downsample)
         if height * width in levels:

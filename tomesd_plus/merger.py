@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tomesd_plus.blocks import BlockMerging
+from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.detail import DetailKeeper
 from tomesd_plus.host import owners_of_hooks, sample_and_timestep
@@ -18,7 +19,7 @@ from tomesd_plus.levels import Level, levels_of
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.planner import Planner
 from tomesd_plus.report import LayerRecord, StepRecord
-from tomesd_plus.schedule import AdaptiveRatio
+from tomesd_plus.schedule import AdaptiveRatio, Schedule
 from tomesd_plus.step import Step, StepTracker, outside_graphs
 
 
@@ -35,6 +36,7 @@ class TokenMerger:
     step: Step | None  # the model's call under way, or the latest
     running: bool  # between the model's pre-hook and its hook
     levels: dict[int, Level]  # of this step, by number of tokens
+    cache: FeatureCache | None  # on the same model
     _ran: set[int]  # the levels at which a layer has run in this step
 
     def __init__(
@@ -54,7 +56,7 @@ class TokenMerger:
         self.planner = Planner(config)
         self.details = DetailKeeper(config.whole_every, config.mode)
         self.blocks = BlockMerging(self)
-        self._schedules = config.schedules
+        self._merged_levels = {*config.schedules, *config.cached_schedules}
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
         self._lost: tuple[weakref.ref[nn.Module], list[nn.Module]] | None = None  # model and layers before a detour
@@ -117,19 +119,29 @@ class TokenMerger:
         before = self.step
         self._reset()
         self.step = step = self.tracker.observe(sample, timestep)
-        self.planner.begin_step(step, before)
-        self.details.begin_step(step, before)
         self.running = True
         if step.new_generation:
             self.records = {name: LayerRecord(name, reason=reason) for name, reason in self.excluded.items()}
             self.steps.clear()
         self.steps.append(StepRecord(step.index, step.noise_level))
+        self.cache = feature_cache_on(model)
+        if self.cache is not None and self.cache.mode == "undecided":
+            self.cache.when_decided = lambda cached: self._lay_out(step, before, cached, sample.device)
+        else:
+            cached = None if self.cache is None else self.cache.mode == "cached"
+            self._lay_out(step, before, cached, sample.device)
+
+    def _lay_out(self, step: Step, before: Step | None, cached: bool | None, device: torch.device) -> None:
+        """Make the step's levels, and drop what does not hold on; a feature cache has told whether it is cached."""
+        schedules = self.config.cached_schedules if cached else self.config.schedules
+        self.planner.begin_step(step, before, bool(cached))
+        self.details.begin_step(step, before, cached)
         generator = None
         if self.config.destinations == "random":
             # By the noise level, not by counting: the same step draws the same cells, whatever ran before it.
             seed = hashlib.sha256(f"{self.config.seed} {step.noise_level:.6f}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
-        self.levels = levels_of(step, self.config, generator, sample.device)
+        self.levels = levels_of(step, self.config, schedules, generator, device)
 
     @outside_graphs
     def end_step(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -173,8 +185,18 @@ class TokenMerger:
     def keep_detail(self, layer: nn.Module, output: Tensor) -> None:
         """On a whole step keep the output of a layer that other steps merge, (batch, tokens, channels)."""
         level = self.levels.get(output.shape[1])
-        if self.details.whole and level is not None and level.cells is not None:
-            self.details.keep(layer, output)
+        if not self.details.whole or level is None or level.downsample not in self._merged_levels:
+            return
+        if self.details.every == "full" and self.cache is not None and self.cache.skips(self._names[layer]):
+            return  # the layer does not run on the steps between
+        self.details.keep(layer, output)
+
+    def reused(self, attention: nn.Module, hidden_states: Tensor) -> Tensor | None:
+        """What the layer gave at the last whole step, if that is to be taken again, (batch, tokens, channels)."""
+        level = self.levels.get(hidden_states.shape[1])
+        if not self.active or level is None or level.cells is None:
+            return None
+        return self.details.kept(attention, hidden_states)
 
     def record(self, layer: nn.Module, tokens: int, removed: int, reason: str | None = None) -> None:
         """Note what was done to a layer in this step; compiled layers leave no notes."""
@@ -222,14 +244,16 @@ class TokenMerger:
     def _warn_if_idle(self, step: Step) -> None:
         if not self.records or any(record.removed for record in self.records.values()):
             return  # compiled layers have no records
-        adaptive = {level for level, ratio in self._schedules.items() if isinstance(ratio, AdaptiveRatio)}
-        wanted = {
-            level
-            for level, ratio in self._schedules.items()
-            if isinstance(ratio, AdaptiveRatio) or ratio(step.noise_level) > 0
+        present = [level for level in self.levels.values() if level.ratio is not None]
+        adaptive = {level.downsample for level in present if isinstance(level.ratio, AdaptiveRatio)}
+        wanted = adaptive | {
+            level.downsample
+            for level in present
+            if isinstance(level.ratio, Schedule) and level.ratio(step.noise_level) > 0
         }
         levels = sorted({record.downsample for record in self.records.values() if record.downsample})
-        left_alone = self.details.whole or self.blocks.gate is not None or adaptive & set(levels)  # for good reason
+        good_reasons = self.details.whole, self.config.reuse_attention, self.blocks.gate is not None
+        left_alone = any(good_reasons) or adaptive & set(levels)
         if not wanted or left_alone or (wanted & set(levels) and not wanted & self._ran):
             return
         self._warned = True
@@ -259,11 +283,12 @@ class TokenMerger:
         self.step = None
         self.running = False
         self.levels = {}
+        self.cache = None
         self._ran = set()
         self.blocks.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "step": None, "running": False, "levels": {}, "_lost": None}
+        return {**self.__dict__, "step": None, "running": False, "levels": {}, "cache": None, "_lost": None}
 
 
 def mergers_on(model: nn.Module) -> list[TokenMerger]:

@@ -38,19 +38,22 @@ class Planner:
         self.plans = {}
         self._too_few = {}
 
-    def begin_step(self, step: Step, before: Step | None) -> None:
-        """Drop plans that do not hold for a step any more."""
-        every = self.config.plan_every
-        holds = (
-            every > 1
-            and before is not None
-            and not step.new_generation
-            and step.number // every == before.number // every
-            and (step.height, step.width, step.batch) == (before.height, before.width, before.batch)
-        )
+    def begin_step(self, step: Step, before: Step | None, cached: bool = False) -> None:
+        """Drop plans that do not hold for a step any more, which may be a feature cache's cached one."""
         self.call = step.call
-        if not holds:
+        if (
+            before is None
+            or step.new_generation
+            or not step.same_size(before)
+            or not self._lasts(step, before, cached)
+        ):
             self.forget()
+
+    def _lasts(self, step: Step, before: Step, cached: bool) -> bool:
+        every = self.config.plan_every
+        if every == "full":
+            return cached or (step.number == before.number and step.call > before.call)
+        return every > 1 and step.number // every == before.number // every
 
     def plan(self, hidden_states: Tensor, level: Level, layer: nn.Module) -> MergePlan | None:
         """The plan for a layer's input.

@@ -70,7 +70,12 @@ class ToMeProcessor:
         plan, understood = None, False
         if not attn.is_cross_attention:
             reason = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask, self.merger.config)
-            if reason is None:
+            if reason is None and self.merger.config.reuse_attention:
+                reused = self.merger.reused(attn, hidden_states)
+                if reused is not None:
+                    return reused
+                understood = True
+            elif reason is None:
                 plan = self.merger.plan_for(attn, hidden_states)
                 understood = True
             else:

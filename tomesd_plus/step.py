@@ -40,6 +40,10 @@ class Step:
     call: int
     new_generation: bool
 
+    def same_size(self, other: "Step") -> bool:
+        """True if latents and batch are as large as another step's."""
+        return (self.height, self.width, self.batch) == (other.height, other.width, other.batch)
+
 
 class StepTracker:
     """Turns the arguments of a UNet's calls into steps, without waiting for a GPU at each step.

@@ -94,8 +94,7 @@ def train_unet(
         mean, std = latents[torch.from_numpy(chosen)].float().to(device).chunk(2, dim=1)
         clean = mean + std * torch.randn(mean.shape, generator=generator).to(device)
         noise = torch.randn(mean.shape, generator=generator).to(device)
-        spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count  # one from each equal part
-        timesteps = (1000 * spread).long().to(device)
+        timesteps = _timesteps(count, generator).to(device)
         noisy = schedule.add_noise(clean, noise, timesteps)
         target = schedule.get_velocity(clean, noise, timesteps)
         return (model(noisy, timesteps, states).sample.float() - target).square().mean()
@@ -113,6 +112,12 @@ def train_unet(
         model.train(was_training)
 
     return train(unet, loss_of, folder / "unet", preset.unet_minutes, 1e-3, on_save=sample_sheet)
+
+
+def _timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Timesteps in [0, 999], one from each equally likely part; most where shapes are decided (Esser et al. 2024)."""
+    spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (1000 * torch.sigmoid(-0.4 + 1.2 * torch.special.ndtri(spread))).long().clamp(0, 999)
 
 
 def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:

@@ -1,13 +1,14 @@
 """What a UNet's skipped layers share: which kind of step is under way, and what the last full step left."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from tomesd_plus.caching.config import FeatureCacheConfig
-from tomesd_plus.caching.layers import inner_layers, make_skippable, restore_forwards
+from tomesd_plus.caching.layers import inner_layers, make_skippable, restore_forwards, skipping_cache
 from tomesd_plus.caching.report import CacheStep
 from tomesd_plus.host import owners_of_hooks, sample_and_timestep
 from tomesd_plus.step import Step, StepTracker, outside_graphs
@@ -39,6 +40,7 @@ class FeatureCache:
     mode: Literal["idle", "undecided", "full", "cached"]  # idle outside of the UNet's calls
     outputs: dict[str, Any]  # those of the call under way
     steps: deque[CacheStep]  # of the latest generation
+    when_decided: Callable[[bool], None] | None  # told of the call under way whether it is cached
     _features: dict[int, _Features]  # by the number of the call in its step
     _step: Step | None  # the latest call's
     _too_many: bool  # of the generation's calls are at one step: they can no longer be told apart, so all are full
@@ -63,7 +65,8 @@ class FeatureCache:
         layers = inner_layers(unet, self.config.branch)
         self.skipped = tuple(layers)
         make_skippable(layers, self)
-        self._handles.append(unet.register_forward_pre_hook(self.begin_step, with_kwargs=True))
+        # Before all others: token merging asks for the step's kind in its own.
+        self._handles.append(unet.register_forward_pre_hook(self.begin_step, prepend=True, with_kwargs=True))
         self._handles.append(unet.register_forward_hook(self.end_step, always_call=True))
         if self.config.threshold is not None:
             self._handles.append(unet.get_submodule("conv_in").register_forward_hook(self.read_early_feature))
@@ -107,6 +110,7 @@ class FeatureCache:
         """After the UNet, also after one that failed: its layers are ordinary ones again."""
         self.mode = "idle"
         self.outputs = {}
+        self.when_decided = None
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
@@ -148,6 +152,12 @@ class FeatureCache:
         self.mode = "cached" if reason is None else "full"
         self.outputs = self._features[self._step.call].outputs
         self.steps.append(CacheStep(self._step.index, self._step.noise_level, reason, change))
+        if self.when_decided is not None:
+            self.when_decided(reason is None)
+
+    def skips(self, layer: str) -> bool:
+        """True if cached steps skip a layer of the UNet, given by name."""
+        return any(layer == name or layer.startswith(f"{name}.") for name in self.skipped)
 
     # State ------------------------------------------------------------------------------------------------------
 
@@ -165,12 +175,14 @@ class FeatureCache:
         self.outputs = {}
         self._features = {}
         self._step = None
+        self.when_decided = None
         self._too_many = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mode": "idle", "outputs": {}, "_features": {}, "_step": None}
+        return {**self.__dict__, "mode": "idle", "outputs": {}, "when_decided": None, "_features": {}, "_step": None}
 
 
 def feature_cache_on(unet: nn.Module) -> FeatureCache | None:
     """The cache whose hooks are on a UNet, or ``None``. A compiled UNet's may be on either of its two modules."""
-    return next(iter(owners_of_hooks(unet, FeatureCache)), None)
+    found = next(iter(owners_of_hooks(unet, FeatureCache)), None)
+    return found or skipping_cache(getattr(unet, "mid_block", None))

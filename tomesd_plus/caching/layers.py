@@ -124,6 +124,12 @@ def make_skippable(layers: dict[str, nn.Module], cache: "FeatureCache") -> None:
             layer.forward = SkippableForward(cache, name, layer, name == seam)
 
 
+def skipping_cache(layer: nn.Module | None) -> "FeatureCache | None":
+    """The cache that makes a layer skippable, or ``None``."""
+    forwards = [] if layer is None else [layer.__dict__.get(place) for place in _PLACES]
+    return next((forward.cache for forward in forwards if isinstance(forward, SkippableForward)), None)
+
+
 def restore_forwards(unet: nn.Module) -> None:
     """Take every :class:`SkippableForward` off a UNet."""
     for layer in unet.modules():

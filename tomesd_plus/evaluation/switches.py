@@ -13,6 +13,7 @@ from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.errors import EvaluationError, optional_import
 from tomesd_plus.evaluation.schedules import Direction, make_schedule
 from tomesd_plus.pipeline import merging_report, token_merging
+from tomesd_plus.presets import preset, preset_by_name
 from tomesd_plus.report import TokenMergingReport
 from tomesd_plus.schedule import AdaptiveRatio
 
@@ -53,7 +54,8 @@ def _merge(schedule: str | None = None, more_at: str = "noisy", **options: Any) 
     elif schedule is not None:
         raise ValueError("a schedule needs ratio to be a number")
     config = ToMeConfig(**options)
-    adaptive = any(isinstance(chosen, AdaptiveRatio) for chosen in config.schedules.values())
+    schedules = *config.schedules.values(), *config.cached_schedules.values()
+    adaptive = any(isinstance(chosen, AdaptiveRatio) for chosen in schedules)
     return Switch(lambda pipe: token_merging(pipe, config), config, adaptive, config.levels != "all")
 
 
@@ -106,10 +108,23 @@ def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
     return Switch(switch_on, {"interval": interval, "branch": branch, "version": version("DeepCache")})
 
 
+def _preset(name: str = "balanced") -> Switch:
+    """One of the package's presets."""
+    chosen = preset_by_name(name)
+
+    @contextmanager
+    def switch_on(pipe: Any) -> Iterator[TokenMergingReport | None]:
+        with preset(pipe, name) as reports:
+            yield reports.merging
+
+    return Switch(switch_on, {"merge": chosen.merging, "cache": chosen.cache})
+
+
 SWITCHES: dict[str, tuple[Callable[..., Switch], str]] = {
     "merge": (_merge, "ratio"),
     "cache": (_cache, "interval"),
     "tomesd": (_tomesd, "ratio"),
     "deepcache": (_deepcache, "interval"),
+    "preset": (_preset, "name"),
 }
-"""A function of the options, and the option that a bare value is. A new kind, such as presets, is a new line here."""
+"""A function of the options, and the option that a bare value is. A new kind is a new line here."""

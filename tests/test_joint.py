@@ -1,0 +1,197 @@
+"""Merging that knows of the feature cache: ratios, plans and whole steps by the kind of step; attention reuse."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import INPUTS, generate, make_pipeline
+
+from tomesd_plus import (
+    StepsSchedule,
+    ToMeConfig,
+    apply_feature_cache,
+    apply_token_merging,
+    remove_feature_cache,
+    remove_token_merging,
+)
+
+CACHES = {"interval": {"interval": 3}, "adaptive": {"interval": 3, "threshold": 1e9}}
+FULL = [True, False, False, True, False, False]
+
+
+def apply_both(pipe, first, cache, **options):
+    if first == "cache":
+        apply_feature_cache(pipe, **cache)
+    report = apply_token_merging(pipe, **options)
+    if first == "merging":
+        apply_feature_cache(pipe, **cache)
+    return report
+
+
+@pytest.mark.parametrize("first", ["merging", "cache"])
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+def test_cached_steps_have_a_ratio_of_their_own(pipe, first, cache):
+    report = apply_both(pipe, first, cache, ratio=0.25, cached_ratio={1: 0.75, 2: 0.5})
+    generate(pipe, num_inference_steps=6)
+    assert [step.removed[1] for step in report.steps] == [0.25 if full else 0.75 for full in FULL]
+    assert all(2 not in step.removed for step in report.steps)  # cached steps have no layer there
+
+
+def test_the_order_of_applying_changes_no_bit(pipe):
+    options = {"ratio": 0.25, "cached_ratio": 0.5, "whole_every": "full", "plan_every": "full"}
+    pictures = []
+    for first in ("merging", "cache"):
+        twin = copy.deepcopy(pipe)
+        apply_both(twin, first, CACHES["interval"], **options)
+        pictures.append(generate(twin, num_inference_steps=6))
+    assert torch.equal(*pictures)
+
+
+def test_without_a_cache_the_ratio_of_cached_steps_does_nothing(pipe):
+    plain = copy.deepcopy(pipe)
+    apply_token_merging(plain, ratio=0.25)
+    apply_token_merging(pipe, ratio=0.25, cached_ratio=0.75, plan_every="full", whole_every="full")
+    assert torch.equal(generate(pipe), generate(plain))
+    apply_feature_cache(pipe, interval=2)
+    apply_feature_cache(plain, interval=2)
+    assert not torch.equal(generate(pipe), generate(plain))
+    remove_feature_cache(pipe)
+    remove_feature_cache(plain)
+    assert torch.equal(generate(pipe), generate(plain))
+
+
+@pytest.mark.parametrize("first", ["merging", "cache"])
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+def test_full_steps_can_be_whole(pipe, first, cache):
+    plain = copy.deepcopy(pipe)
+    apply_feature_cache(plain, **cache)
+    untouched = near_steps(plain.unet)
+    apply_token_merging(plain, ratio=0, cached_ratio=0.5)
+    copied = near_steps(plain.unet)
+    report = apply_both(pipe, first, cache, ratio=0.5, whole_every="full")
+    kept = near_steps(pipe.unet)
+    assert [bool(step.removed) for step in report.steps] == [not full for full in FULL]
+    assert torch.equal(kept[3], untouched[3])
+    for index in (1, 2, 4, 5):
+        error, other = ((r[index] - untouched[index]).square().mean() for r in (kept, copied))
+        assert 0 < error < other / 2
+
+
+@torch.no_grad()
+def near_steps(unet):
+    """Outputs at noise levels so near that little changes between them."""
+    return [
+        unet(INPUTS["sample"], timestep, INPUTS["encoder_hidden_states"]).sample
+        for timestep in torch.tensor([900, 895, 890, 885, 880, 875])
+    ]
+
+
+def test_only_what_runs_on_cached_steps_is_kept(pipe):
+    report = apply_token_merging(pipe, ratio=0.5, whole_every="full")
+    apply_feature_cache(pipe, interval=6, branch=0)
+    generate(pipe, num_inference_steps=4, height=32, width=32)
+    outer = 2 * 256 * 16 * 4  # bytes of the last layer's output
+    assert report.kept_bytes == outer
+
+
+def matchings(monkeypatch):
+    from tomesd_plus import planner
+
+    count = []
+    match = planner.match
+    monkeypatch.setattr(planner, "match", lambda *args, **kwargs: count.append(0) or match(*args, **kwargs))
+    return count
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, [2, 1, 1, 2, 1, 1]),  # two stages have layers at the level, and one of them runs on cached steps
+    ({"plan_every": "full"}, [2, 0, 0, 2, 0, 0]),
+    ({"plan_every": "full", "cached_ratio": 0.25}, [2, 1, 0, 2, 1, 0]),
+])  # fmt: skip
+def test_cached_steps_take_the_plans_of_the_full_step(pipe, monkeypatch, options, expected):
+    apply_token_merging(pipe, ratio=0.5, **options)
+    apply_feature_cache(pipe, interval=3, branch=0)
+    count, per_step = matchings(monkeypatch), []
+
+    def end_of_step(pipe, step, timestep, tensors):
+        per_step.append(len(count))
+        count.clear()
+        return tensors
+
+    generate(pipe, num_inference_steps=6, callback_on_step_end=end_of_step)
+    assert per_step == expected
+
+
+def test_each_guidance_branch_keeps_its_own_plans(pipe, monkeypatch):
+    unet = pipe.unet
+    apply_token_merging(unet, ratio=0.5, plan_every="full")
+    apply_feature_cache(unet, interval=3)
+    count = matchings(monkeypatch)
+    per_step = []
+    with torch.no_grad():
+        for timestep in torch.tensor([900, 800, 700, 600]):
+            for sign in (1, -1):
+                unet(sign * INPUTS["sample"], timestep, INPUTS["encoder_hidden_states"])
+            per_step.append(len(count))
+            count.clear()
+    assert per_step[0] == per_step[3] > 0
+    assert per_step[1:3] == [0, 0]
+
+
+def test_compiled_layers_know_the_kind_of_step_too(pipe):
+    apply_both(pipe, "merging", CACHES["interval"], ratio=0.25, cached_ratio=0.75, whole_every="full")
+    eager = generate(pipe, num_inference_steps=3)
+    torch.compiler.reset()
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.allclose(generate(pipe, num_inference_steps=3), eager, atol=1e-5)
+
+
+def test_reused_attention_is_that_of_the_last_whole_step(pipe):
+    unet = pipe.unet
+    outputs = []
+    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention.register_forward_hook(lambda layer, args, output: outputs.append(output.clone()))
+    report = apply_token_merging(pipe, ratio=0.5, whole_every=2, reuse_attention=True)
+    picture = generate(pipe, num_inference_steps=4)
+    assert [torch.equal(a, b) for a, b in pairwise(outputs)] == [True, False, True]
+    assert not any(step.removed for step in report.steps)
+    assert torch.equal(generate(pipe, num_inference_steps=4), picture)
+    remove_token_merging(pipe)
+    assert not torch.equal(generate(pipe, num_inference_steps=4), picture)
+
+
+def test_attention_is_not_reused_where_the_ratio_is_nought(pipe):
+    plain = generate(pipe, num_inference_steps=4)
+    apply_token_merging(pipe, ratio=StepsSchedule((0, 0)), whole_every=2, reuse_attention=True)
+    assert torch.equal(generate(pipe, num_inference_steps=4), plain)
+
+
+def test_reuse_starts_anew_with_another_batch_and_size(pipe):
+    apply_token_merging(pipe, ratio=0.5, whole_every=3, reuse_attention=True)
+    fresh = copy.deepcopy(pipe)
+    generate(pipe, num_inference_steps=4, height=16, width=32)
+    assert torch.equal(generate(pipe, num_inference_steps=4), generate(fresh, num_inference_steps=4))
+
+
+@pytest.mark.parametrize("options", [
+    {"plan_every": 0}, {"plan_every": "cached"}, {"whole_every": 1}, {"whole_every": "cached"},
+    {"cached_ratio": {3: 0.5}}, {"reuse_attention": True},
+    {"reuse_attention": True, "whole_every": 2, "merge_mlp": True},
+    {"reuse_attention": True, "whole_every": 2, "levels": "auto"},
+])  # fmt: skip
+def test_what_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ToMeConfig(**options)
+
+
+def test_cells_bound_the_ratio_of_cached_steps_too():
+    with pytest.raises(ValueError, match="0.9 is more than cells"):
+        ToMeConfig(cached_ratio=0.9)
+
+
+def test_sdxl_caches_and_merges_too():
+    pipe = make_pipeline("sdxl")
+    report = apply_both(pipe, "merging", {"interval": 2, "branch": 3}, ratio=0.25, cached_ratio=0.5, max_downsample=2)
+    generate(pipe, num_inference_steps=4)
+    assert [step.removed.get(2) for step in report.steps] == [0.25, 0.5, 0.25, 0.5]
