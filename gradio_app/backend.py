@@ -15,12 +15,12 @@ from gradio_app.snippet import snippet
 from tomesd_plus import (
     FeatureCacheConfig,
     FeatureCacheReport,
-    ToMeConfig,
     TokenMergingReport,
+    ToMeConfig,
     feature_cache,
     token_merging,
 )
-from tomesd_plus.evaluation import PSNR_CEILING, Sampling, device_name, generate_batch, peak_memory, psnr, ssim
+from tomesd_plus.evaluation import Sampling, device_name, generate_batch, peak_memory, psnr, ssim
 from tomesd_plus.evaluation.models import TINY
 
 MAX_BASELINES = 16
@@ -188,10 +188,9 @@ class Backend:
 
             shot = self._shoot(picture, on_step)
         equal = torch.equal(shot.pixels, baseline.pixels)
-        near = psnr(shot.pixels, baseline.pixels).item()
         return Result(
             candidate, baseline, shot,
-            psnr=None if equal or near >= PSNR_CEILING else near,
+            psnr=None if equal else psnr(shot.pixels, baseline.pixels).item(),
             ssim=ssim(shot.pixels, baseline.pixels).item(),
             code=snippet(picture, merging, cache, candidate.preset, self.model, str(self.pipe.device), self.dtype),
             removed={level: share for level, share in report.removed.items() if share} if report else {},

@@ -6,6 +6,7 @@ from typing import Any
 
 from tomesd_plus import FeatureCacheConfig, ToMeConfig
 from tomesd_plus.evaluation.schedules import Direction, make_schedule
+from tomesd_plus.host import attention_levels
 from tomesd_plus.presets import preset_by_name
 
 MAX_PROMPT = 500  # characters
@@ -16,7 +17,7 @@ MAX_INTERVAL = 10
 MAX_SIDE = 1536  # pixels, whatever the model
 MAX_RATIO = 0.75  # of cells of 2 × 2 tokens
 
-MERGED: dict[str, dict[str, bool]] = {
+MERGED: dict[str, dict[str, Any]] = {
     "self-attention": {},
     "self- and cross-attention": {"merge_cross_attention": True},
     "both attentions and MLP": {"merge_cross_attention": True, "merge_mlp": True},
@@ -93,6 +94,7 @@ class Candidate:
         if self.more_at not in list(Direction):
             raise ValueError(f"more merging at {self.more_at!r} steps is unknown: choose from {', '.join(Direction)}")
         schedule = make_schedule(self.schedule, self.ratio, Direction(self.more_at))
+        schedule = schedule.replaced([round(ratio, 6) for ratio in schedule.ratios])  # digits that a person can read
         merging = ToMeConfig(ratio=schedule, max_downsample=self.max_downsample, **MERGED[self.merged])
         cache = FeatureCacheConfig(interval=self.cache_interval)
         return merging if self.ratio > 0 else None, cache if self.cache_interval > 1 else None
@@ -120,7 +122,8 @@ class Limits:
         """Those of a pipeline: half to twice its own side, at most 1536 pixels."""
         sample_size = pipe.unet.config.sample_size
         side = (sample_size if isinstance(sample_size, int) else max(sample_size)) * pipe.vae_scale_factor
-        return cls(side, side // 2, max(side, min(2 * side, MAX_SIDE)), max(8, pipe.vae_scale_factor), _levels(pipe))
+        largest = max(side, min(2 * side, MAX_SIDE))
+        return cls(side, side // 2, largest, max(8, pipe.vae_scale_factor), attention_levels(pipe.unet) or (1,))
 
     def check(self, picture: Picture) -> None:
         """Raise ValueError, in words, if a picture cannot be made."""
@@ -136,15 +139,6 @@ class Limits:
             _whole(f"the {name}", side, self.smallest, self.largest)
             if side % self.multiple:
                 raise ValueError(f"the {name} must be a multiple of {self.multiple} pixels, not {side}")
-
-
-def _levels(pipe: Any) -> tuple[int, ...]:
-    """The downsamples at which a UNet has transformer blocks."""
-    blocks = enumerate(pipe.unet.down_blocks)
-    levels = {2**index for index, block in blocks if getattr(block, "attentions", None)}
-    if getattr(pipe.unet.mid_block, "attentions", None):
-        levels.add(2 ** (len(pipe.unet.down_blocks) - 1))
-    return tuple(sorted(levels))
 
 
 def _whole(name: str, value: object, least: int, most: int) -> None:

@@ -1,11 +1,12 @@
 """The code that makes a candidate's picture, ready to copy: a script that gives the same pixels."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from gradio_app.settings import Picture
-from tomesd_plus import FeatureCacheConfig, ToMeConfig
+from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
 from tomesd_plus.evaluation.models import TINY
 
 
@@ -33,15 +34,15 @@ def snippet(
     names, contexts = set(imports), []
     if preset is not None:
         names.add("preset")
-        contexts.append(f"preset(pipe, {preset!r})")
+        contexts.append(f"preset(pipe, {constructor(preset)})")
     else:
         for function, config in (("token_merging", merging), ("feature_cache", cache)):
             if config is not None:
                 names |= {function, *_classes(config)}
                 contexts.append(f"{function}(pipe, {constructor(config)})")
     arguments = [
-        repr(picture.prompt),
-        *([f"negative_prompt={picture.negative_prompt!r}"] if picture.negative_prompt else []),
+        constructor(picture.prompt),
+        *([f"negative_prompt={constructor(picture.negative_prompt)}"] if picture.negative_prompt else []),
         f"num_inference_steps={picture.steps}, guidance_scale={picture.guidance_scale:g}",
         f"height={picture.height}, width={picture.width}",
         f"generator=torch.Generator().manual_seed({picture.seed})",
@@ -59,18 +60,21 @@ def snippet(
 
 
 def constructor(value: Any) -> str:
-    """The call that makes a configuration, with what differs from its defaults; a ratio is always told.
+    """A value as code: of a configuration what differs from its defaults, and always the ratio, schedule and interval.
 
     Example:
         >>> constructor(ToMeConfig(ratio=0.5, merge_mlp=True))
         'ToMeConfig(ratio=0.5, merge_mlp=True)'
     """
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
     if not is_dataclass(value):
         return repr(value)
     told = []
     for field in fields(value):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if field.name in ("ratio", "interval") or getattr(value, field.name) != default:
+        always = isinstance(value, Schedule) or field.name in ("ratio", "interval")
+        if always or getattr(value, field.name) != default:
             told.append(f"{field.name}={constructor(getattr(value, field.name))}")
     return f"{type(value).__name__}({', '.join(told)})"
 
@@ -80,8 +84,7 @@ def _classes(value: Any) -> Iterator[str]:
     if is_dataclass(value):
         yield type(value).__name__
         for field in fields(value):
-            if field.default is MISSING or getattr(value, field.name) != field.default:
-                yield from _classes(getattr(value, field.name))
+            yield from _classes(getattr(value, field.name))
 
 
 def _loading(model: str, device: str, dtype: str) -> tuple[list[str], str]:

@@ -9,6 +9,7 @@ from tomesd_plus.evaluation.fidelity import PSNR_CEILING, psnr, ssim
 from tomesd_plus.evaluation.figures import comparison_figure
 from tomesd_plus.evaluation.generate import Generated, GeneratedBatch, Sampling, generate, generate_batch
 from tomesd_plus.evaluation.generation import generate_experiment, generate_images
+from tomesd_plus.evaluation.images import to_image
 from tomesd_plus.evaluation.items import Item, Share, make_items
 from tomesd_plus.evaluation.models import ModelError, load_model, local_device
 from tomesd_plus.evaluation.overlays import difference, merge_map_overlay
@@ -67,5 +68,6 @@ __all__ = [
     "psnr",
     "score",
     "ssim",
+    "to_image",
     "write_report",
 ]
