@@ -7,7 +7,7 @@ from gradio_app.backend import Result
 from tomesd_plus.schedule import Schedule
 
 WIDTH, HEIGHT = 300, 110  # of the curve
-PLOT_WIDTH, PLOT_HEIGHT = 460, 300
+PLOT_WIDTH, PLOT_HEIGHT = 300, 250
 HIGHEST_RATIO = 0.8
 
 

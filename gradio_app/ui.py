@@ -20,24 +20,27 @@ from tomesd_plus.presets import PRESETS
 
 CSS = Path(__file__).parent / "style.css"
 FONT = ["system-ui", "sans-serif"]  # no web fonts: the app uses no network
+PICTURE_HEIGHT = "max(280px, calc(100vh - 372px))"  # what the other fields leave of one screen
+MAP_HEIGHT = "max(170px, calc(100vh - 484px))"
+GRID_HEIGHT = "max(380px, calc(100vh - 220px))"
 RATIOS = ("0.1", "0.25", "0.4", "0.5", "0.6", "0.75")
 RUN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "hidden"}
 LIVE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-EXAMPLES = {
-    True: (
-        "a large dog on a blue background",
-        "a small strawberry on the left of a yellow striped background",
-        "a large ladybug on a pink gradient background",
-        "a small star and a small red heart on a purple background",
-    ),
-    False: (
-        "a photo of a fox in the snow",
-        "a lighthouse at sunset, oil painting",
-        "a bowl of fruit on a wooden table",
-        "a street in the rain at night, neon lights",
-    ),
+EXAMPLES: dict[bool, dict[str, str]] = {
+    True: {
+        "dog": "a large dog on a blue background",
+        "strawberry": "a small strawberry on the left of a yellow striped background",
+        "ladybug": "a large ladybug on a pink gradient background",
+        "star": "a small star and a small red heart on a purple background",
+    },
+    False: {
+        "fox": "a photo of a fox in the snow",
+        "lighthouse": "a lighthouse at sunset, oil painting",
+        "fruit": "a bowl of fruit on a wooden table",
+        "street": "a street in the rain at night, neon lights",
+    },
 }
-"""For the embedded pipeline, which knows emoji only, and for any other."""
+"""Prompts by a word, for the embedded pipeline, which knows emoji only, and for any other."""
 
 
 def build_demo(backend: Backend) -> gr.Blocks:
@@ -59,28 +62,28 @@ def build_demo(backend: Backend) -> gr.Blocks:
                         candidate, curve = _candidate_fields(backend)
                         with gr.Row(elem_classes="buttons"):
                             compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
-                            cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=80)
+                            cancel = gr.Button("Cancel", variant="secondary", elem_id="cancel", min_width=80)
                     with gr.Column(scale=1, min_width=320):
                         outputs = _results()
                 with gr.Tab("Explore", id="explore"), gr.Row(equal_height=False):
                     with gr.Column(scale=0, min_width=290):
                         tried = gr.CheckboxGroup(
                             [(f"ratio {ratio}", ratio) for ratio in RATIOS] + [(name, name) for name in PRESETS],
-                            value=["0.25", "0.5", "0.75"], label="What to try", elem_id="tried",
+                            value=["0.25", "0.5", "0.75", *PRESETS], label="What to try", elem_id="tried",
                             info="Ratios with the other settings of Compare; presets as they are.",
                         )  # fmt: skip
                         with gr.Row(elem_classes="buttons"):
                             explore = gr.Button("Explore", variant="primary", elem_id="explore", min_width=80)
-                            stop = gr.Button("Cancel", variant="stop", elem_id="stop", min_width=80)
+                            stop = gr.Button("Cancel", variant="secondary", elem_id="stop", min_width=80)
                         plot = gr.HTML(drawings.scatter([]), elem_id="plot")
                     with gr.Column(scale=1, min_width=320):
-                        grid = gr.Gallery(label="Same prompt, same seed", format="png", columns=4, height=520,
+                        grid = gr.Gallery(label="Same prompt, same seed", format="png", columns=4, height=GRID_HEIGHT,
                                           object_fit="contain", interactive=False, elem_id="grid")  # fmt: skip
                         explore_status = gr.HTML(words.status(words.EXPLORE_WELCOME), elem_id="explore-status")
                         numbers = gr.JSON(visible=False)
 
         fields = [*picture, *candidate]
-        slider, _, _, _, overlay, told, step, level, _, view, status = outputs
+        _, _, _, _, overlay, told, step, level, _, view, status = outputs
         seed = picture[2]
         compare_outputs = [*outputs[:-1], seed, status]
         runs = [
@@ -119,18 +122,25 @@ def launch_options() -> dict[str, Any]:
 def _picture_fields(backend: Backend, tiny: bool) -> list[Any]:
     """What both pictures have in common, in the order of :func:`gradio_app.handlers.picture_from`."""
     limits = backend.limits
-    prompts = EXAMPLES[tiny]
-    prompt = gr.Textbox(prompts[0], label="Prompt: what the picture shows", lines=3, max_lines=3, submit_btn=False,
+    examples = EXAMPLES[tiny]
+    prompts = list(examples.values())
+    prompt = gr.Textbox(prompts[0], label="Prompt: what the picture shows", lines=2, max_lines=2,
                         max_length=MAX_PROMPT, elem_id="prompt")  # fmt: skip
-    gr.Examples([[text] for text in prompts], [prompt], label="Examples, to click", elem_id="examples")
-    negative = gr.Textbox("", label="Negative prompt: what it does not show", lines=1, max_lines=1,
+    gr.Examples(
+        [[text] for text in prompts],
+        [prompt],
+        label="Examples to click",
+        example_labels=list(examples),
+        elem_id="examples",
+    )
+    negative = gr.Textbox("", label="Negative prompt: what it avoids", lines=1, max_lines=1,
                           max_length=MAX_PROMPT, elem_id="negative")  # fmt: skip
     with gr.Row():
         seed = gr.Number(0, label="Seed", minimum=0, maximum=MAX_SEED, precision=0, min_width=80, elem_id="seed")
         chance = gr.Checkbox(False, label="Random", min_width=80, container=False, elem_id="random")
-    steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps: more are slower and cleaner", elem_id="steps")
+    steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps (more: slower)", buttons=[], elem_id="steps")
     guidance = gr.Slider(0, MAX_GUIDANCE, 3.0 if tiny else 7.5, step=0.5, elem_id="guidance",
-                         label="Guidance: how closely to follow the prompt")  # fmt: skip
+                         label="Guidance by the prompt", buttons=[])  # fmt: skip
     sides = []
     with gr.Row():
         for name in ("Width", "Height"):
@@ -146,7 +156,7 @@ def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
     finest = backend.limits.levels[0]
     presets = [("none: set it below", CUSTOM)] + [(f"{name}: {p.description}", name) for name, p in PRESETS.items()]
     preset = gr.Dropdown(presets, value=CUSTOM, label="Preset", elem_id="preset")
-    ratio = gr.Slider(0, MAX_RATIO, 0.5, step=0.05, label="Ratio: share of tokens merged, on average",
+    ratio = gr.Slider(0, MAX_RATIO, 0.5, step=0.05, label="Ratio: tokens merged", buttons=[],
                       elem_id="ratio")  # fmt: skip
     with gr.Row():
         schedule = gr.Dropdown(list(SCHEDULES), value="cosine", label="Schedule", min_width=80, elem_id="schedule")
@@ -156,7 +166,7 @@ def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
     merged = gr.Dropdown(list(MERGED), value=next(iter(MERGED)), label="What is merged", elem_id="merged")
     levels = [("full resolution" if level == 1 else f"down to 1/{level}", level) for level in backend.limits.levels]
     level = gr.Dropdown(levels, value=finest, label="At which resolutions", elem_id="levels")
-    cache = gr.Slider(1, MAX_INTERVAL, 1, step=1, label="Cache: whole network every … steps (1: always)",
+    cache = gr.Slider(1, MAX_INTERVAL, 1, step=1, label="Full step every (1: no cache)", buttons=[],
                       elem_id="cache")  # fmt: skip
     return [preset, ratio, schedule, more_at, merged, level, cache], curve
 
@@ -166,20 +176,20 @@ def _results() -> list[Any]:
     with gr.Tabs():
         with gr.Tab("Both pictures", id="both"):
             slider = gr.ImageSlider(label="Left: without merging. Right: with it", format="png", interactive=False,
-                                    height=430, max_height=430, elem_id="slider")  # fmt: skip
+                                    height=PICTURE_HEIGHT, max_height=2000, elem_id="slider")  # fmt: skip
         with gr.Tab("Difference", id="difference"):
-            difference = gr.Image(label="Difference, 4 times as strong", format="png", interactive=False, height=430,
+            difference = gr.Image(label="Difference, 4 times as strong", format="png", interactive=False, height=PICTURE_HEIGHT,
                                   elem_id="difference")  # fmt: skip
         with gr.Tab("Merge map", id="map"):
             with gr.Row():
-                step = gr.Slider(1, 25, 1, step=1, label="Step", elem_id="step")
+                step = gr.Slider(1, 25, 1, step=1, label="Step", buttons=[], elem_id="step")
                 level = gr.Radio([("level 1", 1)], value=1, label="Level (1: full resolution)", elem_id="level")
             overlay = gr.Image(label="Merged tokens: yellow pairs, red large groups", format="png", interactive=False,
-                               height=330, elem_id="overlay")  # fmt: skip
+                               height=MAP_HEIGHT, elem_id="overlay")  # fmt: skip
             told = gr.HTML("", elem_id="told")
         with gr.Tab("Code", id="code"):
             code = gr.Code("# Compare first: the code of that picture will stand here.", language="python",
-                           label="Gives the very same picture", interactive=False, max_lines=24,
+                           label="Gives the very same picture", interactive=False, lines=18, max_lines=18,
                            elem_id="code")  # fmt: skip
     figures = gr.HTML(words.empty_figures(), elem_id="figures")
     status = gr.HTML(words.status(words.WELCOME), elem_id="status")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tomesd_plus.cli.common import console, fail, load, quiet
+from tomesd_plus.cli.common import console, fail, load
 from tomesd_plus.cli.options import Device, Dtype, Model
 from tomesd_plus.evaluation.models import TINY
 
@@ -17,7 +17,6 @@ def app_command(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: the first free one from 7860.")] = None,
 ) -> None:
     """Open the comparison app: type a prompt, move the ratio, look at both pictures."""
-    quiet()
     try:
         from gradio_app.ui import build_demo, launch_options
     except ModuleNotFoundError as error:
