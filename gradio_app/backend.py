@@ -24,7 +24,7 @@ from tomesd_plus.evaluation import Sampling, device_name, generate_batch, peak_m
 from tomesd_plus.evaluation.models import TINY
 
 MAX_BASELINES = 16
-MAX_CANDIDATES = 8
+MAX_CANDIDATES = 9
 WARM_UP_STEPS = 2
 MEBIBYTE = 2**20
 OnProgress = Callable[[str, int, int], None]
@@ -127,7 +127,7 @@ class Backend:
 
         Args:
             picture: What all have in common.
-            candidates: 1 to 8.
+            candidates: 1 to 9.
             on_progress: Called before the first step and after each one.
             stop: Once it is set, the run ends after the step under way, or at once while it waits for its turn.
 
