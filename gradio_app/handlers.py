@@ -72,10 +72,33 @@ class Handlers:
         else:
             yield (gr.skip(),) * COMPARE_OUTPUTS
 
-    def explore(self, tried: list[str], *values: Any) -> Generator[tuple[Any, ...], None, None]:
-        """Generate a grid of what was chosen to be tried; takes what :meth:`compare` takes besides."""
-        picture = picture_from(*values[:8])
-        candidates = [candidate_from(*_tried(name, *values[8:])) for name in tried]
+    def explore(
+        self,
+        tried: list[str],
+        prompt: str,
+        negative_prompt: str,
+        seed: float | None,
+        random_seed: bool,
+        steps: float,
+        guidance_scale: float,
+        width: float,
+        height: float,
+        schedule: str,
+        more_at: str,
+        merged: str,
+        max_downsample: float,
+        cache_interval: float,
+    ) -> Generator[tuple[Any, ...], None, None]:
+        """Generate a grid: the picture without merging, and one for each ratio or preset that was chosen to be tried.
+
+        The other arguments are those of ``compare``. What is returned begins with the pictures and the figures.
+        """
+        picture = picture_from(prompt, negative_prompt, seed, random_seed, steps, guidance_scale, width, height)
+        others = (schedule, more_at, merged, max_downsample, cache_interval)
+        candidates = [
+            candidate_from(name, 0, *others) if name in PRESETS else candidate_from(CUSTOM, float(name), *others)
+            for name in tried
+        ]
         progress = follow(lambda on_progress, stop: self.backend.explore(picture, candidates, on_progress, stop))
         results = yield from _stepwise(progress, lambda told: _running(told, picture.seed, EXPLORE_OUTPUTS))
         baseline = results[0].baseline
@@ -174,11 +197,6 @@ def candidate_from(
     if preset != CUSTOM:
         return Candidate(preset=preset)
     return Candidate(ratio, schedule, more_at, merged, _number(max_downsample), _number(interval))
-
-
-def _tried(name: str, _preset: str, _ratio: float, *others: Any) -> Sequence[Any]:
-    """The fields of a candidate of the grid: a preset, or a ratio with the other settings there are."""
-    return (name, 0.0, *others) if name in PRESETS else (CUSTOM, float(name), *others)
 
 
 def _number(value: Any) -> Any:
