@@ -93,7 +93,11 @@ def build_demo(backend: Backend) -> gr.Blocks:
                   api_visibility="private", trigger_mode="always_last", **RUN),
         ]  # fmt: skip
         exploring = explore.click(
-            handlers.explore, [tried, *picture, *candidate[2:]], [grid, numbers, plot, seed, explore_status], api_name="explore", **RUN
+            handlers.explore,
+            [tried, *picture, *candidate[2:]],
+            [grid, numbers, plot, seed, explore_status],
+            api_name="explore",
+            **RUN,
         )
         cancelled = words.status(words.CANCELLED)
         cancel.click(lambda: cancelled, None, status, cancels=runs, **LIVE)

@@ -35,7 +35,9 @@ def untouched(pipe):
 
 
 def test_gradio_is_not_imported():
-    code = "import sys, gradio_app.backend, gradio_app.runs, gradio_app.words, gradio_app.drawings; print(*sys.modules)"
+    code = (
+        "import sys, gradio_app.backend, gradio_app.runs, gradio_app.words, gradio_app.drawings; print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "gradio_app.backend" in loaded and "gradio" not in loaded
 
