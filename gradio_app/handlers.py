@@ -1,7 +1,7 @@
 """What the page's events do: from the values of its fields to the values of its fields."""
 
 import secrets
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from html import escape
 from typing import Any, TypeVar
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tomesd_plus import FeatureCacheConfig, ToMeConfig
-from tomesd_plus.evaluation.schedules import Direction, make_schedule
 from tomesd_plus.host import attention_levels
 from tomesd_plus.presets import preset_by_name
+from tomesd_plus.schedule import schedule_by_name
 
 MAX_PROMPT = 500  # characters
 MAX_STEPS = 100
@@ -54,7 +54,7 @@ class Candidate:
 
     Args:
         ratio: Mean share of tokens to remove, in [0, 0.75]; 0 merges nothing.
-        schedule: Of the ratio over the steps: constant, linear, cosine or steps.
+        schedule: Of the ratio over the steps: constant, linear, cosine, steps or auto.
         more_at: At which steps it merges more: noisy or clean.
         merged: Around which layers, a key of :data:`MERGED`.
         max_downsample: The coarsest level to merge at: 1, 2, 4 or 8.
@@ -91,9 +91,7 @@ class Candidate:
         _whole("the cache interval", self.cache_interval, 1, MAX_INTERVAL)
         if self.merged not in MERGED:
             raise ValueError(f"cannot merge {self.merged!r}: choose from {', '.join(MERGED)}")
-        if self.more_at not in list(Direction):
-            raise ValueError(f"more merging at {self.more_at!r} steps is unknown: choose from {', '.join(Direction)}")
-        schedule = make_schedule(self.schedule, self.ratio, Direction(self.more_at))
+        schedule = schedule_by_name(self.schedule, self.ratio, self.more_at)
         schedule = schedule.replaced([round(ratio, 6) for ratio in schedule.ratios])  # digits that a person can read
         merging = ToMeConfig(ratio=schedule, max_downsample=self.max_downsample, **MERGED[self.merged])
         cache = FeatureCacheConfig(interval=self.cache_interval)

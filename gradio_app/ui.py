@@ -15,8 +15,8 @@ from gradio_app.handlers import CUSTOM, Handlers
 from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATIO, MAX_SEED, MAX_STEPS, MERGED
 from tomesd_plus import CosineSchedule
 from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.evaluation.schedules import SCHEDULES
 from tomesd_plus.presets import PRESETS
+from tomesd_plus.schedule import AUTO, SCHEDULES
 
 CSS = Path(__file__).parent / "style.css"
 FONT = ["system-ui", "sans-serif"]  # no web fonts: the app uses no network
@@ -163,7 +163,7 @@ def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
     ratio = gr.Slider(0, MAX_RATIO, 0.5, step=0.05, label="Ratio: tokens merged", buttons=[],
                       elem_id="ratio")  # fmt: skip
     with gr.Row():
-        schedule = gr.Dropdown(list(SCHEDULES), value="cosine", label="Schedule", min_width=80, elem_id="schedule")
+        schedule = gr.Dropdown([*SCHEDULES, AUTO], value="cosine", label="Schedule", min_width=80, elem_id="schedule")
         more_at = gr.Dropdown([("early steps", "noisy"), ("late steps", "clean")], value="noisy",
                               label="More merging at", min_width=80, elem_id="more-at")  # fmt: skip
     curve = gr.HTML(drawings.curve(CosineSchedule()), elem_id="curve")

@@ -257,7 +257,7 @@ def test_a_picture_out_of_bounds_is_refused_in_words(backend, changes, told):
         ({"ratio": 0.8}, "the ratio must be a number from 0 to 0.75, not 0.8"),
         ({"ratio": None}, "the ratio"),
         ({"schedule": "sine"}, "unknown schedule 'sine'"),
-        ({"more_at": "never"}, "more merging at 'never' steps is unknown"),
+        ({"more_at": "never"}, "more_at must be 'noisy' or 'clean'"),
         ({"merged": "everything"}, "cannot merge 'everything': choose from self-attention"),
         ({"max_downsample": 3}, "max_downsample must be one of"),
         ({"cache_interval": 11}, "the cache interval must be a whole number from 1 to 10"),

@@ -69,6 +69,31 @@ def test_a_folder_and_several_prompts_without_peers(cli, folder):
     assert Image.open("sub/one.png").height > 400
 
 
+def test_presets_and_caches_are_compared(cli, folder):
+    common = ["--model", folder, "--size", 32, "--steps", 4, "a cat"]
+    result = cli("compare", "--preset", "fast", "--preset", "quality", "--no-peers", *common)
+    assert result.exit_code == 0, result.output
+    assert set(rows(result.output)) == {"untouched", "preset fast", "preset quality"}
+    pytest.importorskip("DeepCache")
+    result = cli("compare", "--cache-interval", 2, "--ratio", 0.25, *common)
+    assert result.exit_code == 0, result.output
+    table = rows(result.output)
+    assert {"cache 2", "ratio 0.25, cache 2", "DeepCache 2", "tomesd's way, 0.25"} <= set(table)
+    assert table["cache 2"][3] == table["DeepCache 2"][3] != table["ratio 0.25, cache 2"][3]  # PSNR
+
+
+def test_generate_takes_presets_and_caches(cli, folder, tmp_path):
+    for out, options in {"fast": ["--preset", "fast"], "cache": ["--cache-interval", 2]}.items():
+        result = cli("generate", "--model", folder, "--size", 32, "--steps", 3, *options, "--out", out, "a cat")
+        assert result.exit_code == 0, result.output
+    pictures = [np.asarray(Image.open(next((tmp_path / out).iterdir()))) for out in ("fast", "cache")]
+    assert not np.array_equal(*pictures)
+    result = cli("generate", "--preset", "fast", "--cache-interval", 2, "a cat")
+    assert result.exit_code == 2 and "not both" in result.stderr
+    result = cli("generate", "--preset", "fastest", "a cat")
+    assert result.exit_code == 2 and "quality, balanced, fast" in result.stderr
+
+
 def test_generate_writes_a_picture_a_prompt_and_the_same_ones_again(cli, folder, tmp_path):
     for out in ("one", "two", "plain"):
         ratio = 0 if out == "plain" else 0.5
@@ -85,8 +110,8 @@ def test_generate_writes_a_picture_a_prompt_and_the_same_ones_again(cli, folder,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ratio", "1"], "ratio must lie in [0, 1)"),
-        (["--ratio", "-0.5"], "ratio must lie in [0, 1)"),
+        (["--ratio", "1"], "must be a number in [0, 1)"),
+        (["--ratio", "-0.5"], "must be a number in [0, 1)"),
         (["--ratio", "0.9"], "0.9"),
         (["--schedule", "sine"], "unknown schedule 'sine'"),
         (["--model", "no/such-model"], "cannot load model 'no/such-model'"),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from tomesd_plus import AdaptiveRatio, ConstantSchedule, CosineSchedule, LinearSchedule, ToMeConfig
@@ -22,6 +24,10 @@ def test_levels_come_from_max_downsample_or_from_a_mapping():
         ({"ratio": -0.1}, r"\[0, 1\)"),
         ({"ratio": "half"}, r"\[0, 1\)"),
         ({"ratio": 0.8}, "larger cell_size"),
+        ({"ratio": 0.8, "schedule": "linear"}, "larger cell_size"),
+        ({"ratio": LinearSchedule(0.6, 0.2), "schedule": "linear"}, "a number"),
+        ({"ratio": 0.5, "schedule": "sine"}, "constant, linear, cosine, steps, auto"),
+        ({"ratio": 0.5, "schedule": "linear", "more_at": "dusk"}, "'noisy' or 'clean'"),
         ({"ratio": {3: 0.5}}, "levels among"),
         ({"ratio": {}}, "levels among"),
         ({"max_downsample": 3}, "max_downsample must be one of 1, 2, 4, 8"),
@@ -50,6 +56,20 @@ def test_levels_come_from_max_downsample_or_from_a_mapping():
 def test_what_is_out_of_range_is_refused_in_words(options, words):
     with pytest.raises(ValueError, match=words):
         ToMeConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "steps", "auto"])
+def test_a_schedule_by_name_has_the_ratio_as_its_mean(name):
+    config = ToMeConfig(ratio={1: 0.4, 2: 0.2}, cached_ratio=0.5, schedule=name)
+    assert [schedule.mean() for schedule in config.schedules.values()] == pytest.approx([0.4, 0.2], abs=1e-3)
+    assert config.cached_schedules[1].mean() == pytest.approx(0.5, abs=1e-3)
+    assert replace(config, window=4).schedules == config.schedules
+    assert (ToMeConfig(ratio=0.4, schedule=name) == ToMeConfig(ratio=0.4)) is False
+
+
+def test_a_schedule_by_name_goes_both_ways():
+    noisy, clean = (ToMeConfig(schedule="linear", more_at=end).schedules[1] for end in ("noisy", "clean"))
+    assert noisy == clean.reversed() and noisy(1.0) > noisy(0.0)
 
 
 def test_larger_cells_allow_larger_ratios():

@@ -1,6 +1,7 @@
 """Configurations as YAML, and what they do to a pipeline."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from tomesd_plus.evaluation import (
 )
 from tomesd_plus.evaluation.generate import Sampling
 
-ABLATION = Path(__file__).parents[1] / "examples" / "ablation.yaml"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ABLATION, GRID = EXAMPLES / "ablation.yaml", EXAMPLES / "grid.yaml"
 
 
 def test_a_bare_value_is_the_main_option():
@@ -78,10 +80,10 @@ def test_a_missing_peer_is_said(monkeypatch):
     ("text", "words"),
     [
         ("mrege: 0.5", "unknown switch 'mrege'"),
-        ("merge: 0.9", "0.9 is more than the cells allow"),
+        ("merge: 0.9", "0.9 is more than cells of 2 × 2 tokens allow"),
         ("merge: {ration: 0.5}", "ration"),
         ("merge: {ratio: 0.5, more_at: dirty}", "dirty"),
-        ("merge: {ratio: {1: 0.5}, schedule: linear}", "a number"),
+        ("merge: {ratio: 0.5, more_at: dusk}", "'noisy' or 'clean'"),
         ("merge: {ratio: 0.5, cell_size: [0, 2]}", "cell_size must be two whole numbers"),
         ("tomesd: {rato: 0.5}", "rato"),
         ("tomesd: abc", "a ratio must be a number"),
@@ -122,6 +124,17 @@ def test_the_ablation_compares_schedules_of_one_mean(pipe):
                 generate(pipe, num_inference_steps=20)
                 means[configuration.name] = sum(step.removed[1] for step in report.steps) / len(report.steps)
     assert len(means) == 5 and all(mean == pytest.approx(0.5, abs=0.02) for mean in means.values())
+
+
+def test_the_grid_has_every_interval_ratio_and_direction():
+    switches = [configuration.switches for configuration in load_configurations(GRID)]
+    cells = {
+        (each.get("cache", {}).get("interval", 1), each["merge"]["ratio"], each["merge"].get("more_at", "constant"))
+        for each in switches
+        if "merge" in each
+    }
+    assert cells == set(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
+    assert [each["cache"]["interval"] for each in switches if "merge" not in each] == [2, 3, 5]
 
 
 def test_baseline_and_noise_floor_come_by_themselves():

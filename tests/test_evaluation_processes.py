@@ -59,6 +59,17 @@ def test_two_processes_give_the_same_files_and_figures(command):
 
 
 @pytest.mark.slow
+def test_accelerate_launches_it_too(command):
+    base, arguments = command
+    out = started(base, "accelerate")
+    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no"]
+    launch += ["-m", "tomesd_plus"]
+    subprocess.run([*launch, *arguments, "--out", out], check=True, env=environment(), timeout=280)
+    assert contents(out) == contents(base / "one")
+
+
+@pytest.mark.slow
 def test_killed_at_any_moment_and_started_again_gives_the_same(command):
     base, arguments = command
     out = started(base, "killed")

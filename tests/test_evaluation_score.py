@@ -262,6 +262,23 @@ def test_references_may_be_folders_or_other_tools_statistics(out, scoring, tmp_p
     assert set(rows(out)["baseline"].metrics) == {TINY[3]}
 
 
+def test_a_reference_can_be_saved_and_taken_again(out, scoring, tmp_path):
+    own = Experiment.load(out).folder("baseline")
+    score(out, replace(scoring, reference=str(own.path)))
+    from_pictures = rows(out)["baseline"].metrics
+    arguments = ["statistics", str(own.path), "--features", "tiny", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "reference.npz")])
+    assert result.exit_code == 0 and "4 pictures by tiny CLIP" in result.output
+    score(out, replace(scoring, reference=str(tmp_path / "reference.npz")))
+    assert rows(out)["baseline"].metrics == from_pictures
+    with np.load(tmp_path / "reference.npz") as file:
+        others = {**file, "extractor": np.array("another CLIP")}
+    np.savez(tmp_path / "others.npz", **others)
+    with pytest.raises(EvaluationError, match="by another CLIP, but the pictures' are by tiny CLIP"):
+        score(out, replace(scoring, reference=str(tmp_path / "others.npz")))
+    assert CliRunner().invoke(app, [*arguments, "--out", "reference.csv"]).exit_code == 2
+
+
 def test_references_that_cannot_be_used_are_said(out, scoring, tmp_path, monkeypatch):
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (tmp_path / "broken.npz").write_bytes(b"PK broken")

@@ -9,6 +9,9 @@ WRITES = {
     "quickstart.py": ["quickstart.png"],
     "report.py": [],
     "plot_schedules.py": ["schedules.png"],
+    "with_feature_cache.py": [
+        f"{name}.png" for name in ("untouched", "cache-and-merging", "quality", "balanced", "fast")
+    ],
     "from_tomesd.py": ["tomesd.png", "tomesd_plus.png"],
     "evaluate_fid.py": ["evaluate_fid"],
 }

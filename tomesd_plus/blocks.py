@@ -180,7 +180,8 @@ def _kind_of(block: Any, hidden_states: Tensor, level: Level, config: ToMeConfig
     """All that the time of a transformer block depends on, but for machine and versions. Ratios count in eighths."""
     batch, tokens, channels = hidden_states.shape
     options = asdict(config)
-    for name in ("ratio", "max_downsample", "levels", "seed", "plan_per", "plan_every", "whole_every"):
+    for name in ("ratio", "cached_ratio", "schedule", "more_at", "max_downsample", "levels", "seed",
+                 "plan_per", "plan_every", "whole_every", "reuse_attention"):  # fmt: skip
         del options[name]
     return (
         f"{channels} channels, {block.attn1.heads} heads, {level.height} × {level.width} tokens, batch {batch}, "

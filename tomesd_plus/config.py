@@ -1,11 +1,12 @@
 """Every choice of token merging, in one validated object."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, cast
 
 from tomesd_plus.plan import MergeMode
-from tomesd_plus.schedule import AdaptiveRatio, ConstantSchedule, CosineSchedule, Schedule
+from tomesd_plus.schedule import AdaptiveRatio, ConstantSchedule, CosineSchedule, Direction, Schedule, schedule_by_name
 
 Ratio = float | Schedule | AdaptiveRatio
 Metric = Literal["attention_input", "block_input", "keys"]
@@ -24,9 +25,13 @@ class ToMeConfig:
     Args:
         ratio: Share of tokens to remove, of all tokens at a level, in [0, 1): a number, a schedule from noise level to
             ratio, an :class:`AdaptiveRatio`, or a mapping from level (downsample 1, 2, 4 or 8) to any of them. A
-            mapping decides by itself which levels are merged. A cell of ``a × b`` tokens keeps one destination, so no
-            ratio may exceed 1 − 1/(a·b): 0.75 with the default cells. The default merges more at noisy steps, with a
-            mean of 0.5.
+            mapping decides by itself which levels are merged. ``None``: step-aware, with a mean of 0.5. A cell of
+            ``a × b`` tokens keeps one destination, so no ratio may exceed 1 − 1/(a·b): 0.75 with the default cells.
+        schedule: How a number given as ratio goes over the noise levels, which is then its mean: ``"constant"``,
+            ``"linear"``, ``"cosine"``, ``"steps"``, or ``"auto"``, the best of these as measured. ``None``: constant
+            for a number, and a cosine, more at noisy steps, where no ratio is given.
+        more_at: ``"noisy"`` or ``"clean"``: where a schedule by name merges more; ``"auto"`` decides that itself.
+            Both fields end up in ``ratio``, which holds the schedule itself then.
         cached_ratio: In place of ``ratio`` on the cached steps of a feature cache, where the few layers that still run
             are most of the cost; ``None``: the same.
         max_downsample: Merge at levels of at most this downsample: 1, 2, 4 or 8. SD 1.x and 2.x have most of their
@@ -75,7 +80,9 @@ class ToMeConfig:
         ValueError: A value is outside its range. The message names it and says what is allowed.
     """
 
-    ratio: Ratio | Mapping[int, Ratio] = field(default_factory=CosineSchedule)
+    ratio: Ratio | Mapping[int, Ratio] | None = None
+    schedule: str | None = None
+    more_at: str = Direction.noisy
     cached_ratio: Ratio | Mapping[int, Ratio] | None = None
     max_downsample: int = 1
     levels: Levels = "all"
@@ -98,6 +105,8 @@ class ToMeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.ratio is None:
+            object.__setattr__(self, "ratio", CosineSchedule() if self.schedule is None else 0.5)
         if isinstance(self.cell_size, list):
             object.__setattr__(self, "cell_size", tuple(self.cell_size))
         for name, allowed in {
@@ -146,10 +155,12 @@ class ToMeConfig:
                 )
         for name in ("ratio", "cached_ratio"):
             ratio = getattr(self, name)
-            if isinstance(ratio, Mapping):
-                object.__setattr__(self, name, dict(ratio))
-                if not ratio or not set(ratio) <= set(LEVELS):
-                    raise ValueError(f"{name} must map levels among {LEVELS} to ratios, not {ratio!r}")
+            if isinstance(ratio, Mapping) and (not ratio or not set(ratio) <= set(LEVELS)):
+                raise ValueError(f"{name} must map levels among {LEVELS} to ratios, not {ratio!r}")
+            if ratio is not None:
+                object.__setattr__(self, name, self._with_schedule(ratio))
+        object.__setattr__(self, "schedule", None)  # it is in the ratios now
+        object.__setattr__(self, "more_at", Direction.noisy)
         for schedule in (*self.schedules.values(), *self.cached_schedules.values()):
             self._check_maximum(schedule)
 
@@ -163,20 +174,36 @@ class ToMeConfig:
         """The same on a feature cache's cached steps."""
         return self._by_level(self.ratio if self.cached_ratio is None else self.cached_ratio)
 
-    def _by_level(self, ratio: Ratio | Mapping[int, Ratio]) -> dict[int, Schedule | AdaptiveRatio]:
+    def _by_level(self, ratio: Ratio | Mapping[int, Ratio] | None) -> dict[int, Schedule | AdaptiveRatio]:
+        by_level = ratio if isinstance(ratio, Mapping) else dict.fromkeys(LEVELS, ratio)
+        return {
+            level: each if isinstance(each, (Schedule, AdaptiveRatio)) else ConstantSchedule(cast(float, each))
+            for level, each in sorted(by_level.items())
+            if isinstance(ratio, Mapping) or level <= self.max_downsample
+        }
+
+    def _with_schedule(self, ratio: Ratio | Mapping[int, Ratio]) -> Ratio | Mapping[int, Ratio]:
+        """A ratio, or a mapping of them, with the schedule by name in the place of each number."""
         if isinstance(ratio, Mapping):
-            return {level: _schedule(each) for level, each in sorted(ratio.items())}
-        return {level: _schedule(ratio) for level in LEVELS if level <= self.max_downsample}
+            return {level: cast(Ratio, self._with_schedule(each)) for level, each in ratio.items()}
+        if isinstance(ratio, (Schedule, AdaptiveRatio)):
+            if self.schedule is not None:
+                raise ValueError("schedule needs ratio to be a number, which becomes its mean")
+            return ratio
+        self._check_maximum(ConstantSchedule(ratio))
+        if self.schedule is None:
+            return ratio
+        return schedule_by_name(self.schedule, ratio, self.more_at, self.max_ratio)
+
+    @property
+    def max_ratio(self) -> float:
+        """What the cells allow: each keeps one token."""
+        return 1 - 1 / math.prod(self.cell_size)
 
     def _check_maximum(self, schedule: Schedule | AdaptiveRatio) -> None:
-        height, width = self.cell_size
-        maximum = 1 - 1 / (height * width)
-        if max(schedule.ratios) > maximum + 1e-9:
+        if max(schedule.ratios) > self.max_ratio + 1e-9:
+            height, width = self.cell_size
             raise ValueError(
                 f"a ratio of {max(schedule.ratios):g} is more than cells of {height} × {width} tokens allow "
-                f"({maximum:g}): each keeps one destination. Lower the ratio, or set a larger cell_size."
+                f"({self.max_ratio:g}): each keeps one destination. Lower the ratio, or set a larger cell_size."
             )
-
-
-def _schedule(ratio: Ratio) -> Schedule | AdaptiveRatio:
-    return ratio if isinstance(ratio, (Schedule, AdaptiveRatio)) else ConstantSchedule(ratio)

@@ -2,13 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import tomesd_plus
 from tomesd_plus.benchmark.settings import UNTOUCHED, Setting
-from tomesd_plus.evaluation.compare import Setting as Compared
 from tomesd_plus.evaluation.compare import compare
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.files import read_json, write_json
@@ -41,7 +41,7 @@ def embedded_psnr(
     wanted = {_name(setting, conditions): setting for setting in settings if _has_pictures(setting)}
     missing = {name: setting for name, setting in wanted.items() if name not in kept}
     if missing and prompts:
-        compared = [Compared(name, setting.switched_on) for name, setting in missing.items()]
+        compared = [replace(setting.configuration(), name=name) for name, setting in missing.items()]
         with torch.random.fork_rng():
             torch.manual_seed(0)  # for what draws from the global generator, as tomesd does
             pipe = load_tiny_pipeline(device=device)

@@ -14,13 +14,12 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from tomesd_plus.benchmark.overhead import WATCHED, watched
-from tomesd_plus.benchmark.settings import PACKAGE, Setting
+from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
 from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
 
-STEPS = 50  # of the scheduler whose first timesteps are run
-MAX_CALLS = 24  # in a run
+MAX_CALLS = STEPS  # in a run
 LEAST_ROUNDS = 3  # fewer, where time runs out, give no row
 RECOMPILE_LIMIT = 256  # every setting is a graph of the same code
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

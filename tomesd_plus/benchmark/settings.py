@@ -10,10 +10,13 @@ from typing import Any
 from tomesd_plus.benchmark.ideal import fewer_tokens
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
-from tomesd_plus.evaluation.errors import EvaluationError, optional_import
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
+from tomesd_plus.presets import PRESETS
 
+STEPS = 25  # of a whole denoising
 IDEAL = "ideal: "
-PACKAGE = "tomesd package"
+PACKAGE = TOMESD_PACKAGE
 LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_block", "keys_values_only",
           "queries_only", "cell_size")  # fmt: skip
 """The options that decide which layers run on how many tokens, and so what merging could save at best."""
@@ -30,9 +33,10 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "keys and values": {"merge": {"keys_values_only": True}},
     "tomesd": {"tomesd": {}},
     PACKAGE: {PACKAGE: {}},
-    "cache 3": {"cache": {"interval": 3}},
-    "DeepCache 3": {"deepcache": {"interval": 3}},
     "block + cache 3": {"merge": _BLOCK, "cache": {"interval": 3}},
+    **{f"cache {interval}": {"cache": {"interval": interval}} for interval in (2, 3, 5)},
+    **{f"DeepCache {interval}": {"deepcache": {"interval": interval}} for interval in (2, 3, 5)},
+    **{f"preset {name}": {"preset": {"name": name}} for name in PRESETS},
 }
 """Settings by name; those that merge are taken at each ratio."""
 
@@ -71,19 +75,19 @@ class Setting:
 
     @property
     def cycle(self) -> int:
-        """After how many UNet calls its work repeats."""
+        """After how many UNet calls its work repeats; for a preset, whose ratios may go with the noise, all."""
+        if "preset" in self.switches:
+            return STEPS
         merge = self.switches.get("merge", {})
         caches = [options for kind, options in self.switches.items() if kind in ("cache", "deepcache")]
-        intervals = [options.get("interval", 3) for options in caches]
-        return lcm(merge.get("whole_every") or 1, merge.get("plan_every", 1), *intervals)
+        counts = [merge.get("whole_every"), merge.get("plan_every"), *(each.get("interval", 3) for each in caches)]
+        return lcm(*(count for count in counts if isinstance(count, int)))  # not those that go with the cache
 
     def check(self) -> None:
         """Raise an EvaluationError if an option is wrong, or a peer is not installed."""
-        if PACKAGE in self.switches:
-            optional_import("tomesd", f"the setting {PACKAGE!r}")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise EvaluationError(f"{self.name}: a ratio must lie in [0, 1), not {self.ratio:g}")
-        self._configuration(1)
+        self.configuration()
 
     @property
     def note(self) -> str:
@@ -102,22 +106,22 @@ class Setting:
         """
         if "ideal" in self.switches:
             assert latent_size is not None
-            config = ToMeConfig(self.ratio or 0.0, self._max_downsample(finest), **self.switches["ideal"])
+            layers = self.switches["ideal"]
+            config = ToMeConfig(self.ratio or 0.0, max_downsample=self._max_downsample(finest), **layers)
             on: Any = fewer_tokens(pipe.unet, config, *latent_size)
-        elif PACKAGE in self.switches:
-            on = _tomesd_package(pipe.unet, self.ratio or 0.0, self._max_downsample(finest))
         else:
-            on = self._configuration(finest).switched_on(pipe) if self.switches else nullcontext()
+            on = self.configuration(finest).switched_on(pipe) if self.switches else nullcontext()
         with on as report:
             yield report
 
     def _max_downsample(self, finest: int) -> int:
         return int(min(8, finest * 2 ** (self.levels - 1)))
 
-    def _configuration(self, finest: int) -> Configuration:
+    def configuration(self, finest: int = 1) -> Configuration:
+        """The same for an evaluation, on a UNet with self-attention from a downsample on; not of an ideal."""
         merging: dict[str, Any] = {"ratio": self.ratio, "max_downsample": self._max_downsample(finest)}
-        added = {"merge": {**merging, "schedule": "constant"}, "tomesd": merging}
-        own = {kind: options for kind, options in self.switches.items() if kind not in ("ideal", PACKAGE)}
+        added = {"merge": {**merging, "schedule": "constant"}, "tomesd": merging, PACKAGE: merging}
+        own = {kind: options for kind, options in self.switches.items() if kind != "ideal"}
         return Configuration(self.name, {kind: options | added.get(kind, {}) for kind, options in own.items()})
 
 
@@ -186,13 +190,3 @@ def _layers(options: dict[str, Any]) -> str:
         others = {"merge_cross_attention": "attn2", "merge_mlp": "mlp"}
         name = " + ".join([*own, *(words for option, words in others.items() if options.get(option))])
     return name + (f", cells {options['cell_size']}" if "cell_size" in options else "")
-
-
-@contextmanager
-def _tomesd_package(unet: Any, ratio: float, max_downsample: int) -> Iterator[None]:
-    tomesd = optional_import("tomesd", f"the setting {PACKAGE!r}")
-    tomesd.apply_patch(unet, ratio=ratio, max_downsample=max_downsample)
-    try:
-        yield
-    finally:
-        tomesd.remove_patch(unet)

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 from tomesd_plus.benchmark.measure import Workload
 from tomesd_plus.benchmark.settings import PACKAGE, UNTOUCHED, Setting, settings_from, with_ideals
+from tomesd_plus.presets import PRESETS
 
 OURS = ["attn1", "attn1 + attn2 + mlp", "block", "block, whole every 4", "keys and values"]
-CACHES = ["cache 3", "DeepCache 3", "block + cache 3"]
+CACHES = [f"{kind} {interval}" for interval in (2, 3, 5) for kind in ("cache", "DeepCache")]
+TOGETHER = ["block + cache 3", *(f"preset {name}" for name in PRESETS)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def cpu_suite() -> Suite:
     at = {size: Workload("sd15", size) for size in (256, 512, 768, 1024)}
     return Suite(
         (
-            task(at[512], [*OURS, "tomesd", PACKAGE, *CACHES]),
+            task(at[512], [*OURS, "tomesd", PACKAGE]),
+            task(at[512], [*CACHES, *TOGETHER]),
             task(at[512], ["attn1", "block", PACKAGE], [0.25, 0.75]),
             task(at[512], ["attn1, gate"], [0.1, 0.5]),
             task(at[256], ["attn1", "attn1, gate", "block", PACKAGE], [0.1, 0.5]),
@@ -69,7 +72,7 @@ def cpu_suite() -> Suite:
 
 def gpu_suite() -> Suite:
     """The shapes of SD 1.5 and SDXL in float16, eager and compiled: at most ten minutes on one H200."""
-    main = [*OURS, PACKAGE, *CACHES]
+    main = [*OURS, PACKAGE, *CACHES, *TOGETHER]
     few = ["attn1", "block", "keys and values", PACKAGE]
 
     def at(shape: str, size: int, batch: int = 2, compiled: bool = False) -> Workload:

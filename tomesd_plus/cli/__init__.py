@@ -12,12 +12,14 @@ from tomesd_plus.cli.compare import compare_command
 from tomesd_plus.cli.evaluate import evaluate_command
 from tomesd_plus.cli.generate import generate_command
 from tomesd_plus.cli.report import report_command
+from tomesd_plus.cli.statistics import statistics_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
+app.command("statistics")(statistics_command)
 app.command("benchmark")(benchmark_command)
 app.command("app")(app_command)
 

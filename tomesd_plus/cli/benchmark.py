@@ -15,8 +15,9 @@ from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, 
 from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
 from tomesd_plus.evaluation import local_device
+from tomesd_plus.presets import PRESETS
 
-SINGLE = {"shape", "size", "batch", "ratio", "setting", "levels", "dtype", "compiled"}
+SINGLE = {"shape", "size", "batch", "ratio", "setting", "preset", "cache_interval", "levels", "dtype", "compiled"}
 SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
 
 
@@ -29,6 +30,13 @@ def benchmark_command(
     ratio: Annotated[list[float] | None, typer.Option(help="Share of tokens to remove; repeatable.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option(help="By name, or such as 'merge: {window: 4}'; repeatable. See above.")
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"Short for --setting 'preset: NAME': {', '.join(PRESETS)}; repeatable.")
+    ] = None,
+    cache_interval: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="The feature cache, and the package DeepCache; repeatable."),
     ] = None,
     levels: Annotated[int, typer.Option(min=1, max=4, help="Levels to merge at, from the finest.")] = 1,
     dtype: Dtype = None,
@@ -44,9 +52,10 @@ def benchmark_command(
     """Time a UNet of a published shape, with random weights, under several settings in turn.
 
     Settings: attn1; attn1 + attn2 + mlp; block; block, plan every 4; block, whole every 4; keys and values;
-    attn1, gate; tomesd (our drop-in); tomesd package; cache 3; DeepCache 3; block + cache 3; or a configuration as
-    `evaluate` takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge
-    efficiency. Finished rows are not measured again.
+    attn1, gate; tomesd (our drop-in); tomesd package; cache 2, 3 or 5; DeepCache 2, 3 or 5; block + cache 3; preset
+    quality, balanced or fast (a whole denoising of 25 steps); or a configuration as `evaluate` takes it. The untouched
+    UNet is always there, and so are fewer tokens at no cost, for the merge efficiency. Finished rows are not measured
+    again.
     """
     where = usable(local_device(device))
     if suite is not None:
@@ -60,7 +69,9 @@ def benchmark_command(
         chosen = SUITES[suite]()
     else:
         dtype = dtype or ("float32" if where.type == "cpu" else "float16")
-        chosen = run(lambda: _single(shape, size, batch, ratio, setting, levels, dtype, compiled))
+        names = [*(setting or []), *(f"preset: {name}" for name in preset or [])]
+        names += [f"{kind}: {count}" for count in cache_interval or [] for kind in ("cache", "deepcache")]
+        chosen = run(lambda: _single(shape, size, batch, ratio, names or SETTINGS, levels, dtype, compiled))
     chosen = replace(
         chosen,
         repeats=repeats or chosen.repeats,
@@ -85,7 +96,7 @@ def _single(
     size: list[int] | None,
     batch: list[int] | None,
     ratio: list[float] | None,
-    setting: list[str] | None,
+    names: list[str],
     levels: int,
     dtype: str,
     compiled: bool,
@@ -100,7 +111,7 @@ def _single(
         fail(f"sizes must be multiples of 8 and at least 16 pixels, not {', '.join(map(str, sizes))}")
     if min(batch or [2]) < 1:
         fail("a batch has at least one sample")
-    names, ratios = setting or SETTINGS, ratio or [0.5]
+    ratios = ratio or [0.5]
     for each in settings_from(names, ratios, levels):
         each.check()
     workloads = [Workload(shape, pixels, count, dtype, compiled) for pixels in sizes for count in batch or [2]]

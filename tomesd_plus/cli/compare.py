@@ -8,6 +8,7 @@ from rich.table import Table
 
 from tomesd_plus.cli.common import check_writable, console, fail, load, progress_bar, run
 from tomesd_plus.cli.options import (
+    CacheInterval,
     Device,
     Dtype,
     Guidance,
@@ -19,13 +20,15 @@ from tomesd_plus.cli.options import (
     Seed,
     Size,
     Steps,
-    config_from,
+    merging_from,
+    preset_from,
     prompts_from,
     sampling_from,
 )
-from tomesd_plus.evaluation import Comparison, Setting, compare, comparison_figure, peer_settings
+from tomesd_plus.evaluation import Comparison, Configuration, compare, comparison_figure, peers_of
 from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.evaluation.schedules import Direction
+from tomesd_plus.presets import PRESETS
+from tomesd_plus.schedule import Direction
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -34,11 +37,16 @@ def compare_command(
     prompts: Prompts = None,
     model: Model = TINY,
     ratio: Annotated[
-        list[float] | None, typer.Option(help="Mean ratio in [0, 1); may be repeated. Default: 0.5")
+        list[float] | None,
+        typer.Option(help="Mean ratio in [0, 1); may be repeated. Default: 0.5, and none with --preset."),
     ] = None,
     schedule: ScheduleName = "cosine",
     more_at: MoreAt = Direction.noisy,
     max_downsample: MaxDownsample = 1,
+    cache_interval: CacheInterval = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"Merging and cache by name: {', '.join(PRESETS)}; may be repeated.")
+    ] = None,
     steps: Steps = 25,
     guidance: Guidance = 5.0,
     seed: Seed = 0,
@@ -46,22 +54,23 @@ def compare_command(
     device: Device = None,
     dtype: Dtype = None,
     peers: Annotated[
-        bool, typer.Option(help="Add rows: tomesd's way, fewer steps in equal time, another seed.")
+        bool, typer.Option(help="Add rows: tomesd, the DeepCache package, fewer steps in equal time, another seed.")
     ] = True,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("compare.png"),
 ) -> None:
-    """Compare the untouched pipeline with merging on the same seeds: a table, and a picture."""
-    ratios = ratio or [0.5]
-    configs = [config_from(schedule, value, more_at, max_downsample) for value in ratios]
+    """Compare the untouched pipeline with merging and caching on the same seeds: a table, and a picture."""
+    ratios = ratio or ([] if preset else [0.5])
+    chosen_ways = [preset_from(name) for name in preset or []]
+    if cache_interval is not None:
+        chosen_ways.append(Configuration(f"cache {cache_interval}", {"cache": {"interval": cache_interval}}))
+    chosen_ways += [merging_from(value, schedule, more_at, max_downsample, cache_interval) for value in ratios]
     sampling = sampling_from(steps, guidance, size)
     chosen = prompts_from(prompts, model)
     check_writable(out.parent)
     if out.is_dir() or out.suffix.lower() not in PICTURES:
         fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
     pipe, where = load(model, device, dtype)
-    settings = [Setting.merging(f"ratio {value:g}", config) for value, config in zip(ratios, configs, strict=True)]
-    if peers:
-        settings += peer_settings(ratios, max_downsample)
+    settings = chosen_ways + (peers_of(ratios, max_downsample, cache_interval) if peers else [])
     with progress_bar() as progress:
         total = (1 + len(settings)) * (len(chosen) * steps + min(2, steps))
         task = progress.add_task("", total=total)

@@ -7,27 +7,29 @@ from typing import Annotated
 
 import typer
 
-from tomesd_plus.cli.common import check_writable, load, progress_bar, run
+from tomesd_plus.cli.common import check_writable, fail, load, progress_bar, run
 from tomesd_plus.cli.options import (
+    CacheInterval,
     Device,
     Dtype,
     Guidance,
     MaxDownsample,
     Model,
     MoreAt,
+    PresetName,
     Prompts,
     ScheduleName,
     Seed,
     Size,
     Steps,
-    config_from,
+    merging_from,
+    preset_from,
     prompts_from,
     sampling_from,
 )
 from tomesd_plus.evaluation import generate, to_image
 from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.evaluation.schedules import Direction
-from tomesd_plus.pipeline import apply_token_merging
+from tomesd_plus.schedule import Direction
 
 
 def generate_command(
@@ -37,6 +39,8 @@ def generate_command(
     schedule: ScheduleName = "cosine",
     more_at: MoreAt = Direction.noisy,
     max_downsample: MaxDownsample = 1,
+    cache_interval: CacheInterval = None,
+    preset: PresetName = "",
     steps: Steps = 25,
     guidance: Guidance = 5.0,
     seed: Seed = 0,
@@ -45,15 +49,17 @@ def generate_command(
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("images"),
 ) -> None:
-    """Generate a picture for each prompt, with or without merging."""
-    config = config_from(schedule, ratio, more_at, max_downsample)
+    """Generate a picture for each prompt, with or without merging and caching."""
+    if preset and cache_interval is not None:
+        fail("give either --preset or --cache-interval, not both: a preset has its own cache")
+    configuration = merging_from(ratio, schedule, more_at, max_downsample, cache_interval)
+    if preset:
+        configuration = preset_from(preset)
     sampling = sampling_from(steps, guidance, size)
     chosen = prompts_from(prompts, model)
     check_writable(out)
     pipe, where = load(model, device, dtype)
-    if ratio > 0:
-        apply_token_merging(pipe, config)
-    with progress_bar() as progress:
+    with configuration.switched_on(pipe), progress_bar() as progress:
         task = progress.add_task(where, total=len(chosen) * steps)
         for index, prompt in enumerate(chosen):
             call = partial(generate, pipe, prompt, seed + index, sampling, lambda step: progress.advance(task))

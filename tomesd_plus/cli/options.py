@@ -1,15 +1,15 @@
 """Options that several commands share, and what is made of them."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tomesd_plus.cli.common import DTYPES, fail
-from tomesd_plus.config import ToMeConfig
-from tomesd_plus.evaluation import Sampling
+from tomesd_plus.cli.common import DTYPES, fail, run
+from tomesd_plus.evaluation import Configuration, Sampling
 from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.evaluation.schedules import SCHEDULES, Direction, make_schedule
+from tomesd_plus.presets import PRESETS
+from tomesd_plus.schedule import AUTO, SCHEDULES, Direction
 
 PROMPTS = [
     "a large dog on a blue background",
@@ -20,9 +20,14 @@ PROMPTS = [
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="One prompt or several.", show_default=False)]
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a hub id, a folder, or a .safetensors checkpoint.")]
-ScheduleName = Annotated[str, typer.Option("--schedule", help=f"Ratio over steps: {', '.join(SCHEDULES)}.")]
+ScheduleName = Annotated[str, typer.Option("--schedule", help=f"Ratio over steps: {', '.join(SCHEDULES)}, {AUTO}.")]
 MoreAt = Annotated[Direction, typer.Option(help="Merge more at noisy steps or at clean ones.")]
 MaxDownsample = Annotated[int, typer.Option(help="Merge at levels of at most this downsample: 1, 2, 4, 8; SDXL: 2.")]
+CacheInterval = Annotated[
+    int | None,
+    typer.Option(min=1, help="Feature cache: run the whole UNet every so many steps only.", show_default=False),
+]
+PresetName = Annotated[str, typer.Option("--preset", help=f"Merging and cache by name: {', '.join(PRESETS)}.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Guidance scale; 1 switches it off.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first prompt; the next have the next.")]
@@ -31,12 +36,21 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps … Default: th
 Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}. Default: float16 on a GPU, else float32.")]
 
 
-def config_from(schedule: str, ratio: float, more_at: Direction, max_downsample: int) -> ToMeConfig:
-    """The merging that options ask for."""
-    try:
-        return ToMeConfig(ratio=make_schedule(schedule, ratio, more_at), max_downsample=max_downsample)
-    except ValueError as error:
-        fail(str(error))
+def merging_from(
+    ratio: float, schedule: str, more_at: Direction, max_downsample: int, cache_interval: int | None
+) -> Configuration:
+    """The merging, with or without a feature cache, that options ask for."""
+    merge = {"ratio": ratio, "schedule": schedule, "more_at": str(more_at), "max_downsample": max_downsample}
+    switches: dict[str, dict[str, Any]] = {"merge": merge}
+    if cache_interval is None:
+        return run(lambda: Configuration(f"ratio {ratio:g}", switches))
+    cache = {"interval": cache_interval}
+    return run(lambda: Configuration(f"ratio {ratio:g}, cache {cache_interval}", switches | {"cache": cache}))
+
+
+def preset_from(name: str) -> Configuration:
+    """A preset as a configuration."""
+    return run(lambda: Configuration(f"preset {name}", {"preset": {"name": name}}))
 
 
 def sampling_from(steps: int, guidance: float, size: str | None) -> Sampling:

@@ -1,6 +1,6 @@
 """Measure what merging does to speed and pictures. Uses only the package's public API."""
 
-from tomesd_plus.evaluation.compare import Comparison, Row, Setting, compare, peer_settings
+from tomesd_plus.evaluation.compare import Comparison, Row, compare, peers_of
 from tomesd_plus.evaluation.configurations import Configuration, complete, load_configurations, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.experiment import Experiment, describe
@@ -14,6 +14,7 @@ from tomesd_plus.evaluation.items import Item, Share, make_items
 from tomesd_plus.evaluation.models import ModelError, load_model, local_device
 from tomesd_plus.evaluation.overlays import difference, merge_map_overlay
 from tomesd_plus.evaluation.prompts import Prompts, load_prompts
+from tomesd_plus.evaluation.reference import save_reference
 from tomesd_plus.evaluation.report import joined, write_report
 from tomesd_plus.evaluation.results import Result, as_markdown, load_results
 from tomesd_plus.evaluation.score import Scoring, score
@@ -37,7 +38,6 @@ __all__ = [
     "Row",
     "Sampling",
     "Scoring",
-    "Setting",
     "Share",
     "Speed",
     "as_markdown",
@@ -64,8 +64,9 @@ __all__ = [
     "merge_map_overlay",
     "parse_configuration",
     "peak_memory",
-    "peer_settings",
+    "peers_of",
     "psnr",
+    "save_reference",
     "score",
     "ssim",
     "to_image",

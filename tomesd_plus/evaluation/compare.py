@@ -1,54 +1,18 @@
-"""The same prompts and seeds under several settings, interleaved, beside the untouched pipeline."""
+"""The same prompts and seeds under several configurations, interleaved, beside the untouched pipeline."""
 
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from tomesd_plus.config import ToMeConfig
-from tomesd_plus.evaluation.configurations import OTHER_SEED
+from tomesd_plus.evaluation.configurations import OTHER_SEED, Configuration
+from tomesd_plus.evaluation.errors import installed
 from tomesd_plus.evaluation.fidelity import psnr, ssim
 from tomesd_plus.evaluation.generate import Generated, Sampling, generate
 from tomesd_plus.evaluation.speed import equal_time_steps
-from tomesd_plus.evaluation.switches import tomesd_patch
-from tomesd_plus.pipeline import token_merging
 from tomesd_plus.report import StepRecord, TokenMergingReport
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to run a pipeline.
-
-    Args:
-        name: Shown in the table.
-        switched_on: ``pipe -> context manager`` inside which the setting holds; it may yield a report.
-        steps: Denoising steps, if other than the baseline's.
-        seed_offset: Added to every seed.
-    """
-
-    name: str
-    switched_on: Callable[[Any], AbstractContextManager[TokenMergingReport | None]]
-    steps: int | None = None
-    seed_offset: int = 0
-
-    @classmethod
-    def untouched(cls, name: str = "untouched", steps: int | None = None, seed_offset: int = 0) -> "Setting":
-        """The pipeline as it is."""
-        return cls(name, lambda pipe: nullcontext(), steps, seed_offset)
-
-    @classmethod
-    def merging(cls, name: str, config: ToMeConfig) -> "Setting":
-        """Token merging by this package."""
-        return cls(name, lambda pipe: token_merging(pipe, config))
-
-    @classmethod
-    def tomesd(cls, ratio: float, max_downsample: int = 1) -> "Setting":
-        """Token merging as tomesd does it."""
-        options = {"ratio": ratio, "max_downsample": max_downsample}
-        return cls(f"tomesd's way, {ratio:g}", lambda pipe: tomesd_patch(pipe, **options))
 
 
 @dataclass
@@ -93,7 +57,7 @@ class Comparison:
 def compare(
     pipe: Any,
     prompts: Sequence[str],
-    settings: Sequence[Setting],
+    settings: Sequence[Configuration],
     sampling: Sampling,
     seed: int = 0,
     equal_time: bool = False,
@@ -115,7 +79,7 @@ def compare(
     """
     if not prompts:
         raise ValueError("compare needs at least one prompt")
-    baseline = Setting.untouched()
+    baseline = Configuration("untouched")
     for setting in (baseline, *settings):
         _run(pipe, setting, prompts[0], seed, replace(sampling, steps=min(2, sampling.steps)), on_step)
     reference, *rows = _rows(pipe, prompts, [baseline, *settings], sampling, seed, on_step)
@@ -126,7 +90,7 @@ def compare(
             if row.speedup > 1 and setting.steps is None and not setting.seed_offset
         }
         slower = [
-            Setting.untouched(f"{steps} steps", steps=steps)
+            Configuration(f"{steps} steps", steps=steps)
             for steps in sorted(fewer, reverse=True)
             if steps < sampling.steps
         ]
@@ -135,16 +99,26 @@ def compare(
     return Comparison(list(prompts), reference, rows)
 
 
-def peer_settings(ratios: Sequence[float], max_downsample: int = 1) -> list[Setting]:
-    """The settings that frame a comparison: tomesd at the same ratios, and the noise floor, another seed."""
-    floor = Setting.untouched("another seed", seed_offset=OTHER_SEED)
-    return [*(Setting.tomesd(ratio, max_downsample) for ratio in ratios), floor]
+def peers_of(
+    ratios: Sequence[float], max_downsample: int = 1, cache_interval: int | None = None
+) -> list[Configuration]:
+    """What frames a comparison: tomesd at the same ratios, DeepCache at the same interval, and another seed.
+
+    DeepCache is left out where its package is not installed.
+    """
+    peers = [
+        Configuration(f"tomesd's way, {ratio:g}", {"tomesd": {"ratio": ratio, "max_downsample": max_downsample}})
+        for ratio in ratios
+    ]
+    if cache_interval is not None and installed("DeepCache"):
+        peers.append(Configuration(f"DeepCache {cache_interval}", {"deepcache": {"interval": cache_interval}}))
+    return [*peers, Configuration("another seed", seed_offset=OTHER_SEED)]
 
 
 def _rows(
     pipe: Any,
     prompts: Sequence[str],
-    settings: Sequence[Setting],
+    settings: Sequence[Configuration],
     sampling: Sampling,
     seed: int,
     on_step: Callable[[str], None] | None,
@@ -166,7 +140,7 @@ def _rows(
 
 def _run(
     pipe: Any,
-    setting: Setting,
+    setting: Configuration,
     prompt: str,
     seed: int,
     sampling: Sampling,

@@ -1,11 +1,17 @@
 """What goes wrong in a way that its user can put right."""
 
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
 
 class EvaluationError(Exception):
     """Something that the user can put right; the message is one line that says what, and how."""
+
+
+def installed(module: str) -> bool:
+    """True if a library can be imported."""
+    return find_spec(module) is not None
 
 
 def optional_import(module: str, purpose: str, package: str | None = None) -> Any:

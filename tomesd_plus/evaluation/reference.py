@@ -1,9 +1,10 @@
 """The pictures that generated ones are to resemble: a folder, a data set, or statistics that were saved."""
 
 import hashlib
+import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,28 @@ def load_reference(
     return Reference(source, Statistics.of(features, device=device), features, len(images.unreadable), device)
 
 
+def save_reference(
+    source: str,
+    extractor: Extractor,
+    path: Path,
+    split: str = "validation",
+    column: str | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> Reference:
+    """Save a reference's statistics and features as ``.npz``, with the extractor's name; arguments as for loading.
+
+    Returns:
+        What was saved.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        reference = load_reference(source, extractor, Path(folder) / "features.npy", split, column, on_images)
+        new = Path(folder) / path.name
+        more = {} if reference.features is None else {"features": np.asarray(reference.features)}
+        reference.statistics.save(new, extractor=np.array(extractor.name), **more)
+        new.replace(path)
+        return replace(reference, features=None)  # they were in the folder
+
+
 def reference_version(source: str, split: str = "validation", column: str | None = None) -> str:
     """What changes with the pictures of a reference, told without reading them."""
     path = TINY_REFERENCE if source == EMBEDDED else Path(source)
@@ -92,6 +115,7 @@ def _load_statistics(path: Path, extractor: Extractor, source: str) -> Reference
         statistics = Statistics.load(path)
         with np.load(path) as arrays:
             features = arrays["features"] if "features" in arrays.files else None
+            made_with = str(arrays["extractor"]) if "extractor" in arrays.files else extractor.name
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EvaluationError(f"cannot read statistics from {path}: {error}") from error
     if len(statistics.mean) != extractor.dimensions:
@@ -99,5 +123,7 @@ def _load_statistics(path: Path, extractor: Extractor, source: str) -> Reference
             f"{path} holds statistics of {len(statistics.mean)} dimensions, but {extractor.name} has "
             f"{extractor.dimensions}: they were made with another network"
         )
+    if made_with != extractor.name:
+        raise EvaluationError(f"{path} holds statistics by {made_with}, but the pictures' are by {extractor.name}")
     device = distance_device(extractor)
     return Reference(source, statistics.to(device), features, device=device)

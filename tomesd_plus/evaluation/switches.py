@@ -1,7 +1,6 @@
 """What a configuration can switch on in a pipeline: this package's merging and cache, and its peers."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any
 from tomesd_plus import tomesd
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.errors import EvaluationError, optional_import
-from tomesd_plus.evaluation.schedules import Direction, make_schedule
 from tomesd_plus.pipeline import merging_report, token_merging
 from tomesd_plus.presets import preset, preset_by_name
 from tomesd_plus.report import TokenMergingReport
 from tomesd_plus.schedule import AdaptiveRatio
+
+TOMESD_PACKAGE = "tomesd package"
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,10 @@ def prepare(name: str, kind: str, options: dict[str, Any]) -> Switch:
         raise EvaluationError(f"{name}: {kind}: {error}".replace("ToMeConfig.__init__() ", "")) from error
 
 
-def _merge(schedule: str | None = None, more_at: str = "noisy", **options: Any) -> Switch:
-    """Token merging by this package: a named schedule with mean ``ratio``, and any option of ToMeConfig."""
-    if isinstance(ratio := options.get("ratio", 0.5), (int, float)):
-        cells = ToMeConfig(**(options | {"ratio": 0.0})).cell_size  # checked, which those in options are not
-        maximum = 1 - 1 / math.prod(cells)
-        options["ratio"] = make_schedule(schedule or "cosine", ratio, Direction(more_at), maximum)
-    elif schedule is not None:
-        raise ValueError("a schedule needs ratio to be a number")
+def _merge(**options: Any) -> Switch:
+    """Token merging by this package. A number as ratio is the mean of a cosine, unless a schedule is named."""
+    if isinstance(options.get("ratio", 0.5), (int, float)):
+        options = {"schedule": "cosine"} | options
     config = ToMeConfig(**options)
     schedules = *config.schedules.values(), *config.cached_schedules.values()
     adaptive = any(isinstance(chosen, AdaptiveRatio) for chosen in schedules)
@@ -86,6 +82,22 @@ def tomesd_patch(pipe: Any, **options: Any) -> Iterator[TokenMergingReport]:
         yield merging_report(pipe)
     finally:
         tomesd.remove_patch(pipe)
+
+
+def _tomesd_package(ratio: float = 0.5, max_downsample: int = 1) -> Switch:
+    """The package tomesd itself, where that is installed; the drop-in gives the same pictures on a CPU."""
+    package = optional_import("tomesd", f"the configuration {TOMESD_PACKAGE!r}")
+    resolved = _tomesd(ratio=ratio, max_downsample=max_downsample).resolved
+
+    @contextmanager
+    def switch_on(pipe: Any) -> Iterator[None]:
+        package.apply_patch(pipe.unet, ratio=ratio, max_downsample=max_downsample)
+        try:
+            yield
+        finally:
+            package.remove_patch(pipe.unet)
+
+    return Switch(switch_on, resolved | {"version": version("tomesd")})
 
 
 def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
@@ -124,6 +136,7 @@ SWITCHES: dict[str, tuple[Callable[..., Switch], str]] = {
     "merge": (_merge, "ratio"),
     "cache": (_cache, "interval"),
     "tomesd": (_tomesd, "ratio"),
+    TOMESD_PACKAGE: (_tomesd_package, "ratio"),
     "deepcache": (_deepcache, "interval"),
     "preset": (_preset, "name"),
 }

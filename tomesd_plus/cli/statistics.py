@@ -1,0 +1,37 @@
+"""``tomesd-plus statistics``: the reference's features, extracted once for many evaluations."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run
+from tomesd_plus.cli.options import Device
+from tomesd_plus.evaluation import load_extractor, local_device, save_reference
+from tomesd_plus.evaluation.features import INCEPTION
+
+
+def statistics_command(
+    pictures: Annotated[str, typer.Argument(help="A folder of pictures, or a data set's id.")],
+    out: Annotated[Path, typer.Option(help="The .npz file to write.")] = Path("reference.npz"),
+    features: Annotated[str, typer.Option(help="inception, tiny (embedded), or a CLIP's id or folder.")] = INCEPTION,
+    inception_weights: Annotated[str | None, typer.Option(help="A file. Default: downloaded.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "validation",
+    column: Annotated[str | None, typer.Option(help="Its column. Default: image …")] = None,
+    device: Device = None,
+) -> None:
+    """Save what `evaluate --reference` needs of reference pictures; pytorch-fid reads the file too."""
+    if out.suffix != ".npz":
+        fail(f"--out must name an .npz file, not {str(out)!r}")
+    check_writable(out.parent)
+    quiet()
+    extractor = run(lambda: load_extractor(features, local_device(device), inception_weights))
+    with progress_bar("pictures") as progress:
+        bar = progress.add_task(extractor.name, total=None)
+        reference = run(
+            lambda: save_reference(pictures, extractor, out, split, column, lambda count: progress.advance(bar, count))
+        )
+    skipped = f", {reference.unreadable} unreadable ones left out" if reference.unreadable else ""
+    console.print(
+        f"Written: {out}, {reference.statistics.count} pictures by {extractor.name}{skipped}", soft_wrap=True
+    )
