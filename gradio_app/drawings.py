@@ -27,7 +27,9 @@ def curve(schedule: Schedule) -> str:
     return _svg(
         WIDTH, HEIGHT, f"tokens merged over the steps, {schedule.mean():.0%} on average",
         [
-            *lines, f'<polygon class="area" points="{area}"/>', f'<polyline class="curve" points="{" ".join(points)}"/>',
+            *lines,
+            f'<polygon class="area" points="{area}"/>',
+            f'<polyline class="curve" points="{" ".join(points)}"/>',
             _text(left, HEIGHT - 4, "first step: noise"), _text(right, HEIGHT - 4, "last step: picture", "end"),
         ],
     )  # fmt: skip

@@ -182,8 +182,8 @@ def _results() -> list[Any]:
             slider = gr.ImageSlider(label="Left: without merging. Right: with it", format="png", interactive=False,
                                     height=PICTURE_HEIGHT, max_height=2000, elem_id="slider")  # fmt: skip
         with gr.Tab("Difference", id="difference"):
-            difference = gr.Image(label="Difference, 4 times as strong", format="png", interactive=False, height=PICTURE_HEIGHT,
-                                  elem_id="difference")  # fmt: skip
+            difference = gr.Image(label="Difference, 4 times as strong", format="png", interactive=False,
+                                  height=PICTURE_HEIGHT, elem_id="difference")  # fmt: skip
         with gr.Tab("Merge map", id="map"):
             with gr.Row():
                 step = gr.Slider(1, 25, 1, step=1, label="Step", buttons=[], elem_id="step")

@@ -52,7 +52,7 @@ def figures(result: Result) -> str:
         removed += f" · {result.cached_steps} steps from the cache"
     cards = [
         ("Speed-up", f"{result.speedup:.2f}×", "Time without merging divided by time with it."),
-        ("Time", f"{baseline.seconds:.2f} → {merged.seconds:.2f} s", "Without → with. The whole call, of one picture."),
+        ("Time", f"{baseline.seconds:.2f} → {merged.seconds:.2f} s", "Without → with, of the whole call."),
         ("PSNR", _psnr(result), "How close the pictures are: above 40 dB hardly anyone sees a difference."),
         ("SSIM", f"{result.ssim:.3f}", "How alike their structures are: 1 for equal pictures."),
         ("Peak memory", f"{_memory(baseline.memory_mib)} → {_memory(merged.memory_mib)}",

@@ -190,8 +190,8 @@ def test_one_screen_without_scrolling(open_page, theme, viewport):
         page.get_by_role("tab", name=tab).click()
         needed = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
         assert needed == [viewport["width"], viewport["height"]]
-    colour = page.locator(".gradio-container").evaluate("page => getComputedStyle(page).backgroundColor")
-    assert (int(re.search(r"\d+", colour)[0]) < 60) == (theme == "dark")
+    colour = page.locator(".top b").evaluate("title => getComputedStyle(title).color")
+    assert (int(re.search(r"\d+", colour)[0]) > 150) == (theme == "dark")
 
 
 def test_the_page_asks_no_other_server(browser, app_url):
@@ -202,3 +202,14 @@ def test_the_page_asks_no_other_server(browser, app_url):
     page.locator("#prompt textarea").wait_for()
     page.close()
     assert asked and all(address.startswith((app_url, "data:", "blob:")) for address in asked)
+
+
+def test_a_page_that_is_left_stops_its_run(open_page, app_backend):
+    left = open_page()
+    ask(left, steps=100, seed=78)
+    expect(left.locator("#status")).to_contain_text(re.compile(r"step [1-9]\d* of 200"), timeout=LONG)
+    left.close()
+    page = open_page()
+    ask(page, steps=2, seed=78)
+    wait(page)
+    assert not app_backend.remembers(Picture("a large star on a blue background", "", 78, 100, 3.0, 64, 64))
