@@ -11,8 +11,8 @@ PLOT_WIDTH, PLOT_HEIGHT = 300, 250
 HIGHEST_RATIO = 0.8
 
 
-def curve(schedule: Schedule) -> str:
-    """The ratio over the steps, first and noisiest on the left."""
+def curve(schedule: Schedule, hint: str | None = None) -> str:
+    """The ratio over the steps, first and noisiest on the left; below it the hint, or the mean."""
     left, right, top, bottom = 30, WIDTH - 6, 8, HEIGHT - 16
     points = []
     for index in range(201):
@@ -24,8 +24,9 @@ def curve(schedule: Schedule) -> str:
         y = bottom - (bottom - top) * ratio / HIGHEST_RATIO
         lines.append(_line(left, y, right, y) + _text(left - 4, y + 3, f"{ratio:.0%}", "end"))
     area = f"{left},{bottom} {' '.join(points)} {right},{bottom}"
-    return _svg(
-        WIDTH, HEIGHT, f"tokens merged over the steps, {schedule.mean():.0%} on average",
+    mean = f"{schedule.mean():.0%} of the tokens merged, on average"
+    plot = _svg(
+        WIDTH, HEIGHT, mean,
         [
             *lines,
             f'<polygon class="area" points="{area}"/>',
@@ -33,6 +34,7 @@ def curve(schedule: Schedule) -> str:
             _text(left, HEIGHT - 4, "first step: noise"), _text(right, HEIGHT - 4, "last step: picture", "end"),
         ],
     )  # fmt: skip
+    return f'{plot}<div class="hint">{escape(hint or mean)}</div>'
 
 
 def scatter(results: Sequence[Result]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradio_app import drawings, words
 from gradio_app.backend import Backend, Cancelled, Result
 from gradio_app.runs import Progress, follow
-from gradio_app.settings import MAX_SEED, Candidate, Picture
+from gradio_app.settings import MAX_SEED, Candidate, Picture, described
 from tomesd_plus import ConstantSchedule, Schedule
 from tomesd_plus.evaluation import difference, merge_map_overlay, to_image
 from tomesd_plus.presets import PRESETS
@@ -114,7 +114,17 @@ class Handlers:
         except ValueError as error:
             return words.status(escape(words.in_words(error)), "failed")
         schedule = None if merging is None else merging.schedules.get(self.backend.limits.levels[0])
-        return drawings.curve(schedule if isinstance(schedule, Schedule) else ConstantSchedule(0.0))
+        preset = values[0]
+        hint = PRESETS[preset].description if preset in PRESETS else None
+        return drawings.curve(schedule if isinstance(schedule, Schedule) else ConstantSchedule(0.0), hint)
+
+    def preset(self, name: str) -> list[Any]:
+        """The fields of a candidate as a preset sets them, which nobody can change then; without one as they were."""
+        if name not in PRESETS:
+            return [gr.update(interactive=True)] * 6
+        told = described(PRESETS[name], self.backend.pipe)
+        shown = (told.ratio, told.schedule, told.more_at, told.merged, told.max_downsample, told.cache_interval)
+        return [gr.update(value=value, interactive=False) for value in shown]
 
     def overlay(self, view: View | None, step: int, level: int) -> tuple[Image | None, str]:
         """The merge map of a step, counted from 1, and a level, over the picture."""
@@ -173,7 +183,7 @@ def _stepwise(
     except Exception as error:
         told = words.in_words(error)
         yield shown(words.status(escape(told), "failed"))
-        raise gr.Error(told, title="That cannot be done", print_exception=False) from None
+        raise gr.Error(told, print_exception=False) from None
     finally:
         progress.close()
 

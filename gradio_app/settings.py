@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tomesd_plus import FeatureCacheConfig, ToMeConfig
+from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
 from tomesd_plus.host import attention_levels
-from tomesd_plus.presets import preset_by_name
-from tomesd_plus.schedule import schedule_by_name
+from tomesd_plus.presets import Preset, preset_by_name
+from tomesd_plus.schedule import SCHEDULES, schedule_by_name
 
 MAX_PROMPT = 500  # characters
 MAX_STEPS = 100
@@ -19,8 +19,8 @@ MAX_RATIO = 0.75  # of cells of 2 × 2 tokens
 
 MERGED: dict[str, dict[str, Any]] = {
     "self-attention": {},
-    "self- and cross-attention": {"merge_cross_attention": True},
-    "both attentions and MLP": {"merge_cross_attention": True, "merge_mlp": True},
+    "both attentions": {"merge_cross_attention": True},
+    "attentions, MLP": {"merge_cross_attention": True, "merge_mlp": True},
     "whole blocks": {"merge_block": True},
 }
 """Around which layers to merge, in words, as options of :class:`tomesd_plus.ToMeConfig`."""
@@ -96,6 +96,31 @@ class Candidate:
         merging = ToMeConfig(ratio=schedule, max_downsample=self.max_downsample, **MERGED[self.merged])
         cache = FeatureCacheConfig(interval=self.cache_interval)
         return merging if self.ratio > 0 else None, cache if self.cache_interval > 1 else None
+
+
+def described(preset: Preset, pipe: Any) -> Candidate:
+    """The candidate nearest to a preset, to show what that does; it may do more than a candidate can."""
+    merging = preset.merging_for(pipe)
+    interval = preset.cache.interval if preset.cache is not None else 1
+    cache_interval = interval if isinstance(interval, int) else 1
+    if merging is None:
+        return Candidate(ratio=0.0, cache_interval=cache_interval)
+    schedule = next(iter(merging.schedules.values()))
+    mean = round(schedule.mean(), 2) if isinstance(schedule, Schedule) else 0.5
+    named = {type(each).__name__: name for name, each in SCHEDULES.items()}
+    ratios = schedule.ratios
+    merged = next(
+        (name for name, options in reversed(MERGED.items()) if all(getattr(merging, key) for key in options)),
+        "self-attention",
+    )
+    return Candidate(
+        ratio=mean,
+        schedule=named.get(type(schedule).__name__, "constant"),
+        more_at="noisy" if ratios[0] >= ratios[-1] else "clean",
+        merged=merged,
+        max_downsample=merging.max_downsample,
+        cache_interval=cache_interval,
+    )
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,10 @@ def build_demo(backend: Backend) -> gr.Blocks:
             with gr.Column(scale=1, min_width=600), gr.Tabs():
                 with gr.Tab("Compare", id="compare"), gr.Row(equal_height=False):
                     with gr.Column(scale=0, min_width=290):
-                        candidate, curve = _candidate_fields(backend)
-                        with gr.Row(elem_classes="buttons"):
+                        with gr.Row():
                             compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
                             cancel = gr.Button("Cancel", variant="secondary", elem_id="cancel", min_width=80)
+                        candidate, curve = _candidate_fields(backend)
                     with gr.Column(scale=1, min_width=320):
                         outputs = _results()
                 with gr.Tab("Explore", id="explore"), gr.Row(equal_height=False):
@@ -72,7 +72,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
                             value=["0.25", "0.5", "0.75", *PRESETS], label="What to try", elem_id="tried",
                             info="Ratios with the other settings of Compare; presets as they are.",
                         )  # fmt: skip
-                        with gr.Row(elem_classes="buttons"):
+                        with gr.Row():
                             explore = gr.Button("Explore", variant="primary", elem_id="explore", min_width=80)
                             stop = gr.Button("Cancel", variant="secondary", elem_id="stop", min_width=80)
                         plot = gr.HTML(drawings.scatter([]), elem_id="plot")
@@ -104,10 +104,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
         stop.click(lambda: cancelled, None, explore_status, cancels=[exploring], **LIVE)
         gr.on([field.change for field in candidate], handlers.curve, candidate, curve,
               trigger_mode="always_last", **LIVE)  # fmt: skip
-        candidate[0].change(
-            lambda preset: [gr.update(interactive=preset == CUSTOM)] * (len(candidate) - 1),
-            candidate[0], candidate[1:], **LIVE,
-        )  # fmt: skip
+        candidate[0].input(handlers.preset, candidate[0], candidate[1:], **LIVE)
         gr.on([step.input, level.input], handlers.overlay, [view, step, level], [overlay, told],
               trigger_mode="always_last", **LIVE)  # fmt: skip
     demo.queue(max_size=32)
@@ -158,7 +155,7 @@ def _picture_fields(backend: Backend, tiny: bool) -> list[Any]:
 def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
     """What is compared, in the order of :func:`gradio_app.handlers.candidate_from`, and the curve."""
     finest = backend.limits.levels[0]
-    presets = [("none: set it below", CUSTOM)] + [(f"{name}: {p.description}", name) for name, p in PRESETS.items()]
+    presets = [("none: set it below", CUSTOM)] + [(name, name) for name in PRESETS]
     preset = gr.Dropdown(presets, value=CUSTOM, label="Preset", elem_id="preset")
     ratio = gr.Slider(0, MAX_RATIO, 0.5, step=0.05, label="Ratio: tokens merged", buttons=[],
                       elem_id="ratio")  # fmt: skip
@@ -167,9 +164,11 @@ def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
         more_at = gr.Dropdown([("early steps", "noisy"), ("late steps", "clean")], value="noisy",
                               label="More merging at", min_width=80, elem_id="more-at")  # fmt: skip
     curve = gr.HTML(drawings.curve(CosineSchedule()), elem_id="curve")
-    merged = gr.Dropdown(list(MERGED), value=next(iter(MERGED)), label="What is merged", elem_id="merged")
-    levels = [("full resolution" if level == 1 else f"down to 1/{level}", level) for level in backend.limits.levels]
-    level = gr.Dropdown(levels, value=finest, label="At which resolutions", elem_id="levels")
+    names = [("full" if level == 1 else f"down to 1/{level}", level) for level in backend.limits.levels]
+    with gr.Row():
+        merged = gr.Dropdown(list(MERGED), value=next(iter(MERGED)), label="What is merged", min_width=80,
+                             elem_id="merged")  # fmt: skip
+        level = gr.Dropdown(names, value=finest, label="Resolutions", min_width=80, elem_id="levels")
     cache = gr.Slider(1, MAX_INTERVAL, 1, step=1, label="Full step every (1: no cache)", buttons=[],
                       elem_id="cache")  # fmt: skip
     return [preset, ratio, schedule, more_at, merged, level, cache], curve

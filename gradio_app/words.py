@@ -37,6 +37,8 @@ def finished(results: Sequence[Result], device: str) -> str:
         notes.append("First run at this size: an untimed warm-up went before.")
     if first.remembered:
         notes.append("The picture without merging is remembered, and so is its time.")
+    if len(results) == 1 and first.cached_steps:
+        notes.append(f"Steps that took deep features from the cache: {first.cached_steps}.")
     for result in results:
         notes += [
             f"{result.candidate.name.capitalize()}: {note}" if len(results) > 1 else note for note in result.notes
@@ -47,9 +49,7 @@ def finished(results: Sequence[Result], device: str) -> str:
 def figures(result: Result) -> str:
     """Cards with a comparison's figures."""
     baseline, merged = result.baseline, result.merged
-    removed = " · ".join(f"{share:.0%} at level {level}" for level, share in result.removed.items()) or "none"
-    if result.cached_steps:
-        removed += f" · {result.cached_steps} steps from the cache"
+    removed = " · ".join(f"{share:.0%}, level {level}" for level, share in result.removed.items()) or "none"
     cards = [
         ("Speed-up", f"{result.speedup:.2f}×", "Time without merging divided by time with it."),
         ("Time", f"{baseline.seconds:.2f} → {merged.seconds:.2f} s", "Without → with, of the whole call."),

@@ -309,7 +309,7 @@ def run_code(code, folder, monkeypatch):
     "candidate",
     [
         Candidate(),
-        Candidate(ratio=0.35, schedule="linear", more_at="clean", merged="both attentions and MLP", cache_interval=2),
+        Candidate(ratio=0.35, schedule="linear", more_at="clean", merged="attentions, MLP", cache_interval=2),
         Candidate(ratio=0.6, schedule="steps", merged="whole blocks", max_downsample=2),
         Candidate(ratio=0, cache_interval=3),
         Candidate(ratio=0),

@@ -84,6 +84,8 @@ def test_type_generate_move_the_ratio(open_page):
     wait(page)
     first = pictures(page)
     assert first[0] != first[1] and all(address.endswith(".png") for address in first)
+    whole, shown = page.locator("#slider").bounding_box(), page.locator("#slider img").first.bounding_box()
+    assert shown["height"] <= whole["height"] + 1  # the whole picture is seen
     assert re.fullmatch(r"[\d.]+×", figure(page, "Speed-up")) and re.fullmatch(r"[\d.]+ dB", figure(page, "PSNR"))
     psnr, removed, curve = figure(page, "PSNR"), figure(page, "Tokens removed"), page.locator("#curve").inner_html()
     set_ratio(page, 0.75)
@@ -119,9 +121,11 @@ def test_a_preset_takes_the_place_of_the_other_settings(open_page):
     page.locator("#preset input").click()
     page.get_by_role("option", name=re.compile("^balanced")).click()
     expect(page.locator("#ratio input[type=number]")).to_be_disabled()
+    expect(page.locator("#cache input[type=number]")).to_have_value("3")
+    expect(page.locator("#curve")).to_contain_text("close to the picture")
     ask(page)
     wait(page)
-    expect(page.locator("#figures")).to_contain_text("from the cache")
+    expect(page.locator("#status")).to_contain_text("from the cache")
     page.get_by_role("tab", name="Code").click()
     expect(page.locator("#code")).to_contain_text('preset(pipe, "balanced")')
 
