@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from gradio_app import drawings, words
-from gradio_app.backend import Backend, Cancelled, Result
+from gradio_app.backend import Backend, Result
 from gradio_app.runs import Progress, follow
 from gradio_app.settings import MAX_SEED, Candidate, Picture, described
 from tomesd_plus import ConstantSchedule, Schedule
@@ -178,8 +178,6 @@ def _stepwise(
             except StopIteration as ended:
                 return ended.value
             yield shown(words.progress_bar(event))
-    except Cancelled:
-        raise gr.Error(words.CANCELLED, print_exception=False) from None
     except Exception as error:
         told = words.in_words(error)
         yield shown(words.status(escape(told), "failed"))
