@@ -2,6 +2,7 @@
 
 import csv
 import stat
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -181,6 +182,12 @@ def test_pictures_are_a_function_of_their_seed():
     one, again, other = (data.picture_batch(batch, 64, seed) for seed in (0, 0, 1))
     assert one.shape == (6, 3, 64, 64) and one.min() >= -1 and one.max() <= 1
     assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_made_ahead_come_in_order_from_any_start(workers):
+    ahead = pytest.importorskip("examples.train_tiny.ahead").ahead
+    assert list(ahead(partial(pow, 2), 3, 9, workers)) == [8, 16, 32, 64, 128, 256]
 
 
 @pytest.mark.slow

@@ -4,11 +4,16 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+
+from .ahead import ahead
+
+MOST_STEPS = 10**9
 
 
 class Clock:
@@ -33,24 +38,27 @@ class Clock:
 
 def train(
     model: nn.Module,
-    loss_of: Callable[[nn.Module, Clock], Tensor],
+    loss_of: Callable[[nn.Module, Any, Clock], Tensor],
     folder: Path,
     minutes: float,
     learning_rate: float,
     save_every: float = 4.0,
     on_save: Callable[[nn.Module, Clock], None] | None = None,
+    make: Callable[[int], Any] = lambda step: None,
+    workers: int = 0,
 ) -> nn.Module:
     """Train for a number of minutes and return the model with its averaged weights.
 
     Args:
         model: The module to train.
-        loss_of: ``(model, clock) -> loss``; takes its batch from ``clock.step``, so that a resumed run sees the data
-            that an unbroken one would have seen.
+        loss_of: ``(model, batch, clock) -> loss``.
         folder: Where checkpoints go. A run that finds one there goes on from it.
         minutes: Training time in all, earlier runs counted in.
         learning_rate: Peak of AdamW's rate; rises over the first 2 % of the time, then falls as a cosine to 1 %.
         save_every: Minutes between checkpoints.
         on_save: ``(averaged model, clock) -> None``, called at each checkpoint, for sample sheets.
+        make: ``step -> batch``, a pure function, so that a resumed run sees the data that an unbroken one would see.
+        workers: Processes that make batches ahead.
     """
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -74,6 +82,7 @@ def train(
             on_save(model, clock)
             ema.restore(model.parameters())
 
+    batches = ahead(make, clock.step, MOST_STEPS, workers)
     average, printed, saved = None, clock.elapsed, clock.elapsed
     while clock.progress < 1:
         start = time.monotonic()
@@ -82,7 +91,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rise * fall
         with accelerator.autocast():  # also where a part of the model is called, and not the whole
-            loss = loss_of(model, clock)
+            loss = loss_of(model, next(batches), clock)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -17,6 +17,7 @@ class Preset:
         clip_minutes, vae_minutes, unet_minutes: Training time of each model.
         latents: Pictures that are encoded once for the UNet's training.
         reference_pictures: Held-out pictures that the reference statistics rest on.
+        workers: Processes that draw pictures ahead; 0: none.
         small_share: Share of the UNet's time that goes to half-size latents first, where a step is four times cheaper.
     """
 
@@ -34,6 +35,7 @@ class Preset:
     latents: int = 12_000
     reference_pictures: int = 2_000
     small_share: float = 0.45
+    workers: int = 0
 
 
 PRESETS = {
@@ -42,5 +44,5 @@ PRESETS = {
     "cpu": Preset(),
     "gpu": Preset(image_size=128, vae_channels=(64, 128, 128), unet_channels=(128, 256, 384), clip_width=256,
                   clip_layers=4, clip_batch=512, vae_batch=128, unet_batch=256, clip_minutes=3, vae_minutes=5,
-                  unet_minutes=10, latents=60_000, small_share=0.2),
+                  unet_minutes=10, latents=60_000, small_share=0.2, workers=12),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """A tokenizer and a small CLIP, trained contrastively; its text encoder becomes the pipeline's."""
 
 import json
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -57,14 +58,20 @@ def train_clip(preset: Preset, folder: Path, seed: int = 0) -> tuple[CLIPModel, 
     tokenizer = make_tokenizer()
     model = make_clip(preset, tokenizer)
 
-    def loss_of(model: nn.Module, clock: Clock) -> Tensor:
-        batch = list(islice(scenes((seed, 1, clock.step)), preset.clip_batch))
+    def loss_of(model: nn.Module, batch: tuple[list[str], Tensor], clock: Clock) -> Tensor:
+        captions, pixels = batch
         device = next(model.parameters()).device
-        tokens = tokenizer([scene.caption for scene in batch], padding=True, return_tensors="pt").to(device)
-        pixels = picture_batch(batch, preset.image_size, (seed, 2, clock.step)).to(device)
-        return model(**tokens, pixel_values=pixels, return_loss=True).loss
+        tokens = tokenizer(captions, padding=True, return_tensors="pt").to(device)
+        return model(**tokens, pixel_values=pixels.to(device), return_loss=True).loss
 
-    return train(model, loss_of, folder / "clip", preset.clip_minutes, 1e-3), tokenizer
+    make = partial(_captioned_pictures, preset.clip_batch, preset.image_size, seed)
+    trained = train(model, loss_of, folder / "clip", preset.clip_minutes, 1e-3, make=make, workers=preset.workers)
+    return trained, tokenizer
+
+
+def _captioned_pictures(count: int, size: int, seed: int, step: int) -> tuple[list[str], Tensor]:
+    batch = list(islice(scenes((seed, 1, step)), count))
+    return [scene.caption for scene in batch], picture_batch(batch, size, (seed, 2, step))
 
 
 def _merges(bpe: Tokenizer) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """The denoiser: v-prediction in the latent space, captions dropped now and then for classifier-free guidance."""
 
 import hashlib
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .ahead import ahead
 from .data import Scene, held_out_scenes, picture_batch, scenes
 from .loop import Clock, train
 from .presets import Preset
 
 UNCONDITIONAL_SHARE = 0.1
+ENCODED_AT_ONCE = 64
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -76,11 +79,11 @@ def train_unet(
     schedule = DDPMScheduler(**SCHEDULE)
     dataset = list(islice(scenes((seed, 8)), preset.latents))
     captions = [scene.caption for scene in dataset]
-    small = _encoded(vae, dataset, preset.image_size // 2, (seed, 9), folder)
-    large = _encoded(vae, dataset, preset.image_size, (seed, 10), folder)
+    small = _encoded(vae, dataset, preset.image_size // 2, (seed, 9), folder, preset.workers)
+    large = _encoded(vae, dataset, preset.image_size, (seed, 10), folder, preset.workers)
     print(f"unet: {len(dataset)} pictures encoded", flush=True)
 
-    def loss_of(model: nn.Module, clock: Clock) -> Tensor:
+    def loss_of(model: nn.Module, batch: None, clock: Clock) -> Tensor:
         rng = np.random.default_rng((seed, 11, clock.step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         latents, count = (
@@ -126,24 +129,30 @@ def text_states(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: li
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
 
-def _encoded(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...], folder: Path) -> Tensor:
+def _encoded(
+    vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...], folder: Path, workers: int
+) -> Tensor:
     """Encode the pictures, or read what an earlier run has left."""
     weights = torch.cat([parameter.detach().flatten() for parameter in vae.parameters()])
     digest = hashlib.sha256(weights.cpu().numpy().tobytes()).hexdigest()[:8]  # latents of another VAE are of no use
     path = folder / f"latents_{size}_{digest}.safetensors"
     if not path.exists():
         new = path.with_suffix(".new")
-        save_file({"latents": _encode(vae, dataset, size, seed)}, new)
+        save_file({"latents": _encode(vae, dataset, size, seed, workers)}, new)
         new.rename(path)
     return load_file(path)["latents"]
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...]) -> Tensor:
+def _encode(vae: AutoencoderKL, dataset: list[Scene], size: int, seed: tuple[int, ...], workers: int) -> Tensor:
     """Scaled mean and standard deviation of each picture's latents: (pictures, 8, height, width), fp16."""
     parts = []
-    for start in range(0, len(dataset), 64):
-        pixels = picture_batch(dataset[start : start + 64], size, (*seed, start)).to(vae.device)
-        posterior = vae.encode(pixels).latent_dist
+    for pixels in ahead(partial(_pictures, dataset, size, seed), 0, -(-len(dataset) // ENCODED_AT_ONCE), workers):
+        posterior = vae.encode(pixels.to(vae.device)).latent_dist
         parts.append(torch.cat([posterior.mean, posterior.std], dim=1).mul(vae.config.scaling_factor).half().cpu())
     return torch.cat(parts).contiguous()
+
+
+def _pictures(dataset: list[Scene], size: int, seed: tuple[int, ...], part: int) -> Tensor:
+    start = ENCODED_AT_ONCE * part
+    return picture_batch(dataset[start : start + ENCODED_AT_ONCE], size, (*seed, start))

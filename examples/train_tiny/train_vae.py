@@ -1,6 +1,7 @@
 """The autoencoder: 32 × 32 × 4 latents, squared error and a light pull to the unit normal."""
 
 import math
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -37,27 +38,30 @@ def train_vae(preset: Preset, folder: Path, seed: int = 0) -> AutoencoderKL:
     torch.manual_seed(seed)
     vae = make_vae(preset)
 
-    def loss_of(model: Any, clock: Clock) -> Tensor:
-        # each picture gives four quarters, at a random corner: as many pixels from a quarter of the drawing
-        batch = list(islice(scenes((seed, 3, clock.step)), max(1, preset.vae_batch // 4)))
-        pixels = picture_batch(batch, preset.image_size, (seed, 4, clock.step))
-        shift = np.random.default_rng((seed, 5, clock.step)).integers(0, preset.image_size, size=2)
-        pixels = pixels.roll(shift.tolist(), dims=(2, 3))
-        half = preset.image_size // 2
-        crops = pixels.unfold(2, half, half).unfold(3, half, half)  # (batch, 3, 2, 2, half, half)
-        crops = crops.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, half, half).to(next(model.parameters()).device)
+    def loss_of(model: Any, crops: Tensor, clock: Clock) -> Tensor:
+        crops = crops.to(next(model.parameters()).device)
         posterior = model.encode(crops).latent_dist
         decoded = model.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).sum((1, 2, 3)).mean()
-        return (decoded - crops).square().mean() + KL_WEIGHT * kl / half**2
+        return (decoded - crops).square().mean() + KL_WEIGHT * kl / crops[0, 0].numel()
 
-    trained: Any = train(vae, loss_of, folder / "vae", preset.vae_minutes, 2e-3)
+    make = partial(_quarters, max(1, preset.vae_batch // 4), preset.image_size, seed)
+    trained: Any = train(vae, loss_of, folder / "vae", preset.vae_minutes, 2e-3, make=make, workers=preset.workers)
     with torch.no_grad():
         pixels = picture_batch(list(islice(scenes((seed, 6)), 64)), preset.image_size, (seed, 6)).to(trained.device)
         latents = trained.encode(pixels).latent_dist.sample()
     trained.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     print(f"vae: {reconstruction_psnr(trained, preset):.2f} dB on held-out pictures, latents' std {latents.std():.3f}")
     return cast(AutoencoderKL, trained)
+
+
+def _quarters(count: int, size: int, seed: int, step: int) -> Tensor:
+    """Each picture gives four quarters, at a random corner: as many pixels from a quarter of the drawing."""
+    pixels = picture_batch(list(islice(scenes((seed, 3, step)), count)), size, (seed, 4, step))
+    shift = np.random.default_rng((seed, 5, step)).integers(0, size, size=2)
+    half = size // 2
+    crops = pixels.roll(shift.tolist(), dims=(2, 3)).unfold(2, half, half).unfold(3, half, half)
+    return crops.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, half, half)  # from (count, 3, 2, 2, half, half)
 
 
 @torch.no_grad()
