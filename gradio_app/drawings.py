@@ -55,16 +55,23 @@ def scatter(results: Sequence[Result]) -> str:
         y = place(tick, y_ticks, bottom, top)
         shapes.append(_line(left, y, right, y) + _text(left - 5, y + 3, f"{tick:g}", "end"))
     shapes += [_text(right, PLOT_HEIGHT - 4, "speed-up →", "end"), _text(4, 9, "↑ PSNR, dB")]
-    taken: list[tuple[float, float]] = []
-    for speedup, psnr, name in sorted(points):
-        x, y = place(speedup, x_ticks, left, right), place(psnr, y_ticks, bottom, top)
+    places = [
+        (place(speedup, x_ticks, left, right), place(psnr, y_ticks, bottom, top), name)
+        for speedup, psnr, name in sorted(points)
+    ]
+    taken = [(x, x, y) for x, y, _ in places]  # from, to, at which height: the points, and then their names too
+    for x, y, name in places:
         beyond = x > right - 90
-        label_y = y + 3
-        while any(abs(x - other_x) < 90 and abs(label_y - other_y) < 11 for other_x, other_y in taken):
-            label_y += 11
-        taken.append((x, label_y))
+        start, end = (x - 70, x - 8) if beyond else (x + 8, x + 70)
+        free = (
+            y + shift
+            for shift in (0, 11, -11, 22, -22, 33)
+            if not any(start < b + 5 and a - 5 < end and abs(y + shift - at) < 10 for a, b, at in taken)
+        )
+        label_y = next(free, y)
+        taken.append((start, end, label_y))
         shapes.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        shapes.append(_text(x - 8 if beyond else x + 8, label_y, name, "end" if beyond else "start", "name"))
+        shapes.append(_text(end if beyond else start, label_y + 3, name, "end" if beyond else "start", "name"))
     told = "; ".join(f"{name}: {speedup:.2f}×, {psnr:.1f} dB" for speedup, psnr, name in points)
     return _svg(PLOT_WIDTH, PLOT_HEIGHT, f"speed-up against PSNR: {told or 'no points'}", shapes)
 

@@ -12,6 +12,7 @@ from tomesd_plus.evaluation import load_model
 
 PROMPT = "a large ladybug on a pink gradient background"
 WAIT = 600_000  # ms
+SHOWN = "[...document.querySelectorAll('#slider img, #grid img')].every(image => image.complete)"
 
 
 def take_screenshots(folder: Path) -> None:
@@ -28,7 +29,7 @@ def take_screenshots(folder: Path) -> None:
             page.get_by_role("tab", name=tab).click()
             page.locator(f"button#{tab.lower()}").click()
             page.locator(f"{status} .done").wait_for()
-            page.wait_for_load_state("networkidle")  # the pictures are there
+            page.wait_for_function(SHOWN)
             page.screenshot(path=folder / f"app-{tab.lower()}.png")
         browser.close()
     demo.close()

@@ -166,9 +166,9 @@ def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
     curve = gr.HTML(drawings.curve(CosineSchedule()), elem_id="curve")
     names = [("full" if level == 1 else f"down to 1/{level}", level) for level in backend.limits.levels]
     with gr.Row():
-        merged = gr.Dropdown(list(MERGED), value=next(iter(MERGED)), label="What is merged", min_width=80,
+        merged = gr.Dropdown(list(MERGED), value=next(iter(MERGED)), label="What is merged", min_width=80, scale=3,
                              elem_id="merged")  # fmt: skip
-        level = gr.Dropdown(names, value=finest, label="Resolutions", min_width=80, elem_id="levels")
+        level = gr.Dropdown(names, value=finest, label="Resolutions", min_width=80, scale=2, elem_id="levels")
     cache = gr.Slider(1, MAX_INTERVAL, 1, step=1, label="Full step every (1: no cache)", buttons=[],
                       elem_id="cache")  # fmt: skip
     return [preset, ratio, schedule, more_at, merged, level, cache], curve
