@@ -4,13 +4,21 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-fast lint types format install clean
+.PHONY: demo app test test-fast screenshots lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
 
+app: $(INSTALLED)  ## the comparison app, in a browser
+	$(BIN)/python -m gradio_app
+
 test: $(INSTALLED)  ## every test
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		echo "No browser, so the tests of the app's page are skipped: apt-get install chromium"
 	$(BIN)/python -m pytest
+
+screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
+	$(BIN)/python -m gradio_app.screenshots docs
 
 test-fast: $(INSTALLED)  ## all but the slow tests
 	$(BIN)/python -m pytest -m "not slow"

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from diffusers import (
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tomesd_plus import ToMeProcessor
+from tomesd_plus import ToMeProcessor, load_tiny_pipeline
 
 WIDTH = 16  # of the text encoders
 
@@ -189,3 +190,28 @@ def merge_in(model, size=(8, 8), **options):
     processor.merger.attach(torch.nn.ModuleList([model]), [attn])
     processor.merger.begin_step(model, (torch.zeros(2, 4, *size), 999), {})
     return processor.merger
+
+
+# The comparison app -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def app_backend() -> Any:
+    """The backend of :func:`app_url`."""
+    from gradio_app.backend import Backend
+
+    pipe = load_tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return Backend(pipe)
+
+
+@pytest.fixture(scope="session")
+def app_url(app_backend: Any) -> Iterator[str]:
+    """The address of a running app with the embedded pipeline."""
+    pytest.importorskip("gradio")
+    from gradio_app.ui import build_demo, launch_options
+
+    demo = build_demo(app_backend)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    yield url
+    demo.close()

@@ -35,10 +35,18 @@ def unet_of(pipe: Any) -> nn.Module:
     return unet
 
 
+def attention_levels(unet: nn.Module) -> tuple[int, ...]:
+    """The downsamples at which an SD UNet has self-attention, finest first: SDXL has none at 1."""
+    down_blocks = list(getattr(unet, "down_blocks", ()))
+    levels = {2**index for index, block in enumerate(down_blocks) if hasattr(block, "attentions")}
+    if hasattr(getattr(unet, "mid_block", None), "attentions"):
+        levels.add(2 ** (len(down_blocks) - 1))
+    return tuple(sorted(levels))
+
+
 def finest_level(unet: nn.Module) -> int:
-    """The least downsample at which an SD UNet has self-attention: 1 for SD 1.x and 2.x, 2 for SDXL."""
-    blocks = list(getattr(unet, "down_blocks", ()))
-    return next((2**i for i, block in enumerate(blocks) if hasattr(block, "attentions")), 1)
+    """The first of :func:`attention_levels`; 1 if there is none."""
+    return next(iter(attention_levels(unet)), 1)
 
 
 def owners_of_hooks(model: nn.Module, kind: type[Owner]) -> list[Owner]:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from tomesd_plus import __version__
+from tomesd_plus.cli.app import app_command
 from tomesd_plus.cli.benchmark import benchmark_command
 from tomesd_plus.cli.common import console
 from tomesd_plus.cli.compare import compare_command
@@ -20,6 +21,7 @@ app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("statistics")(statistics_command)
 app.command("benchmark")(benchmark_command)
+app.command("app")(app_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import Image
 
 from tomesd_plus.cli.common import check_writable, fail, load, progress_bar, run
 from tomesd_plus.cli.options import (
@@ -28,7 +27,7 @@ from tomesd_plus.cli.options import (
     prompts_from,
     sampling_from,
 )
-from tomesd_plus.evaluation import generate
+from tomesd_plus.evaluation import generate, to_image
 from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.schedule import Direction
 
@@ -74,6 +73,5 @@ def generate_command(
             image = run(call)
             words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60] or "prompt"
             path = out / f"{index:03}-{seed + index}-{words}.png"
-            pixels = image.pixels.mul(255).round().clamp(0, 255).byte()
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+            to_image(image.pixels).save(path)
             progress.console.print(f"{path}  {image.seconds:.2f} s")

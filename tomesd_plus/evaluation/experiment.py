@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tomesd_plus.evaluation.configurations import BASELINE, Configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.files import atomic_write, plain, read_json, write_json
 from tomesd_plus.evaluation.generate import Sampling
+from tomesd_plus.evaluation.images import to_image
 from tomesd_plus.evaluation.items import Item
 
 INDEX = "experiment.json"
@@ -49,9 +49,8 @@ class ImageFolder:
             )
             atomic_write(self.failure(item), reason + "\n")
             return False
-        array = pixels.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, "PNG")
+        to_image(pixels).save(buffer, "PNG")
         atomic_write(self.image(item), buffer.getvalue())
         return True
 

@@ -9,9 +9,10 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from tomesd_plus.evaluation.compare import Comparison, Row
+from tomesd_plus.evaluation.overlays import DIFFERENCE_GAIN, merge_map_overlay
+from tomesd_plus.evaluation.overlays import difference as difference_of
 
 MAX_PROMPTS = 8  # a picture with more rows is hard to read
-DIFFERENCE_GAIN = 4
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -40,9 +41,9 @@ def comparison_figure(comparison: Comparison) -> Figure:
             picture.imshow(_image(pixels))
             _title(picture, index, f"{row.name}\n{row.speedup:.2f}×")
             picture.set_xlabel(f"{row.psnr[index]:.1f} dB", fontsize=6)
-            difference.imshow(_image((pixels - base).abs() * DIFFERENCE_GAIN))
+            difference.imshow(_image(difference_of(pixels, base)))
             _title(difference, index, f"difference\n× {DIFFERENCE_GAIN}")
-            _draw_merge_map(merge_map, pixels, row.merge_maps[index])
+            merge_map.imshow(_image(merge_map_overlay(pixels, row.merge_maps[index])))
             _title(merge_map, index, "tokens merged\nat the middle step")
         for row in others:
             axis = next(cells)
@@ -68,16 +69,6 @@ def _draw_ratios(axis: Any, rows: list[Row]) -> None:
     axis.tick_params(labelsize=7)
     if axis.lines:
         axis.legend(fontsize=7)
-
-
-def _draw_merge_map(axis: Any, pixels: Tensor, merge_map: Tensor | None) -> None:
-    height, width = pixels.shape[1:]
-    axis.imshow(_image(pixels.mean(dim=0, keepdim=True).expand(3, -1, -1) * 0.6 + 0.2))
-    if merge_map is not None:
-        sizes = merge_map.float().log2().numpy()
-        shade = np.ma.masked_equal(sizes, 0)
-        axis.imshow(shade, cmap="autumn_r", alpha=0.7, interpolation="nearest", vmin=0, vmax=4,
-                    extent=(-0.5, width - 0.5, height - 0.5, -0.5))  # fmt: skip
 
 
 def _title(axis: Any, index: int, text: str) -> None:

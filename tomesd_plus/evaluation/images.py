@@ -15,6 +15,11 @@ from tomesd_plus.evaluation.prompts import choose_column
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture (3, height, width) in [0, 1], rounded to 8 bits as diffusers does."""
+    return Image.fromarray(pixels.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
 @dataclass
 class Images:
     """Images that are read when they are asked for, so that memory does not grow with their number.

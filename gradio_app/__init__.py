@@ -1,0 +1,1 @@
+"""The comparison app: type a prompt, move the ratio, look at both pictures."""

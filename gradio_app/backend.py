@@ -1,0 +1,280 @@
+"""Makes the pictures and the figures. Knows nothing of a page: whatever calls it gets tensors, numbers and words."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradio_app.settings import Candidate, Limits, Picture
+from gradio_app.snippet import snippet
+from tomesd_plus import (
+    FeatureCacheConfig,
+    FeatureCacheReport,
+    TokenMergingReport,
+    ToMeConfig,
+    feature_cache,
+    token_merging,
+)
+from tomesd_plus.evaluation import Sampling, device_name, generate_batch, peak_memory, psnr, ssim
+from tomesd_plus.evaluation.models import TINY
+
+MAX_BASELINES = 16
+MAX_CANDIDATES = 9
+WARM_UP_STEPS = 2
+MEBIBYTE = 2**20
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is under way, and with how many steps are done of how many."""
+
+
+class Cancelled(Exception):
+    """The run was stopped by its user."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture and what it cost.
+
+    Args:
+        pixels: (3, height, width) in [0, 1], float32, on the CPU.
+        seconds: The whole call: text encoding, denoising, decoding.
+        memory_mib: Peak, MiB: what PyTorch allocated on a GPU, or the process's resident memory on a CPU.
+    """
+
+    pixels: Tensor
+    seconds: float
+    memory_mib: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A candidate's picture beside the baseline's.
+
+    Args:
+        candidate: What was asked for.
+        baseline, merged: The pictures.
+        psnr: In dB, to the baseline's picture; ``None`` if the two are identical.
+        ssim: 1 for equal pictures.
+        removed: Share of tokens removed at each level, over all steps.
+        cached_steps: Steps that ran the outer layers only.
+        merge_maps: (rows, columns) by step, from 0, and level: how many tokens each was merged with, itself counted.
+        remembered: The baseline is of an earlier run, and so is its time.
+        warmed_up: The first run of its kind: an untimed warm-up went before.
+        notes: What else there is to know, a sentence each.
+        code: A script that gives the candidate's picture.
+    """
+
+    candidate: Candidate
+    baseline: Shot
+    merged: Shot
+    psnr: float | None
+    ssim: float
+    code: str
+    removed: dict[int, float] = field(default_factory=dict)
+    cached_steps: int = 0
+    merge_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    remembered: bool = False
+    warmed_up: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def speedup(self) -> float:
+        """The baseline's time divided by the candidate's."""
+        return self.baseline.seconds / self.merged.seconds
+
+
+class Backend:
+    """One pipeline that several users share: it makes one picture at a time, and every run leaves it untouched.
+
+    Args:
+        pipe: A text-to-image pipeline with a UNet, untouched.
+        model: The name it was loaded by, for the page and the code.
+        dtype: Its dtype by name.
+    """
+
+    def __init__(self, pipe: Any, model: str = TINY, dtype: str = "float32") -> None:
+        self.pipe = pipe
+        self.model = model
+        self.dtype = dtype
+        self.limits = Limits.of(pipe)
+        self.device = device_name(pipe.unet.device)
+        self._lock = threading.Lock()
+        self._baselines: OrderedDict[Picture, Shot] = OrderedDict()
+        self._warm: set[tuple[int, int, bool]] = set()
+
+    def compare(
+        self,
+        picture: Picture,
+        candidate: Candidate,
+        on_progress: OnProgress | None = None,
+        stop: threading.Event | None = None,
+    ) -> Result:
+        """The untouched pipeline and a candidate with the same seed; takes what :meth:`explore` takes."""
+        return self.explore(picture, [candidate], on_progress, stop)[0]
+
+    def explore(
+        self,
+        picture: Picture,
+        candidates: Sequence[Candidate],
+        on_progress: OnProgress | None = None,
+        stop: threading.Event | None = None,
+    ) -> list[Result]:
+        """The untouched pipeline, unless its picture is remembered, and each candidate, with the same seed.
+
+        Args:
+            picture: What all have in common.
+            candidates: 1 to 9.
+            on_progress: Called before the first step and after each one.
+            stop: Once it is set, the run ends after the step under way, or at once while it waits for its turn.
+
+        Raises:
+            ValueError: A value is not allowed, or a model gave no picture; the message is for the user.
+            Cancelled: ``stop`` was set.
+        """
+        if not 1 <= len(candidates) <= MAX_CANDIDATES:
+            raise ValueError(f"choose 1 to {MAX_CANDIDATES} settings, not {len(candidates)}")
+        self.limits.check(picture)
+        configs = [candidate.configs(self.pipe) for candidate in candidates]
+        run = _Run(on_progress, stop or threading.Event())
+        with run.turn(self._lock):
+            baseline = self._baselines.get(picture)
+            kind = (picture.width, picture.height, picture.guidance_scale > 1)
+            warm_up = kind not in self._warm
+            run.total = (len(candidates) + (baseline is None)) * picture.steps
+            if warm_up:
+                self._warm_up(picture, configs[0], run)
+                self._warm.add(kind)
+            remembered = baseline is not None
+            if baseline is None:
+                baseline = self._shoot(picture, run.watch("Without merging"))
+                self._baselines[picture] = baseline
+            self._baselines.move_to_end(picture)
+            while len(self._baselines) > MAX_BASELINES:
+                self._baselines.popitem(last=False)
+            results = []
+            for candidate, (merging, cache) in zip(candidates, configs, strict=True):
+                result = self._candidate(picture, candidate, merging, cache, baseline, run)
+                results.append(replace(result, remembered=remembered, warmed_up=warm_up))
+        return results
+
+    def remembers(self, picture: Picture) -> bool:
+        """True if a candidate for this picture costs one image, not two."""
+        return picture in self._baselines
+
+    def _candidate(
+        self,
+        picture: Picture,
+        candidate: Candidate,
+        merging: ToMeConfig | None,
+        cache: FeatureCacheConfig | None,
+        baseline: Shot,
+        run: "_Run",
+    ) -> Result:
+        merge_maps: dict[tuple[int, int], Tensor] = {}
+        watch = run.watch(candidate.name.capitalize())
+        with _switched_on(self.pipe, merging, cache) as (report, cached):
+
+            def on_step(step: int) -> None:
+                levels = report.steps[-1].removed if report is not None and report.steps else {}
+                for level, share in levels.items():
+                    merge_map = report.merge_map(level) if report is not None and share else None
+                    if merge_map is not None:
+                        merge_maps[step, level] = merge_map.short()
+                watch(step)
+
+            shot = self._shoot(picture, on_step)
+        equal = torch.equal(shot.pixels, baseline.pixels)
+        return Result(
+            candidate, baseline, shot,
+            psnr=None if equal else psnr(shot.pixels, baseline.pixels).item(),
+            ssim=ssim(shot.pixels, baseline.pixels).item(),
+            code=snippet(picture, merging, cache, candidate.preset, self.model, str(self.pipe.device), self.dtype),
+            removed={level: share for level, share in report.removed.items() if share} if report else {},
+            cached_steps=cached.cached if cached else 0,
+            merge_maps=merge_maps,
+            notes=_notes(report),
+        )  # fmt: skip
+
+    def _shoot(self, picture: Picture, on_step: Callable[[int], None]) -> Shot:
+        """Generate one picture with whatever is switched on."""
+        sampling = Sampling(
+            picture.steps, picture.guidance_scale, picture.height, picture.width, picture.negative_prompt or None
+        )
+        with peak_memory(self.pipe.unet.device) as peak:
+            made = generate_batch(self.pipe, [picture.prompt], [picture.seed], sampling, on_step)
+        if made.withheld[0]:
+            raise ValueError("the model's safety checker withheld the picture: try another prompt or seed")
+        if not made.pixels.isfinite().all():
+            raise ValueError(f"the model overflows in {self.dtype}: start the app with another --dtype")
+        return Shot(made.pixels[0], made.seconds, peak[0] / MEBIBYTE)
+
+    def _warm_up(
+        self, picture: Picture, configs: tuple[ToMeConfig | None, FeatureCacheConfig | None], run: "_Run"
+    ) -> None:
+        """Run a few steps that are not timed: what is run for the first time sets itself up."""
+        short = replace(picture, steps=min(WARM_UP_STEPS, picture.steps))
+        for merging, cache in ((None, None), configs):
+            with _switched_on(self.pipe, merging, cache):
+                self._shoot(short, run.watch("First run at this size: warming up", counted=False))
+
+
+class _Run:
+    """One user's run: its progress, and whether it goes on."""
+
+    def __init__(self, on_progress: OnProgress | None, stop: threading.Event) -> None:
+        self.on_progress = on_progress
+        self.stop = stop
+        self.done = 0
+        self.total = 1
+
+    @contextmanager
+    def turn(self, lock: threading.Lock) -> Iterator[None]:
+        """Hold the lock; waiting for it ends when the run is stopped."""
+        while not lock.acquire(timeout=0.05):
+            self._check()
+        try:
+            self._check()
+            yield
+        finally:
+            lock.release()
+
+    def watch(self, what: str, counted: bool = True) -> Callable[[int], None]:
+        """What to call after each step of one picture."""
+        self._tell(what)
+
+        def on_step(step: int) -> None:
+            self.done += counted
+            self._tell(what)
+
+        return on_step
+
+    def _tell(self, what: str) -> None:
+        self._check()
+        if self.on_progress:
+            self.on_progress(what, self.done, self.total)
+
+    def _check(self) -> None:
+        if self.stop.is_set():
+            raise Cancelled
+
+
+@contextmanager
+def _switched_on(
+    pipe: Any, merging: ToMeConfig | None, cache: FeatureCacheConfig | None
+) -> Iterator[tuple[TokenMergingReport | None, FeatureCacheReport | None]]:
+    """Merging and a cache inside the block, and after it, however it ends, the pipeline as it was."""
+    with ExitStack() as stack:
+        report = None if merging is None else stack.enter_context(token_merging(pipe, merging))
+        cached = None if cache is None else stack.enter_context(feature_cache(pipe, cache))
+        yield report, cached
+
+
+def _notes(report: TokenMergingReport | None) -> tuple[str, ...]:
+    if report is None or report.merged:
+        return ()
+    reasons = "; ".join(sorted({layer.reason for layer in report.layers if layer.reason}))
+    return (f"Nothing was merged: {reasons or 'no layer ran on enough tokens'}.",)

@@ -1,0 +1,175 @@
+"""What a user chooses, and what a model allows: every value is checked here, whoever sends it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
+from tomesd_plus.host import attention_levels
+from tomesd_plus.presets import Preset, preset_by_name
+from tomesd_plus.schedule import SCHEDULES, schedule_by_name
+
+MAX_PROMPT = 500  # characters
+MAX_STEPS = 100
+MAX_GUIDANCE = 30.0
+MAX_SEED = 2**32 - 1
+MAX_INTERVAL = 10
+MAX_SIDE = 1536  # pixels, whatever the model
+MAX_RATIO = 0.75  # of cells of 2 × 2 tokens
+
+MERGED: dict[str, dict[str, Any]] = {
+    "self-attention": {},
+    "both attentions": {"merge_cross_attention": True},
+    "attentions, MLP": {"merge_cross_attention": True, "merge_mlp": True},
+    "whole blocks": {"merge_block": True},
+}
+"""Around which layers to merge, in words, as options of :class:`tomesd_plus.ToMeConfig`."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What both pictures have in common, so all that the baseline depends on.
+
+    Args:
+        prompt: At most 500 characters.
+        negative_prompt: What the picture should not show; likewise.
+        seed: Of the initial noise, in [0, 2³² − 1].
+        steps: Denoising steps, 1 to 100.
+        guidance_scale: Of classifier-free guidance, 0 to 30; 1 or less switches it off.
+        width, height: In pixels, within the model's :class:`Limits`.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is compared with the baseline.
+
+    Args:
+        ratio: Mean share of tokens to remove, in [0, 0.75]; 0 merges nothing.
+        schedule: Of the ratio over the steps: constant, linear, cosine, steps or auto.
+        more_at: At which steps it merges more: noisy or clean.
+        merged: Around which layers, a key of :data:`MERGED`.
+        max_downsample: The coarsest level to merge at: 1, 2, 4 or 8.
+        cache_interval: Every which step runs the whole UNet, 1 to 10; 1 runs it always.
+        preset: One of the package's presets, in place of all the others; ``None``: none.
+    """
+
+    ratio: float = 0.5
+    schedule: str = "cosine"
+    more_at: str = "noisy"
+    merged: str = "self-attention"
+    max_downsample: int = 1
+    cache_interval: int = 1
+    preset: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A few words, for a grid and a plot."""
+        if self.preset:
+            return self.preset
+        cache = f", cache {self.cache_interval}" if self.cache_interval > 1 else ""
+        return f"ratio {self.ratio:g}{cache}"
+
+    def configs(self, pipe: Any) -> tuple[ToMeConfig | None, FeatureCacheConfig | None]:
+        """What to switch on for a pipeline; ``None`` for what stays off.
+
+        Raises:
+            ValueError: A value is outside its range; the message says what is allowed.
+        """
+        if self.preset is not None:
+            chosen = preset_by_name(self.preset)
+            return chosen.merging_for(pipe), chosen.cache
+        _within("the ratio", self.ratio, 0, MAX_RATIO)
+        _whole("the cache interval", self.cache_interval, 1, MAX_INTERVAL)
+        if self.merged not in MERGED:
+            raise ValueError(f"cannot merge {self.merged!r}: choose from {', '.join(MERGED)}")
+        schedule = schedule_by_name(self.schedule, self.ratio, self.more_at)
+        schedule = schedule.replaced([round(ratio, 6) for ratio in schedule.ratios])  # digits that a person can read
+        merging = ToMeConfig(ratio=schedule, max_downsample=self.max_downsample, **MERGED[self.merged])
+        cache = FeatureCacheConfig(interval=self.cache_interval)
+        return merging if self.ratio > 0 else None, cache if self.cache_interval > 1 else None
+
+
+def described(preset: Preset, pipe: Any) -> Candidate:
+    """The candidate nearest to a preset, to show what that does; it may do more than a candidate can."""
+    merging = preset.merging_for(pipe)
+    interval = preset.cache.interval if preset.cache is not None else 1
+    cache_interval = interval if isinstance(interval, int) else 1
+    if merging is None:
+        return Candidate(ratio=0.0, cache_interval=cache_interval)
+    schedule = next(iter(merging.schedules.values()))
+    mean = round(schedule.mean(), 2) if isinstance(schedule, Schedule) else 0.5
+    named = {type(each).__name__: name for name, each in SCHEDULES.items()}
+    ratios = schedule.ratios
+    merged = next(
+        (name for name, options in reversed(MERGED.items()) if all(getattr(merging, key) for key in options)),
+        "self-attention",
+    )
+    return Candidate(
+        ratio=mean,
+        schedule=named.get(type(schedule).__name__, "constant"),
+        more_at="noisy" if ratios[0] >= ratios[-1] else "clean",
+        merged=merged,
+        max_downsample=merging.max_downsample,
+        cache_interval=cache_interval,
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model allows.
+
+    Args:
+        side: The model's own side, in pixels.
+        smallest, largest: The sides allowed, in pixels.
+        multiple: Each side is a multiple of it.
+        levels: The downsamples at which the model has self-attention, finest first.
+    """
+
+    side: int
+    smallest: int
+    largest: int
+    multiple: int
+    levels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pipe: Any) -> "Limits":
+        """Those of a pipeline: half to twice its own side, at most 1536 pixels."""
+        sample_size = pipe.unet.config.sample_size
+        side = (sample_size if isinstance(sample_size, int) else max(sample_size)) * pipe.vae_scale_factor
+        largest = max(side, min(2 * side, MAX_SIDE))
+        return cls(side, side // 2, largest, max(8, pipe.vae_scale_factor), attention_levels(pipe.unet) or (1,))
+
+    def check(self, picture: Picture) -> None:
+        """Raise ValueError, in words, if a picture cannot be made."""
+        if not picture.prompt.strip():
+            raise ValueError("the prompt is empty: type what the picture should show")
+        for name, text in (("prompt", picture.prompt), ("negative prompt", picture.negative_prompt)):
+            if len(text) > MAX_PROMPT:
+                raise ValueError(f"the {name} has {len(text)} characters: at most {MAX_PROMPT} are allowed")
+        _whole("the seed", picture.seed, 0, MAX_SEED)
+        _whole("the number of steps", picture.steps, 1, MAX_STEPS)
+        _within("the guidance", picture.guidance_scale, 0, MAX_GUIDANCE)
+        for name, side in (("width", picture.width), ("height", picture.height)):
+            _whole(f"the {name}", side, self.smallest, self.largest)
+            if side % self.multiple:
+                raise ValueError(f"the {name} must be a multiple of {self.multiple} pixels, not {side}")
+
+
+def _whole(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+
+
+def _within(name: str, value: object, least: float, most: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not least <= value <= most:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, not {value!r}")

@@ -1,0 +1,211 @@
+"""The page: its fields, where they stand, and what happens when one is used."""
+
+import os
+from html import escape
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: the app uses no network
+
+import gradio as gr
+
+from gradio_app import drawings, words
+from gradio_app.backend import Backend
+from gradio_app.handlers import CUSTOM, Handlers
+from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATIO, MAX_SEED, MAX_STEPS, MERGED
+from tomesd_plus import CosineSchedule
+from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.presets import PRESETS
+from tomesd_plus.schedule import AUTO, SCHEDULES
+
+CSS = Path(__file__).parent / "style.css"
+FONT = ["system-ui", "sans-serif"]  # no web fonts: the app uses no network
+PICTURE_HEIGHT = "max(280px, calc(100vh - 372px))"  # what the other fields leave of one screen
+MAP_HEIGHT = "max(170px, calc(100vh - 484px))"
+GRID_HEIGHT = "max(380px, calc(100vh - 220px))"
+RATIOS = ("0.1", "0.25", "0.4", "0.5", "0.6", "0.75")
+RUN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "hidden"}
+LIVE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+EXAMPLES: dict[bool, dict[str, str]] = {
+    True: {
+        "dog": "a large dog on a blue background",
+        "strawberry": "a small strawberry on the left of a yellow striped background",
+        "ladybug": "a large ladybug on a pink gradient background",
+        "star": "a small star and a small red heart on a purple background",
+    },
+    False: {
+        "fox": "a photo of a fox in the snow",
+        "lighthouse": "a lighthouse at sunset, oil painting",
+        "fruit": "a bowl of fruit on a wooden table",
+        "street": "a street in the rain at night, neon lights",
+    },
+}
+"""Prompts by a word, for the embedded pipeline, which knows emoji only, and for any other."""
+
+
+def build_demo(backend: Backend) -> gr.Blocks:
+    """The page of a backend. Launch it with :func:`launch_options`."""
+    handlers = Handlers(backend)
+    tiny = backend.model == TINY
+    with gr.Blocks(title="Token merging, compared", analytics_enabled=False, fill_width=True,
+                   delete_cache=(600, 3600)) as demo:  # fmt: skip
+        gr.HTML(
+            f'<div class="top"><b>Token merging, compared</b> <span>The same seed with and without '
+            f"<i>tomesd_plus</i>. Model: {escape(backend.model)}, {escape(backend.device)}</span></div>"
+        )
+        with gr.Row(equal_height=False, elem_classes="small-pictures" if tiny else None):
+            with gr.Column(scale=0, min_width=270):
+                picture = _picture_fields(backend, tiny)
+            with gr.Column(scale=1, min_width=600), gr.Tabs():
+                with gr.Tab("Compare", id="compare"), gr.Row(equal_height=False):
+                    with gr.Column(scale=0, min_width=290):
+                        with gr.Row():
+                            compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
+                            cancel = gr.Button("Cancel", variant="secondary", elem_id="cancel", min_width=80)
+                        candidate, curve = _candidate_fields(backend)
+                    with gr.Column(scale=1, min_width=320):
+                        outputs = _results()
+                with gr.Tab("Explore", id="explore"), gr.Row(equal_height=False):
+                    with gr.Column(scale=0, min_width=290):
+                        tried = gr.CheckboxGroup(
+                            [(f"ratio {ratio}", ratio) for ratio in RATIOS] + [(name, name) for name in PRESETS],
+                            value=["0.25", "0.5", "0.75", *PRESETS], label="What to try", elem_id="tried",
+                            info="Ratios with the other settings of Compare; presets as they are.",
+                        )  # fmt: skip
+                        with gr.Row():
+                            explore = gr.Button("Explore", variant="primary", elem_id="explore", min_width=80)
+                            stop = gr.Button("Cancel", variant="secondary", elem_id="stop", min_width=80)
+                        plot = gr.HTML(drawings.scatter([]), elem_id="plot")
+                    with gr.Column(scale=1, min_width=320):
+                        grid = gr.Gallery(label="Same prompt, same seed", format="png", columns=4, height=GRID_HEIGHT,
+                                          object_fit="contain", interactive=False, elem_id="grid")  # fmt: skip
+                        explore_status = gr.HTML(words.status(words.EXPLORE_WELCOME), elem_id="explore-status")
+                        numbers = gr.JSON(visible=False)
+
+        fields = [*picture, *candidate]
+        _, _, _, _, overlay, told, step, level, _, view, status = outputs
+        seed = picture[2]
+        compare_outputs = [*outputs[:-1], seed, status]
+        runs = [
+            gr.on([compare.click, picture[0].submit], handlers.compare, fields, compare_outputs,
+                  api_name="compare", **RUN),
+            gr.on([candidate[1].release, candidate[6].release], handlers.compare_again, fields, compare_outputs,
+                  api_visibility="private", trigger_mode="always_last", **RUN),
+        ]  # fmt: skip
+        exploring = explore.click(
+            handlers.explore,
+            [tried, *picture, *candidate[2:]],
+            [grid, numbers, plot, seed, explore_status],
+            api_name="explore",
+            **RUN,
+        )
+        cancelled = words.status(words.CANCELLED)
+        cancel.click(lambda: cancelled, None, status, cancels=runs, **LIVE)
+        stop.click(lambda: cancelled, None, explore_status, cancels=[exploring], **LIVE)
+        gr.on([field.change for field in candidate], handlers.curve, candidate, curve,
+              trigger_mode="always_last", **LIVE)  # fmt: skip
+        candidate[0].input(handlers.preset, candidate[0], candidate[1:], **LIVE)
+        gr.on([step.input, level.input], handlers.overlay, [view, step, level], [overlay, told],
+              trigger_mode="always_last", **LIVE)  # fmt: skip
+    demo.queue(max_size=32)
+    return demo
+
+
+def launch_options() -> dict[str, Any]:
+    """What ``build_demo(…).launch`` is to be given for the looks of the page."""
+    theme = gr.themes.Default(
+        primary_hue="teal", neutral_hue="slate", spacing_size="sm", radius_size="md", text_size="sm",
+        font=FONT, font_mono=["ui-monospace", "monospace"],
+    )  # fmt: skip
+    return {"theme": theme, "css_paths": CSS, "footer_links": ["api"], "ssr_mode": False}
+
+
+def _picture_fields(backend: Backend, tiny: bool) -> list[Any]:
+    """What both pictures have in common, in the order of :func:`gradio_app.handlers.picture_from`."""
+    limits = backend.limits
+    examples = EXAMPLES[tiny]
+    prompts = list(examples.values())
+    prompt = gr.Textbox(prompts[0], label="Prompt: what the picture shows", lines=2, max_lines=2,
+                        max_length=MAX_PROMPT, elem_id="prompt")  # fmt: skip
+    gr.Examples(
+        [[text] for text in prompts],
+        [prompt],
+        label="Examples to click",
+        example_labels=list(examples),
+        elem_id="examples",
+    )
+    negative = gr.Textbox("", label="Negative prompt: what it avoids", lines=1, max_lines=1,
+                          max_length=MAX_PROMPT, elem_id="negative")  # fmt: skip
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", minimum=0, maximum=MAX_SEED, precision=0, min_width=80, elem_id="seed")
+        chance = gr.Checkbox(False, label="Random", min_width=80, container=False, elem_id="random")
+    steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps (more: slower)", buttons=[], elem_id="steps")
+    guidance = gr.Slider(0, MAX_GUIDANCE, 3.0 if tiny else 7.5, step=0.5, elem_id="guidance",
+                         label="Guidance by the prompt", buttons=[])  # fmt: skip
+    sides = []
+    with gr.Row():
+        for name in ("Width", "Height"):
+            sides.append(
+                gr.Number(limits.side, label=name, minimum=limits.smallest, maximum=limits.largest,
+                          step=limits.multiple, precision=0, min_width=80, elem_id=name.lower())
+            )  # fmt: skip
+    return [prompt, negative, seed, chance, steps, guidance, *sides]
+
+
+def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
+    """What is compared, in the order of :func:`gradio_app.handlers.candidate_from`, and the curve."""
+    finest = backend.limits.levels[0]
+    presets = [("none: set it below", CUSTOM)] + [(name, name) for name in PRESETS]
+    preset = gr.Dropdown(presets, value=CUSTOM, label="Preset", elem_id="preset")
+    ratio = gr.Slider(0, MAX_RATIO, 0.5, step=0.05, label="Ratio: tokens merged", buttons=[],
+                      elem_id="ratio")  # fmt: skip
+    with gr.Row():
+        schedule = gr.Dropdown([*SCHEDULES, AUTO], value="cosine", label="Schedule", min_width=80, elem_id="schedule")
+        more_at = gr.Dropdown([("early steps", "noisy"), ("late steps", "clean")], value="noisy",
+                              label="More merging at", min_width=80, elem_id="more-at")  # fmt: skip
+    curve = gr.HTML(drawings.curve(CosineSchedule()), elem_id="curve")
+    names = [("full" if level == 1 else f"down to 1/{level}", level) for level in backend.limits.levels]
+    with gr.Row():
+        merged = gr.Dropdown(list(MERGED), value=next(iter(MERGED)), label="What is merged", min_width=80, scale=3,
+                             elem_id="merged")  # fmt: skip
+        level = gr.Dropdown(names, value=finest, label="Resolutions", min_width=80, scale=2, elem_id="levels")
+    cache = gr.Slider(1, MAX_INTERVAL, 1, step=1, label="Full step every (1: no cache)", buttons=[],
+                      elem_id="cache")  # fmt: skip
+    return [preset, ratio, schedule, more_at, merged, level, cache], curve
+
+
+def _results() -> list[Any]:
+    """What a comparison gives, in the order of the handler's outputs, without the seed."""
+    with gr.Tabs():
+        with gr.Tab("Both pictures", id="both"):
+            slider = gr.ImageSlider(label="Left: without merging. Right: with it", format="png", interactive=False,
+                                    height=PICTURE_HEIGHT, max_height=2000, elem_id="slider")  # fmt: skip
+        with gr.Tab("Difference", id="difference"):
+            difference = gr.Image(label="Difference, 4 times as strong", format="png", interactive=False,
+                                  height=PICTURE_HEIGHT, elem_id="difference")  # fmt: skip
+        with gr.Tab("Merge map", id="map"):
+            with gr.Row():
+                step = gr.Slider(1, 25, 1, step=1, label="Step", buttons=[], elem_id="step")
+                level = gr.Radio([("level 1", 1)], value=1, label="Level (1: full resolution)", elem_id="level")
+            overlay = gr.Image(label="Merged tokens: yellow pairs, red large groups", format="png", interactive=False,
+                               height=MAP_HEIGHT, elem_id="overlay")  # fmt: skip
+            told = gr.HTML("", elem_id="told")
+        with gr.Tab("Code", id="code"):
+            code = gr.Code("# Compare first: the code of that picture will stand here.", language="python",
+                           label="Gives the very same picture", interactive=False, lines=18, max_lines=18,
+                           elem_id="code")  # fmt: skip
+    figures = gr.HTML(words.empty_figures(), elem_id="figures")
+    status = gr.HTML(words.status(words.WELCOME), elem_id="status")
+    return [
+        slider,
+        gr.JSON(visible=False),
+        code,
+        difference,
+        overlay,
+        told,
+        step,
+        level,
+        figures,
+        gr.State(None),
+        status,
+    ]

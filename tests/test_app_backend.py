@@ -1,0 +1,353 @@
+"""The app's backend, without gradio: pictures, figures, code; and that no run leaves anything behind."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import generate, hooks, make_pipeline
+from PIL import Image
+
+from gradio_app import drawings, words
+from gradio_app.backend import MAX_BASELINES, Backend, Cancelled
+from gradio_app.runs import follow
+from gradio_app.settings import Candidate, Picture
+from tomesd_plus import CosineSchedule, ToMeProcessor, load_tiny_pipeline
+from tomesd_plus.evaluation import merge_map_overlay, to_image
+
+STEPS = 3
+
+
+def picture(**options):
+    fields = {"prompt": "a cat", "negative_prompt": "", "seed": 0, "steps": STEPS, "guidance_scale": 3.0}
+    return Picture(**(fields | {"width": 32, "height": 32} | options))
+
+
+@pytest.fixture
+def backend(pipe):
+    return Backend(pipe, "a/model")
+
+
+def untouched(pipe):
+    return not hooks(pipe) and not any(isinstance(p, ToMeProcessor) for p in pipe.unet.attn_processors.values())
+
+
+def test_gradio_is_not_imported():
+    code = (
+        "import sys, gradio_app.backend, gradio_app.runs, gradio_app.words, gradio_app.drawings; print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "gradio_app.backend" in loaded and "gradio" not in loaded
+
+
+def test_a_comparison_has_both_pictures_and_their_figures(backend):
+    result = backend.compare(picture(), Candidate(ratio=0.5, schedule="constant"))
+    assert result.removed == {1: pytest.approx(0.5)}
+    assert 5 < result.psnr < 100 and 0 < result.ssim < 1
+    assert result.baseline.pixels.shape == result.merged.pixels.shape == (3, 32, 32)
+    assert not torch.equal(result.baseline.pixels, result.merged.pixels)
+    assert result.merged.seconds > 0 and result.merged.memory_mib > 0 and result.speedup > 0
+    assert set(result.merge_maps) == {(step, 1) for step in range(STEPS)}
+    assert result.merge_maps[0, 1].shape == (16, 16) and result.merge_maps[0, 1].max() > 1
+    assert untouched(backend.pipe)
+
+
+def test_the_pictures_are_those_of_the_pipeline(backend):
+    options = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    before = generate(backend.pipe, **options)[0]
+    result = backend.compare(picture(), Candidate())
+    assert torch.equal(result.baseline.pixels, before)
+    assert torch.equal(generate(backend.pipe, **options)[0], before)
+
+
+def test_a_remembered_baseline_costs_no_second_picture(backend):
+    calls = []
+    first = backend.compare(picture(), Candidate(ratio=0.25), lambda *told: calls.append(told))
+    assert first.warmed_up and not first.remembered and calls[-1][1:] == (2 * STEPS, 2 * STEPS)
+    assert backend.remembers(picture()) and not backend.remembers(picture(seed=1))
+    calls.clear()
+    second = backend.compare(picture(), Candidate(ratio=0.5), lambda *told: calls.append(told))
+    assert second.remembered and not second.warmed_up and calls[-1][1:] == (STEPS, STEPS)
+    assert second.baseline is first.baseline and not torch.equal(second.merged.pixels, first.merged.pixels)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": "a dog"}, {"negative_prompt": "a dog"}, {"seed": 1}, {"steps": 2}, {"guidance_scale": 1.0},
+     {"width": 40}],
+)  # fmt: skip
+def test_whatever_a_baseline_depends_on_makes_another(backend, change):
+    first = backend.compare(picture(), Candidate())
+    second = backend.compare(picture(**change), Candidate())
+    assert not second.remembered
+    assert first.baseline.pixels.shape != second.baseline.pixels.shape or not torch.equal(
+        first.baseline.pixels, second.baseline.pixels
+    )
+
+
+def test_few_baselines_are_remembered(backend):
+    for seed in range(MAX_BASELINES + 2):
+        backend.compare(picture(seed=seed, steps=1), Candidate(ratio=0))
+    remembered = [backend.remembers(picture(seed=seed, steps=1)) for seed in range(MAX_BASELINES + 2)]
+    assert remembered == [False, False, *[True] * MAX_BASELINES]
+
+
+def test_without_merging_the_pictures_are_identical(backend):
+    result = backend.compare(picture(), Candidate(ratio=0))
+    assert result.psnr is None and result.ssim == pytest.approx(1) and not result.removed and not result.merge_maps
+    assert "identical" in words.figures(result) and "token_merging" not in result.code
+
+
+def test_presets_and_cache_tell_of_their_cached_steps(backend):
+    for candidate in (Candidate(ratio=0, cache_interval=3), Candidate(preset="balanced")):
+        result = backend.compare(picture(), candidate)
+        assert result.cached_steps == 2 and result.psnr is not None
+    assert untouched(backend.pipe)
+
+
+def test_sdxl_merges_where_it_has_attention():
+    backend = Backend(make_pipeline("sdxl"))
+    assert backend.limits.levels == (2,)
+    result = backend.compare(picture(), Candidate(schedule="constant", max_downsample=2))
+    assert result.removed == {2: pytest.approx(0.5)}
+    nothing = backend.compare(picture(), Candidate(max_downsample=1))
+    assert nothing.psnr is None and nothing.notes[0].startswith("Nothing was merged: ")
+    assert "Nothing was merged" in words.finished([nothing], "here")
+
+
+def test_explore_gives_a_result_for_each_candidate_and_one_baseline(backend):
+    candidates = [Candidate(ratio=0.25), Candidate(ratio=0.75), Candidate(preset="quality"), Candidate(ratio=0)]
+    results = backend.explore(picture(), candidates)
+    assert [result.candidate for result in results] == candidates
+    assert len({id(result.baseline) for result in results}) == 1
+    assert results[0].psnr > results[1].psnr and results[0].removed[1] < results[1].removed[1]
+    plot = drawings.scatter(results)
+    assert plot.count("<circle") == 3 and all(name in plot for name in ("ratio 0.25", "ratio 0.75", "quality"))
+
+
+# Cancelling and failing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 1, STEPS + 2])  # in the warm-up, without merging, with merging and a cache
+def test_a_cancelled_run_leaves_the_pipeline_as_it_was(backend, after):
+    fresh = Backend(make_pipeline("sd")).compare(picture(), Candidate())
+    stop = threading.Event()
+    told = []
+
+    def on_progress(what, done, total):
+        told.append(done)
+        if done >= after:
+            stop.set()
+
+    with pytest.raises(Cancelled):
+        backend.compare(picture(), Candidate(cache_interval=2), on_progress, stop)
+    assert max(told) == after
+    assert untouched(backend.pipe)
+    result = backend.compare(picture(), Candidate())
+    assert torch.equal(result.baseline.pixels, fresh.baseline.pixels)
+    assert torch.equal(result.merged.pixels, fresh.merged.pixels)
+
+
+def test_a_run_that_waits_for_its_turn_can_be_cancelled(backend):
+    stop = threading.Event()
+    with backend._lock:  # another user's run
+        waiting = follow(lambda on_progress, _: backend.compare(picture(), Candidate(), on_progress, stop))
+        stop.set()
+        with pytest.raises(Cancelled):
+            next(waiting)
+    assert not backend.remembers(picture())
+    assert backend.compare(picture(), Candidate()).removed
+
+
+def test_closing_a_followed_run_stops_it(backend):
+    ended = threading.Event()
+
+    def call(on_progress, stop):
+        try:
+            return backend.compare(picture(steps=100), Candidate(), on_progress, stop)
+        finally:
+            ended.set()
+
+    run = follow(call)
+    assert next(run).total == 200
+    run.close()
+    assert ended.wait(30) and not backend.remembers(picture(steps=100)) and untouched(backend.pipe)
+
+
+def test_a_followed_run_returns_and_raises_what_the_call_does():
+    def collected(run):
+        result = yield from run
+        yield result
+
+    events = list(collected(follow(lambda on_progress, stop: on_progress("a", 1, 2) or "result")))
+    assert [(event.what, event.done, event.total) for event in events[:-1]] == [("a", 1, 2)] and events[-1] == "result"
+    with pytest.raises(ZeroDivisionError):
+        list(follow(lambda on_progress, stop: 1 / 0))
+
+
+def test_a_failed_run_leaves_the_pipeline_as_it_was(backend, monkeypatch):
+    fresh = Backend(make_pipeline("sd")).compare(picture(), Candidate())
+    backend.compare(picture(seed=1), Candidate())
+
+    def fail(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend.pipe.vae, "decode", fail)
+        for seed in (0, 1):  # without merging, and with it
+            with pytest.raises(RuntimeError) as raised:
+                backend.compare(picture(seed=seed), Candidate(cache_interval=2))
+    assert words.in_words(raised.value) == "Out of memory. Choose a smaller size."
+    assert untouched(backend.pipe) and not backend.remembers(picture())
+    result = backend.compare(picture(), Candidate())
+    assert torch.equal(result.baseline.pixels, fresh.baseline.pixels)
+    assert torch.equal(result.merged.pixels, fresh.merged.pixels)
+
+
+def test_users_at_once_get_their_own_pictures(backend):
+    asked = [(picture(seed=seed), Candidate(ratio=ratio)) for seed, ratio in ((0, 0.25), (1, 0.75), (0, 0.5), (2, 0))]
+    alone = [Backend(make_pipeline("sd")).compare(*each) for each in asked]
+    together = [None] * len(asked)
+
+    def ask(index):
+        together[index] = backend.compare(*asked[index])
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own, shared in zip(alone, together, strict=True):
+        assert shared.candidate == own.candidate and shared.removed == own.removed
+        assert torch.equal(shared.baseline.pixels, own.baseline.pixels)
+        assert torch.equal(shared.merged.pixels, own.merged.pixels)
+
+
+# Bounds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": "a" * 501}, "the prompt has 501 characters: at most 500"),
+        ({"negative_prompt": "a" * 501}, "the negative prompt has 501 characters"),
+        ({"seed": -1}, "the seed must be a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "the seed"),
+        ({"steps": 0}, "the number of steps must be a whole number from 1 to 100, not 0"),
+        ({"steps": 101}, "the number of steps"),
+        ({"steps": 2.5}, "the number of steps"),
+        ({"guidance_scale": float("nan")}, "the guidance must be a number from 0 to 30"),
+        ({"width": 128}, "the width must be a whole number from 16 to 64, not 128"),
+        ({"height": 33}, "the height must be a multiple of 8 pixels, not 33"),
+    ],
+)
+def test_a_picture_out_of_bounds_is_refused_in_words(backend, changes, told):
+    with pytest.raises(ValueError) as raised:
+        backend.compare(picture(**changes), Candidate())
+    assert str(raised.value).startswith(told)
+    assert words.in_words(raised.value)[0].isupper()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ratio": 0.8}, "the ratio must be a number from 0 to 0.75, not 0.8"),
+        ({"ratio": None}, "the ratio"),
+        ({"schedule": "sine"}, "unknown schedule 'sine'"),
+        ({"more_at": "never"}, "more_at must be 'noisy' or 'clean'"),
+        ({"merged": "everything"}, "cannot merge 'everything': choose from self-attention"),
+        ({"max_downsample": 3}, "max_downsample must be one of"),
+        ({"cache_interval": 11}, "the cache interval must be a whole number from 1 to 10"),
+        ({"preset": "best"}, "unknown preset 'best'"),
+    ],
+)
+def test_a_candidate_out_of_bounds_is_refused_in_words(backend, changes, told):
+    with pytest.raises(ValueError) as raised:
+        backend.compare(picture(), Candidate(**changes))
+    assert str(raised.value).startswith(told)
+    assert not backend.remembers(picture())
+
+
+def test_a_grid_has_a_bounded_number_of_pictures(backend):
+    for count in (0, 10):
+        with pytest.raises(ValueError, match="choose 1 to 9 settings"):
+            backend.explore(picture(), [Candidate()] * count)
+
+
+def test_an_overflow_and_a_withheld_picture_are_told_in_words(backend, monkeypatch):
+    weight = backend.pipe.vae.decoder.conv_out.weight
+    with torch.no_grad():
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the model overflows in float32"):
+        backend.compare(picture(), Candidate())
+    with torch.no_grad():
+        weight.copy_(kept)
+    monkeypatch.setattr(type(backend.pipe), "run_safety_checker", lambda self, image, *rest: (image, [True]))
+    with pytest.raises(ValueError, match="safety checker withheld"):
+        backend.compare(picture(), Candidate())
+
+
+def test_an_unknown_error_is_logged_and_told_without_its_inside(caplog):
+    told = words.in_words(KeyError("/a/secret/path"))
+    assert "KeyError" in told and "secret" not in told and "secret" in caplog.text
+
+
+# Code ---------------------------------------------------------------------------------------------------------------
+
+
+def run_code(code, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    exec(compile(code, "snippet", "exec"), {})
+    return np.asarray(Image.open("picture.png"))
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate(),
+        Candidate(ratio=0.35, schedule="linear", more_at="clean", merged="attentions, MLP", cache_interval=2),
+        Candidate(ratio=0.6, schedule="steps", merged="whole blocks", max_downsample=2),
+        Candidate(ratio=0, cache_interval=3),
+        Candidate(ratio=0),
+        Candidate(preset="balanced"),
+    ],
+    ids=lambda candidate: candidate.name,
+)
+def test_the_code_gives_the_same_picture(candidate, tmp_path, monkeypatch):
+    backend = Backend(load_tiny_pipeline())
+    asked = picture(prompt='a "large" dog\n\\ on a blue background', negative_prompt="red", width=64, height=48)
+    result = backend.compare(asked, candidate)
+    assert (run_code(result.code, tmp_path, monkeypatch) == np.asarray(to_image(result.merged.pixels))).all()
+
+
+def test_the_code_loads_a_model_of_ones_own(tmp_path, monkeypatch):
+    make_pipeline("sd").save_pretrained(tmp_path / "model")
+    backend = Backend(make_pipeline("sd"), str(tmp_path / "model"))
+    result = backend.compare(picture(), Candidate())
+    assert (run_code(result.code, tmp_path, monkeypatch) == np.asarray(to_image(result.merged.pixels))).all()
+
+
+# Drawings -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_falls_where_the_schedule_does():
+    def heights(svg):
+        points = svg.split('class="curve" points="')[1].split('"')[0].split()
+        return [float(point.split(",")[1]) for point in points]
+
+    down, up = (heights(drawings.curve(each)) for each in (CosineSchedule(), CosineSchedule().reversed()))
+    assert down == sorted(down) and up == sorted(up, reverse=True)  # y grows downwards
+
+
+def test_the_merge_map_colours_merged_tokens_only():
+    pixels = torch.full((3, 8, 8), 0.5)
+    merge_map = torch.ones(4, 4, dtype=torch.int64)
+    merge_map[0, 0], merge_map[0, 1] = 2, 16
+    overlay = merge_map_overlay(pixels, merge_map)
+    assert torch.equal(overlay[:, 2:], merge_map_overlay(pixels, None)[:, 2:])
+    pair, many = overlay[:, 0, 0], overlay[:, 0, 2]
+    assert pair[0] > pair[2] and pair[1] > many[1]  # yellow, and red

@@ -1,0 +1,219 @@
+"""The app's page in a real browser: headless Chromium, driven by Playwright."""
+
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+
+from gradio_app.settings import Picture
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium, or put one on the PATH"),
+]
+LAPTOP = {"width": 1366, "height": 768}
+LONG = 60_000  # ms, for what takes pictures
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, app_url):
+    """Opens pages, each of a user of its own."""
+    contexts = []
+
+    def open_page(theme="light", **viewport):
+        context = browser.new_context(viewport=LAPTOP | viewport)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(LONG)
+        page.goto(f"{app_url}?__theme={theme}")
+        page.locator("#prompt textarea").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def ask(page, prompt="a large star on a blue background", steps=3, seed=0):
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#steps input[type=number]").fill(str(steps))
+    page.locator("#seed input").fill(str(seed))
+    page.locator("button#compare").click()
+
+
+def wait(page, status="#status"):
+    expect(page.locator(f"{status} .running")).to_have_count(0, timeout=LONG)
+    expect(page.locator(f"{status} .done")).to_be_visible(timeout=LONG)
+
+
+def figure(page, name):
+    return page.locator("#figures .card", has_text=name).locator("b").inner_text()
+
+
+def pictures(page):
+    """Addresses of the two pictures, which are names of their contents."""
+    images = page.locator("#slider img")
+    expect(images).to_have_count(2)
+    return [image.get_attribute("src") for image in images.all()]
+
+
+def set_ratio(page, ratio):
+    """As a person does: with the keyboard in the number beside the slider."""
+    field = page.locator("#ratio input[type=number]")
+    field.fill(str(ratio))
+    field.blur()
+
+
+def test_type_generate_move_the_ratio(open_page):
+    page = open_page()
+    page.locator("#negative textarea, #negative input").first.fill("red")
+    ask(page)
+    wait(page)
+    first = pictures(page)
+    assert first[0] != first[1] and all(address.endswith(".png") for address in first)
+    whole, shown = page.locator("#slider").bounding_box(), page.locator("#slider img").first.bounding_box()
+    assert shown["height"] <= whole["height"] + 1  # the whole picture is seen
+    assert re.fullmatch(r"[\d.]+×", figure(page, "Speed-up")) and re.fullmatch(r"[\d.]+ dB", figure(page, "PSNR"))
+    psnr, removed, curve = figure(page, "PSNR"), figure(page, "Tokens removed"), page.locator("#curve").inner_html()
+    set_ratio(page, 0.75)
+    expect(page.locator("#status .done")).to_contain_text("remembered", timeout=LONG)
+    second = pictures(page)
+    assert second[0] == first[0] and second[1] != first[1]
+    assert float(figure(page, "PSNR").split()[0]) < float(psnr.split()[0])
+    assert figure(page, "Tokens removed") != removed and figure(page, "Tokens removed").startswith("75%")
+    assert page.locator("#curve").inner_html() != curve
+    set_ratio(page, 0)
+    expect(page.locator("#figures")).to_contain_text("identical", timeout=LONG)
+    assert len(set(pictures(page))) == 1
+
+
+def test_difference_merge_map_and_code(open_page):
+    page = open_page()
+    ask(page, steps=4)
+    wait(page)
+    page.get_by_role("tab", name="Difference").click()
+    expect(page.locator("#difference img")).to_be_visible()
+    page.get_by_role("tab", name="Merge map").click()
+    overlay = page.locator("#overlay img")
+    expect(page.locator("#told")).to_contain_text("tokens are in a group")
+    before = overlay.get_attribute("src")
+    page.locator("#step input[type=number]").fill("1")
+    expect(overlay).not_to_have_attribute("src", before)
+    page.get_by_role("tab", name="Code").click()
+    expect(page.locator("#code")).to_contain_text("a large star on a blue background")
+
+
+def test_a_preset_takes_the_place_of_the_other_settings(open_page):
+    page = open_page()
+    page.locator("#preset input").click()
+    page.get_by_role("option", name=re.compile("^balanced")).click()
+    expect(page.locator("#ratio input[type=number]")).to_be_disabled()
+    expect(page.locator("#cache input[type=number]")).to_have_value("3")
+    expect(page.locator("#curve")).to_contain_text("close to the picture")
+    ask(page)
+    wait(page)
+    expect(page.locator("#status")).to_contain_text("from the cache")
+    page.get_by_role("tab", name="Code").click()
+    expect(page.locator("#code")).to_contain_text('preset(pipe, "balanced")')
+
+
+def test_examples_are_there_to_be_clicked(open_page):
+    page = open_page()
+    page.locator("#examples, .gallery").get_by_text("ladybug", exact=True).first.click()
+    expect(page.locator("#prompt textarea")).to_have_value(re.compile("ladybug"))
+
+
+def test_explore_shows_a_grid_and_a_plot(open_page):
+    page = open_page()
+    page.locator("#steps input[type=number]").fill("2")
+    page.get_by_role("tab", name="Explore").click()
+    page.locator("button#explore").click()
+    wait(page, "#explore-status")
+    expect(page.locator("#grid img")).to_have_count(7)
+    expect(page.locator("#plot circle")).to_have_count(6)
+
+
+def test_cancel_stops_the_run_and_the_next_one_works(open_page, app_backend):
+    page = open_page()
+    ask(page, steps=100, seed=77)
+    expect(page.locator("#status")).to_contain_text(re.compile(r"step [1-9]\d* of 200"), timeout=LONG)
+    page.locator("button#cancel").click()
+    expect(page.locator("#status")).to_contain_text("Cancelled")
+    ask(page, steps=2, seed=77)
+    wait(page)
+    assert len(set(pictures(page))) == 2
+    assert not app_backend.remembers(Picture("a large star on a blue background", "", 77, 100, 3.0, 64, 64))
+
+
+def test_two_pages_at_once_keep_their_own_settings_and_pictures(open_page):
+    pages = {ratio: open_page() for ratio in (0.25, 0.75)}
+    for ratio, page in pages.items():
+        set_ratio(page, ratio)
+        page.locator("#schedule input").click()
+        page.get_by_role("option", name="constant").click()
+    for page in pages.values():
+        ask(page, seed=5)
+    for ratio, page in pages.items():
+        wait(page)
+        assert figure(page, "Tokens removed").startswith(f"{ratio:.0%}")
+        assert page.locator("#ratio input[type=number]").input_value() == str(ratio)
+    few, many = (pictures(page) for page in pages.values())
+    assert few[0].split("/")[-2] == many[0].split("/")[-2] and few[1].split("/")[-2] != many[1].split("/")[-2]
+
+
+def test_an_error_is_told_in_words(open_page):
+    page = open_page()
+    ask(page, prompt=" ")
+    expect(page.get_by_text("The prompt is empty").first).to_be_visible()
+    page.locator("#width input").fill("60")
+    ask(page)
+    expect(page.locator("#status .failed")).to_contain_text("multiple of 8")
+    page.locator("#width input").fill("64")
+    ask(page)
+    wait(page)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [LAPTOP, {"width": 1440, "height": 900}], ids=["1366", "1440"])
+def test_one_screen_without_scrolling(open_page, theme, viewport):
+    page = open_page(theme, **viewport)
+    for tab in ("Compare", "Explore"):
+        page.get_by_role("tab", name=tab).click()
+        needed = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+        assert needed == [viewport["width"], viewport["height"]]
+    colour = page.locator(".top b").evaluate("title => getComputedStyle(title).color")
+    assert (int(re.search(r"\d+", colour)[0]) > 150) == (theme == "dark")
+
+
+def test_the_page_asks_no_other_server(browser, app_url):
+    page = browser.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(app_url)
+    page.locator("#prompt textarea").wait_for()
+    page.close()
+    assert asked and all(address.startswith((app_url, "data:", "blob:")) for address in asked)
+
+
+def test_a_page_that_is_left_stops_its_run(open_page, app_backend):
+    left = open_page()
+    ask(left, steps=100, seed=78)
+    expect(left.locator("#status")).to_contain_text(re.compile(r"step [1-9]\d* of 200"), timeout=LONG)
+    left.close()
+    page = open_page()
+    ask(page, steps=2, seed=78)
+    wait(page)
+    assert not app_backend.remembers(Picture("a large star on a blue background", "", 78, 100, 3.0, 64, 64))
