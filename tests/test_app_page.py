@@ -10,6 +10,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
 from gradio_app.settings import Picture
+from tomesd_plus import PRESETS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -122,7 +123,7 @@ def test_a_preset_takes_the_place_of_the_other_settings(open_page):
     page.get_by_role("option", name=re.compile("^balanced")).click()
     expect(page.locator("#ratio input[type=number]")).to_be_disabled()
     expect(page.locator("#cache input[type=number]")).to_have_value("3")
-    expect(page.locator("#curve")).to_contain_text("close to the picture")
+    expect(page.locator("#curve")).to_contain_text(PRESETS["balanced"].description)
     ask(page)
     wait(page)
     expect(page.locator("#status")).to_contain_text("from the cache")

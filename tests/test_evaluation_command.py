@@ -22,7 +22,7 @@ def cli(tmp_path, monkeypatch):
         (["evaluate", "generate", "--features", "tiny"], "'evaluate generate' does not take --features"),
         (["evaluate", "score", "--steps", 3, "--limit", 2], "does not take --limit, --steps"),
         (["evaluate", "score", "--out", "nowhere"], "nowhere holds no evaluation"),
-        (["evaluate", "-c", "merge: 0.9"], "0.9 is more than the cells allow"),
+        (["evaluate", "-c", "merge: 0.9"], "a ratio of 0.9 is more than cells of 2 × 2 tokens allow"),
         (["evaluate", "--configurations", "none.yaml"], "cannot read configurations from none.yaml"),
         (["evaluate", "--prompts", "none.txt"], "cannot read prompts from none.txt"),
         (["evaluate", "--shard", "2/2"], "a shard is i/n"),

@@ -10,7 +10,8 @@ from tomesd_plus.step import Step
 
 def _levels(height, width, noise_level=1.0, **options):
     step = Step(0, 999 * noise_level, noise_level, height, width, 1, 0, 0, True)
-    return levels_of(step, ToMeConfig(**options), None, torch.device("cpu"))
+    config = ToMeConfig(**options)
+    return levels_of(step, config, config.schedules, None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
