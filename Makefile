@@ -13,7 +13,7 @@ app: $(INSTALLED)  ## the comparison app, in a browser
 	$(BIN)/python -m gradio_app
 
 test: $(INSTALLED)  ## every test
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		echo "No browser, so the tests of the app's page are skipped: apt-get install chromium"
 	$(BIN)/python -m pytest
 

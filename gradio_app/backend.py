@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradio_app.settings import Candidate, Limits, Picture
+from gradio_app.runs import OnProgress, Run
+from gradio_app.settings import Candidate, Limits, Picture, Refused
 from gradio_app.snippet import snippet
 from tomesd_plus import (
     FeatureCacheConfig,
@@ -27,12 +28,6 @@ MAX_BASELINES = 16
 MAX_CANDIDATES = 9
 WARM_UP_STEPS = 2
 MEBIBYTE = 2**20
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is under way, and with how many steps are done of how many."""
-
-
-class Cancelled(Exception):
-    """The run was stopped by its user."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,7 @@ class Result:
         ssim: 1 for equal pictures.
         removed: Share of tokens removed at each level, over all steps.
         cached_steps: Steps that ran the outer layers only.
+        steps: Of each picture; some schedulers make more of them than were asked for.
         merge_maps: (rows, columns) by step, from 0, and level: how many tokens each was merged with, itself counted.
         remembered: The baseline is of an earlier run, and so is its time.
         warmed_up: The first run of its kind: an untimed warm-up went before.
@@ -74,6 +70,7 @@ class Result:
     psnr: float | None
     ssim: float
     code: str
+    steps: int
     removed: dict[int, float] = field(default_factory=dict)
     cached_steps: int = 0
     merge_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -104,7 +101,7 @@ class Backend:
         self.device = device_name(pipe.unet.device)
         self._lock = threading.Lock()
         self._baselines: OrderedDict[Picture, Shot] = OrderedDict()
-        self._warm: set[tuple[int, int, bool]] = set()
+        self._warm: set[tuple[object, ...]] = set()
 
     def compare(
         self,
@@ -132,22 +129,18 @@ class Backend:
             stop: Once it is set, the run ends after the step under way, or at once while it waits for its turn.
 
         Raises:
-            ValueError: A value is not allowed, or a model gave no picture; the message is for the user.
+            Refused: A value is not allowed, or a model gave no picture; the message is for the user.
             Cancelled: ``stop`` was set.
         """
         if not 1 <= len(candidates) <= MAX_CANDIDATES:
-            raise ValueError(f"choose 1 to {MAX_CANDIDATES} settings, not {len(candidates)}")
+            raise Refused(f"choose 1 to {MAX_CANDIDATES} settings, not {len(candidates)}")
         self.limits.check(picture)
         configs = [candidate.configs(self.pipe) for candidate in candidates]
-        run = _Run(on_progress, stop or threading.Event())
+        run = Run(on_progress, stop or threading.Event())
         with run.turn(self._lock):
             baseline = self._baselines.get(picture)
-            kind = (picture.width, picture.height, picture.guidance_scale > 1)
-            warm_up = kind not in self._warm
-            run.total = (len(candidates) + (baseline is None)) * picture.steps
-            if warm_up:
-                self._warm_up(picture, configs[0], run)
-                self._warm.add(kind)
+            run.total = (len(candidates) + (baseline is None)) * self._steps(picture)
+            warmed_up = self._warm_up(picture, configs, run)
             remembered = baseline is not None
             if baseline is None:
                 baseline = self._shoot(picture, run.watch("Without merging"))
@@ -158,7 +151,7 @@ class Backend:
             results = []
             for candidate, (merging, cache) in zip(candidates, configs, strict=True):
                 result = self._candidate(picture, candidate, merging, cache, baseline, run)
-                results.append(replace(result, remembered=remembered, warmed_up=warm_up))
+                results.append(replace(result, remembered=remembered, warmed_up=warmed_up))
         return results
 
     def remembers(self, picture: Picture) -> bool:
@@ -172,7 +165,7 @@ class Backend:
         merging: ToMeConfig | None,
         cache: FeatureCacheConfig | None,
         baseline: Shot,
-        run: "_Run",
+        run: Run,
     ) -> Result:
         merge_maps: dict[tuple[int, int], Tensor] = {}
         watch = run.watch(candidate.name.capitalize())
@@ -193,6 +186,7 @@ class Backend:
             psnr=None if equal else psnr(shot.pixels, baseline.pixels).item(),
             ssim=ssim(shot.pixels, baseline.pixels).item(),
             code=snippet(picture, merging, cache, candidate.preset, self.model, str(self.pipe.device), self.dtype),
+            steps=self._steps(picture),
             removed={level: share for level, share in report.removed.items() if share} if report else {},
             cached_steps=cached.cached if cached else 0,
             merge_maps=merge_maps,
@@ -204,62 +198,42 @@ class Backend:
         sampling = Sampling(
             picture.steps, picture.guidance_scale, picture.height, picture.width, picture.negative_prompt or None
         )
-        with peak_memory(self.pipe.unet.device) as peak:
-            made = generate_batch(self.pipe, [picture.prompt], [picture.seed], sampling, on_step)
+        precision = self.pipe.vae.dtype
+        try:
+            with peak_memory(self.pipe.unet.device) as peak:
+                made = generate_batch(self.pipe, [picture.prompt], [picture.seed], sampling, on_step)
+        finally:
+            if self.pipe.vae.dtype != precision:  # SDXL decodes in float32, and an error leaves it there
+                self.pipe.vae.to(precision)
         if made.withheld[0]:
-            raise ValueError("the model's safety checker withheld the picture: try another prompt or seed")
+            raise Refused("the model's safety checker withheld the picture: try another prompt or seed")
         if not made.pixels.isfinite().all():
-            raise ValueError(f"the model overflows in {self.dtype}: start the app with another --dtype")
+            raise Refused(f"the model overflows in {self.dtype}: start the app with another --dtype")
         return Shot(made.pixels[0], made.seconds, peak[0] / MEBIBYTE)
 
     def _warm_up(
-        self, picture: Picture, configs: tuple[ToMeConfig | None, FeatureCacheConfig | None], run: "_Run"
-    ) -> None:
-        """Run a few steps that are not timed: what is run for the first time sets itself up."""
+        self,
+        picture: Picture,
+        configs: Sequence[tuple[ToMeConfig | None, FeatureCacheConfig | None]],
+        run: Run,
+    ) -> bool:
+        """Run a few steps, not timed, of each kind that never ran: it sets itself up. True if there was one."""
         short = replace(picture, steps=min(WARM_UP_STEPS, picture.steps))
-        for merging, cache in ((None, None), configs):
-            with _switched_on(self.pipe, merging, cache):
-                self._shoot(short, run.watch("First run at this size: warming up", counted=False))
+        warmed_up = False
+        for merging, cache in ((None, None), *configs):
+            kind = (picture.width, picture.height, picture.guidance_scale > 1, cache is None, _layers(merging))
+            if kind not in self._warm:
+                with _switched_on(self.pipe, merging, cache):
+                    self._shoot(short, run.watch("First run of its kind: warming up", counted=False))
+                self._warm.add(kind)
+                warmed_up = True
+        return warmed_up
 
-
-class _Run:
-    """One user's run: its progress, and whether it goes on."""
-
-    def __init__(self, on_progress: OnProgress | None, stop: threading.Event) -> None:
-        self.on_progress = on_progress
-        self.stop = stop
-        self.done = 0
-        self.total = 1
-
-    @contextmanager
-    def turn(self, lock: threading.Lock) -> Iterator[None]:
-        """Hold the lock; waiting for it ends when the run is stopped."""
-        while not lock.acquire(timeout=0.05):
-            self._check()
-        try:
-            self._check()
-            yield
-        finally:
-            lock.release()
-
-    def watch(self, what: str, counted: bool = True) -> Callable[[int], None]:
-        """What to call after each step of one picture."""
-        self._tell(what)
-
-        def on_step(step: int) -> None:
-            self.done += counted
-            self._tell(what)
-
-        return on_step
-
-    def _tell(self, what: str) -> None:
-        self._check()
-        if self.on_progress:
-            self.on_progress(what, self.done, self.total)
-
-    def _check(self) -> None:
-        if self.stop.is_set():
-            raise Cancelled
+    def _steps(self, picture: Picture) -> int:
+        """How many steps the scheduler makes of those asked for: PNDM one more, one of second order nearly twice."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(picture.steps)
+        return len(scheduler.timesteps)
 
 
 @contextmanager
@@ -271,6 +245,13 @@ def _switched_on(
         report = None if merging is None else stack.enter_context(token_merging(pipe, merging))
         cached = None if cache is None else stack.enter_context(feature_cache(pipe, cache))
         yield report, cached
+
+
+def _layers(merging: ToMeConfig | None) -> tuple[object, ...]:
+    """What of a configuration makes it a kind of its own, for the warm-up."""
+    if merging is None:
+        return ()
+    return (merging.max_downsample, merging.merge_cross_attention, merging.merge_mlp, merging.merge_block)
 
 
 def _notes(report: TokenMergingReport | None) -> tuple[str, ...]:

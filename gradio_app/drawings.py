@@ -12,7 +12,12 @@ HIGHEST_RATIO = 0.8
 
 
 def curve(schedule: Schedule, hint: str | None = None) -> str:
-    """The ratio over the steps, first and noisiest on the left; below it the hint, or the mean."""
+    """The ratio over the steps, first and noisiest on the left; below it the hint, or the mean.
+
+    Args:
+        schedule: What to draw.
+        hint: Of a preset, which may leave whole steps without merging.
+    """
     left, right, top, bottom = 30, WIDTH - 6, 8, HEIGHT - 16
     points = []
     for index in range(201):
@@ -24,7 +29,7 @@ def curve(schedule: Schedule, hint: str | None = None) -> str:
         y = bottom - (bottom - top) * ratio / HIGHEST_RATIO
         lines.append(_line(left, y, right, y) + _text(left - 4, y + 3, f"{ratio:.0%}", "end"))
     area = f"{left},{bottom} {' '.join(points)} {right},{bottom}"
-    mean = f"{schedule.mean():.0%} of the tokens merged, on average"
+    mean = f"{schedule.mean():.0%} of the tokens merged, on average" + (" of the steps that merge" if hint else "")
     plot = _svg(
         WIDTH, HEIGHT, mean,
         [

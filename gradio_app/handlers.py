@@ -1,7 +1,7 @@
-"""What the page's events do: from the values of its fields to the values of its fields."""
+"""What the page's events do: from the values of its fields to the values of its fields, by name."""
 
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Sequence
 from html import escape
 from typing import Any, TypeVar
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from gradio_app import drawings, words
 from gradio_app.backend import Backend, Result
 from gradio_app.runs import Progress, follow
-from gradio_app.settings import MAX_SEED, Candidate, Picture, described
+from gradio_app.settings import MAX_SEED, Candidate, Picture, Refused, described
 from tomesd_plus import ConstantSchedule, Schedule
 from tomesd_plus.evaluation import difference, merge_map_overlay, to_image
 from tomesd_plus.presets import PRESETS
 
 CUSTOM = "custom"
 View = tuple[Tensor, dict[tuple[int, int], Tensor]]
-"""What a user's page keeps on the server: the candidate's pixels, and its merge maps by step and level."""
+"""What a user's page keeps on the server: the candidate's pixels in bytes, and its merge maps by step and level."""
+Shown = dict[str, Any]
+"""What the page is to show from now on: values by the names of its fields; the others stay."""
 T = TypeVar("T")
-COMPARE_OUTPUTS = 12
-EXPLORE_OUTPUTS = 5
 
 
 class Handlers:
@@ -52,7 +52,7 @@ class Handlers:
         merged: str,
         max_downsample: float,
         cache_interval: float,
-    ) -> Generator[tuple[Any, ...], None, None]:
+    ) -> Generator[Shown, None, None]:
         """Generate the picture without merging and the one with it, from the same seed.
 
         The arguments are those of ``Picture`` and ``Candidate`` in ``gradio_app/settings.py``. What is returned begins
@@ -61,16 +61,27 @@ class Handlers:
         picture = picture_from(prompt, negative_prompt, seed, random_seed, steps, guidance_scale, width, height)
         candidate = candidate_from(preset, ratio, schedule, more_at, merged, max_downsample, cache_interval)
         progress = follow(lambda on_progress, stop: self.backend.compare(picture, candidate, on_progress, stop))
-        result = yield from _stepwise(progress, lambda told: _running(told, picture.seed, COMPARE_OUTPUTS))
+        result = yield from _stepwise(progress, picture.seed)
         yield self._shown(picture, result)
 
-    def compare_again(self, *values: Any) -> Generator[tuple[Any, ...], None, None]:
+    def compare_again(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        seed: float | None,
+        random_seed: bool,
+        steps: float,
+        guidance_scale: float,
+        width: float,
+        height: float,
+        *candidate: Any,
+    ) -> Generator[Shown, None, None]:
         """A slider was let go: compare if that costs one picture, with the seed there is."""
-        values = (*values[:3], False, *values[4:])
-        if self.backend.remembers(picture_from(*values[:8])):
-            yield from self.compare(*values)
+        picture = (prompt, negative_prompt, seed, False, steps, guidance_scale, width, height)
+        if self.backend.remembers(picture_from(*picture)):
+            yield from self.compare(*picture, *candidate)
         else:
-            yield (gr.skip(),) * COMPARE_OUTPUTS
+            yield {"status": words.status(words.NOT_REMEMBERED)}
 
     def explore(
         self,
@@ -88,7 +99,7 @@ class Handlers:
         merged: str,
         max_downsample: float,
         cache_interval: float,
-    ) -> Generator[tuple[Any, ...], None, None]:
+    ) -> Generator[Shown, None, None]:
         """Generate a grid: the picture without merging, and one for each ratio or preset that was chosen to be tried.
 
         The other arguments are those of ``compare``. What is returned begins with the pictures and the figures.
@@ -100,18 +111,23 @@ class Handlers:
             for name in tried
         ]
         progress = follow(lambda on_progress, stop: self.backend.explore(picture, candidates, on_progress, stop))
-        results = yield from _stepwise(progress, lambda told: _running(told, picture.seed, EXPLORE_OUTPUTS))
+        results = yield from _stepwise(progress, picture.seed)
         baseline = results[0].baseline
         grid = [(to_image(baseline.pixels), f"without merging · {baseline.seconds:.2f} s")]
         grid += [(to_image(result.merged.pixels), words.caption(result)) for result in results]
-        told = words.finished(results, self.backend.device)
-        yield grid, [words.numbers(result) for result in results], drawings.scatter(results), picture.seed, told
+        yield {
+            "grid": grid,
+            "numbers": [words.numbers(result) for result in results],
+            "plot": drawings.scatter(results),
+            "seed": picture.seed,
+            "status": words.finished(results, self.backend.device),
+        }
 
     def curve(self, *values: Any) -> str:
         """The ratio over the steps; takes the fields of :func:`candidate_from`."""
         try:
             merging, _ = candidate_from(*values).configs(self.backend.pipe)
-        except ValueError as error:
+        except Refused as error:
             return words.status(escape(words.in_words(error)), "failed")
         schedule = None if merging is None else merging.schedules.get(self.backend.limits.levels[0])
         preset = values[0]
@@ -119,7 +135,7 @@ class Handlers:
         return drawings.curve(schedule if isinstance(schedule, Schedule) else ConstantSchedule(0.0), hint)
 
     def preset(self, name: str) -> list[Any]:
-        """The fields of a candidate as a preset sets them, which nobody can change then; without one as they were."""
+        """The fields of a candidate as a preset sets them, locked; without one they can be changed from there."""
         if name not in PRESETS:
             return [gr.update(interactive=True)] * 6
         told = described(PRESETS[name], self.backend.pipe)
@@ -132,55 +148,60 @@ class Handlers:
             return None, ""
         pixels, merge_maps = view
         merge_map = merge_maps.get((int(step) - 1, int(level)))
-        if merge_map is None:
-            return to_image(merge_map_overlay(pixels, None)), f"Nothing was merged at step {step:g}, level {level}."
-        merged = (merge_map > 1).float().mean()
-        return to_image(merge_map_overlay(pixels, merge_map)), f"{merged:.0%} of the tokens are in a group."
+        told = f"Nothing was merged at step {step:g}, level {level}."
+        if merge_map is not None:
+            told = f"{(merge_map > 1).float().mean():.0%} of the tokens are in a group."
+        return to_image(merge_map_overlay(pixels / 255, merge_map)), told
 
-    def _shown(self, picture: Picture, result: Result) -> tuple[Any, ...]:
+    def cancelled(self, told: str) -> str:
+        """The status once Cancel was pressed: what it is if nothing was under way."""
+        return words.status(words.CANCELLED) if words.is_running(told) else told
+
+    def _shown(self, picture: Picture, result: Result) -> Shown:
         """A result as the fields of the page."""
         baseline, merged = result.baseline.pixels, result.merged.pixels
         steps = sorted({step for step, _ in result.merge_maps})
         levels = sorted({level for _, level in result.merge_maps}) or [self.backend.limits.levels[0]]
         step = steps[len(steps) // 2] + 1 if steps else 1
-        view: View = (merged, result.merge_maps)
+        view: View = ((merged * 255).round().byte(), result.merge_maps)
         overlay, told = self.overlay(view, step, levels[0])
-        return (
-            (to_image(baseline), to_image(merged)),
-            words.numbers(result),
-            result.code,
-            to_image(difference(merged, baseline)),
-            overlay,
-            told,
-            gr.update(value=step, maximum=max(2, picture.steps)),
-            gr.update(choices=[(f"level {level}", level) for level in levels], value=levels[0]),
-            words.figures(result),
-            view,
-            picture.seed,
-            words.finished([result], self.backend.device),
-        )
+        return {
+            "pictures": (to_image(baseline), to_image(merged)),
+            "numbers": words.numbers(result),
+            "code": result.code,
+            "difference": to_image(difference(merged, baseline)),
+            "overlay": overlay,
+            "told": told,
+            "step": gr.update(value=step, maximum=max(2, result.steps)),
+            "level": gr.update(choices=level_choices(levels), value=levels[0]),
+            "figures": words.figures(result),
+            "view": view,
+            "seed": picture.seed,
+            "status": words.finished([result], self.backend.device),
+        }
 
 
-def _running(told: str, seed: int, count: int) -> tuple[Any, ...]:
-    """The fields of the page while a run is under way: the last two of ``count`` are the seed and the status."""
-    return (*(gr.skip(),) * (count - 2), seed, told)
+def level_choices(levels: Sequence[int]) -> list[tuple[str, int]]:
+    """The choices of the merge map's level."""
+    return [(f"level {level}", level) for level in levels]
 
 
-def _stepwise(
-    progress: Generator[Progress, None, T], shown: Callable[[str], tuple[Any, ...]]
-) -> Generator[tuple[Any, ...], None, T]:
-    """Show progress, and an error in words; return what the run returns."""
-    yield shown(words.status("Waiting for a turn …", "running"))
+def _stepwise(progress: Generator[Progress | None, None, T], seed: int) -> Generator[Shown, None, T]:
+    """Show the seed and progress, and an error in words; return what the run returns."""
+    shown = {"seed": seed, "status": words.status("Waiting for a turn …", "running")}
+    yield shown
     try:
         while True:
             try:
                 event = next(progress)
             except StopIteration as ended:
                 return ended.value
-            yield shown(words.progress_bar(event))
+            if event is not None:
+                shown = {"seed": seed, "status": words.progress_bar(event)}
+            yield shown
     except Exception as error:
-        told = words.in_words(error)
-        yield shown(words.status(escape(told), "failed"))
+        told = escape(words.in_words(error))
+        yield {"seed": seed, "status": words.status(told, "failed")}
         raise gr.Error(told, print_exception=False) from None
     finally:
         progress.close()

@@ -1,14 +1,60 @@
-"""A long call as a generator: it yields progress, and closing it stops the call."""
+"""A run in the background: its turn, its progress, its end; and as a generator whose closing stops it."""
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from gradio_app.backend import OnProgress
-
 T = TypeVar("T")
+HEARTBEAT = 0.25  # seconds
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is under way, and with how many steps are done of how many."""
+
+
+class Cancelled(Exception):
+    """The run was stopped by its user."""
+
+
+class Run:
+    """One user's run: its progress, and whether it goes on."""
+
+    def __init__(self, on_progress: OnProgress | None, stop: threading.Event) -> None:
+        self.on_progress = on_progress
+        self.stop = stop
+        self.done = 0
+        self.total = 1
+
+    @contextmanager
+    def turn(self, lock: threading.Lock) -> Iterator[None]:
+        """Hold the lock; waiting for it ends when the run is stopped."""
+        while not lock.acquire(timeout=0.05):
+            self._check()
+        try:
+            self._check()
+            yield
+        finally:
+            lock.release()
+
+    def watch(self, what: str, counted: bool = True) -> Callable[[int], None]:
+        """What to call after each step of one picture."""
+        self._tell(what)
+
+        def on_step(step: int) -> None:
+            self.done += counted
+            self._tell(what)
+
+        return on_step
+
+    def _tell(self, what: str) -> None:
+        self._check()
+        if self.on_progress:
+            self.on_progress(what, self.done, self.total)
+
+    def _check(self) -> None:
+        if self.stop.is_set():
+            raise Cancelled
 
 
 @dataclass(frozen=True)
@@ -26,8 +72,10 @@ class _Ended(Generic[T]):
     error: BaseException | None = None
 
 
-def follow(call: Callable[[OnProgress, threading.Event], T]) -> Generator[Progress, None, T]:
+def follow(call: Callable[[OnProgress, threading.Event], T]) -> Generator[Progress | None, None, T]:
     """Run a call in a thread of its own and yield its progress; what it returns or raises comes last.
+
+    While there is nothing new it yields ``None`` now and then: a generator can be closed only where it yields.
 
     A page's framework closes a generator when its user cancels or leaves. The call is then told to stop, and not
     waited for: it ends after the step under way.
@@ -46,7 +94,14 @@ def follow(call: Callable[[OnProgress, threading.Event], T]) -> Generator[Progre
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        while isinstance(event := events.get(), Progress):
+        while True:
+            try:
+                event = events.get(timeout=HEARTBEAT)
+            except Empty:
+                yield None
+                continue
+            if isinstance(event, _Ended):
+                break
             yield event
     finally:
         stop.set()

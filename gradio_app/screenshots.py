@@ -10,6 +10,7 @@ from gradio_app.backend import Backend
 from gradio_app.ui import build_demo, launch_options
 from tomesd_plus.evaluation import load_model
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPT = "a large ladybug on a pink gradient background"
 WAIT = 600_000  # ms
 SHOWN = "[...document.querySelectorAll('#slider img, #grid img')].every(image => image.complete)"
@@ -20,11 +21,13 @@ def take_screenshots(folder: Path) -> None:
     demo = build_demo(Backend(load_model()))
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1366, "height": 768})
         page.set_default_timeout(WAIT)
         page.goto(f"{url}?__theme=light")
         page.locator("#prompt textarea").fill(PROMPT)
+        page.locator("#preset input").click()
+        page.get_by_role("option", name="balanced").click()
         for tab, status in (("Compare", "#status"), ("Explore", "#explore-status")):
             page.get_by_role("tab", name=tab).click()
             page.locator(f"button#{tab.lower()}").click()

@@ -26,6 +26,10 @@ MERGED: dict[str, dict[str, Any]] = {
 """Around which layers to merge, in words, as options of :class:`tomesd_plus.ToMeConfig`."""
 
 
+class Refused(ValueError):
+    """What a user asked for cannot be done; the message tells why, and is for the page."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """What both pictures have in common, so all that the baseline depends on.
@@ -82,15 +86,21 @@ class Candidate:
         """What to switch on for a pipeline; ``None`` for what stays off.
 
         Raises:
-            ValueError: A value is outside its range; the message says what is allowed.
+            Refused: A value is outside its range; the message says what is allowed.
         """
+        try:
+            return self._configs(pipe)
+        except ValueError as error:  # the package's own checks, whose messages are for users too
+            raise Refused(str(error)) from error
+
+    def _configs(self, pipe: Any) -> tuple[ToMeConfig | None, FeatureCacheConfig | None]:
         if self.preset is not None:
             chosen = preset_by_name(self.preset)
             return chosen.merging_for(pipe), chosen.cache
         _within("the ratio", self.ratio, 0, MAX_RATIO)
         _whole("the cache interval", self.cache_interval, 1, MAX_INTERVAL)
         if self.merged not in MERGED:
-            raise ValueError(f"cannot merge {self.merged!r}: choose from {', '.join(MERGED)}")
+            raise Refused(f"cannot merge {self.merged!r}: choose from {', '.join(MERGED)}")
         schedule = schedule_by_name(self.schedule, self.ratio, self.more_at)
         schedule = schedule.replaced([round(ratio, 6) for ratio in schedule.ratios])  # digits that a person can read
         merging = ToMeConfig(ratio=schedule, max_downsample=self.max_downsample, **MERGED[self.merged])
@@ -103,16 +113,11 @@ def described(preset: Preset, pipe: Any) -> Candidate:
     merging = preset.merging_for(pipe)
     interval = preset.cache.interval if preset.cache is not None else 1
     cache_interval = interval if isinstance(interval, int) else 1
-    if merging is None:
-        return Candidate(ratio=0.0, cache_interval=cache_interval)
     schedule = next(iter(merging.schedules.values()))
     mean = round(schedule.mean(), 2) if isinstance(schedule, Schedule) else 0.5
     named = {type(each).__name__: name for name, each in SCHEDULES.items()}
     ratios = schedule.ratios
-    merged = next(
-        (name for name, options in reversed(MERGED.items()) if all(getattr(merging, key) for key in options)),
-        "self-attention",
-    )
+    merged = next(name for name, options in reversed(MERGED.items()) if all(getattr(merging, key) for key in options))
     return Candidate(
         ratio=mean,
         schedule=named.get(type(schedule).__name__, "constant"),
@@ -149,27 +154,27 @@ class Limits:
         return cls(side, side // 2, largest, max(8, pipe.vae_scale_factor), attention_levels(pipe.unet) or (1,))
 
     def check(self, picture: Picture) -> None:
-        """Raise ValueError, in words, if a picture cannot be made."""
+        """Raise Refused, in words, if a picture cannot be made."""
         if not picture.prompt.strip():
-            raise ValueError("the prompt is empty: type what the picture should show")
+            raise Refused("the prompt is empty: type what the picture should show")
         for name, text in (("prompt", picture.prompt), ("negative prompt", picture.negative_prompt)):
             if len(text) > MAX_PROMPT:
-                raise ValueError(f"the {name} has {len(text)} characters: at most {MAX_PROMPT} are allowed")
+                raise Refused(f"the {name} has {len(text)} characters: at most {MAX_PROMPT} are allowed")
         _whole("the seed", picture.seed, 0, MAX_SEED)
         _whole("the number of steps", picture.steps, 1, MAX_STEPS)
         _within("the guidance", picture.guidance_scale, 0, MAX_GUIDANCE)
         for name, side in (("width", picture.width), ("height", picture.height)):
             _whole(f"the {name}", side, self.smallest, self.largest)
             if side % self.multiple:
-                raise ValueError(f"the {name} must be a multiple of {self.multiple} pixels, not {side}")
+                raise Refused(f"the {name} must be a multiple of {self.multiple} pixels, not {side}")
 
 
 def _whole(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+        raise Refused(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
 def _within(name: str, value: object, least: float, most: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not least <= value <= most:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, not {value!r}")
+        raise Refused(f"{name} must be a number from {least:g} to {most:g}, not {value!r}")

@@ -43,7 +43,7 @@ def snippet(
     arguments = [
         constructor(picture.prompt),
         *([f"negative_prompt={constructor(picture.negative_prompt)}"] if picture.negative_prompt else []),
-        f"num_inference_steps={picture.steps}, guidance_scale={picture.guidance_scale:g}",
+        f"num_inference_steps={picture.steps}, guidance_scale={picture.guidance_scale!r}",
         f"height={picture.height}, width={picture.width}",
         f"generator=torch.Generator().manual_seed({picture.seed})",
     ]

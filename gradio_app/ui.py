@@ -1,6 +1,8 @@
 """The page: its fields, where they stand, and what happens when one is used."""
 
 import os
+from collections.abc import Callable, Generator, Mapping
+from functools import wraps
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import gradio as gr
 
 from gradio_app import drawings, words
 from gradio_app.backend import Backend
-from gradio_app.handlers import CUSTOM, Handlers
+from gradio_app.handlers import CUSTOM, Handlers, Shown, level_choices
 from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATIO, MAX_SEED, MAX_STEPS, MERGED
 from tomesd_plus import CosineSchedule
 from tomesd_plus.evaluation.models import TINY
@@ -23,6 +25,9 @@ FONT = ["system-ui", "sans-serif"]  # no web fonts: the app uses no network
 PICTURE_HEIGHT = "max(280px, calc(100vh - 372px))"  # what the other fields leave of one screen
 MAP_HEIGHT = "max(170px, calc(100vh - 484px))"
 GRID_HEIGHT = "max(380px, calc(100vh - 220px))"
+MAX_WAITING = 32  # runs in the queue; whoever comes then is told that it is full
+KEPT_SECONDS = 3600  # a page's last result, on the server
+MAX_PAGES = 256  # whose last results are kept
 RATIOS = ("0.1", "0.25", "0.4", "0.5", "0.6", "0.75")
 RUN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "hidden"}
 LIVE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -64,7 +69,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
                             cancel = gr.Button("Cancel", variant="secondary", elem_id="cancel", min_width=80)
                         candidate, curve = _candidate_fields(backend)
                     with gr.Column(scale=1, min_width=320):
-                        outputs = _results()
+                        results = _results(backend)
                 with gr.Tab("Explore", id="explore"), gr.Row(equal_height=False):
                     with gr.Column(scale=0, min_width=290):
                         tried = gr.CheckboxGroup(
@@ -82,32 +87,38 @@ def build_demo(backend: Backend) -> gr.Blocks:
                         explore_status = gr.HTML(words.status(words.EXPLORE_WELCOME), elem_id="explore-status")
                         numbers = gr.JSON(visible=False)
 
-        fields = [*picture, *candidate]
-        _, _, _, _, overlay, told, step, level, _, view, status = outputs
-        seed = picture[2]
-        compare_outputs = [*outputs[:-1], seed, status]
+        fields = [*picture.values(), *candidate.values()]
+        compared = results | {"seed": picture["seed"]}
+        explored = {"grid": grid, "numbers": numbers, "plot": plot, "status": explore_status, "seed": picture["seed"]}
+        preset, *others = candidate.values()
         runs = [
-            gr.on([compare.click, picture[0].submit], handlers.compare, fields, compare_outputs,
-                  api_name="compare", **RUN),
-            gr.on([candidate[1].release, candidate[6].release], handlers.compare_again, fields, compare_outputs,
+            gr.on([compare.click, picture["prompt"].submit], _by_name(handlers.compare, compared), fields,
+                  list(compared.values()), api_name="compare", **RUN),
+            gr.on([candidate["ratio"].release, candidate["cache_interval"].release],
+                  _by_name(handlers.compare_again, compared), fields, list(compared.values()),
                   api_visibility="private", trigger_mode="always_last", **RUN),
         ]  # fmt: skip
         exploring = explore.click(
-            handlers.explore,
-            [tried, *picture, *candidate[2:]],
-            [grid, numbers, plot, seed, explore_status],
+            _by_name(handlers.explore, explored),
+            [
+                tried,
+                *picture.values(),
+                *(field for name, field in candidate.items() if name not in ("preset", "ratio")),
+            ],
+            list(explored.values()),
             api_name="explore",
             **RUN,
         )
-        cancelled = words.status(words.CANCELLED)
-        cancel.click(lambda: cancelled, None, status, cancels=runs, **LIVE)
-        stop.click(lambda: cancelled, None, explore_status, cancels=[exploring], **LIVE)
-        gr.on([field.change for field in candidate], handlers.curve, candidate, curve,
+        status = results["status"]
+        cancel.click(handlers.cancelled, status, status, cancels=runs, **LIVE)
+        stop.click(handlers.cancelled, explore_status, explore_status, cancels=[exploring], **LIVE)
+        gr.on([field.change for field in candidate.values()], handlers.curve, list(candidate.values()), curve,
               trigger_mode="always_last", **LIVE)  # fmt: skip
-        candidate[0].input(handlers.preset, candidate[0], candidate[1:], **LIVE)
-        gr.on([step.input, level.input], handlers.overlay, [view, step, level], [overlay, told],
+        preset.input(handlers.preset, preset, others, **LIVE)
+        gr.on([results["step"].input, results["level"].input], handlers.overlay,
+              [results[name] for name in ("view", "step", "level")], [results["overlay"], results["told"]],
               trigger_mode="always_last", **LIVE)  # fmt: skip
-    demo.queue(max_size=32)
+    demo.queue(max_size=MAX_WAITING)
     return demo
 
 
@@ -117,10 +128,29 @@ def launch_options() -> dict[str, Any]:
         primary_hue="teal", neutral_hue="slate", spacing_size="sm", radius_size="md", text_size="sm",
         font=FONT, font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
-    return {"theme": theme, "css_paths": CSS, "footer_links": ["api"], "ssr_mode": False}
+    return {
+        "theme": theme,
+        "css_paths": CSS,
+        "footer_links": ["api"],
+        "ssr_mode": False,
+        "state_session_capacity": MAX_PAGES,
+    }
 
 
-def _picture_fields(backend: Backend, tiny: bool) -> list[Any]:
+def _by_name(
+    handler: Callable[..., Generator[Shown, None, None]], components: Mapping[str, Any]
+) -> Callable[..., Generator[dict[Any, Any], None, None]]:
+    """A handler as gradio takes it, with components for their names; its signature is that of the API."""
+
+    @wraps(handler)
+    def by_component(*values: Any) -> Generator[dict[Any, Any], None, None]:
+        for shown in handler(*values):
+            yield {components[name]: value for name, value in shown.items()}
+
+    return by_component
+
+
+def _picture_fields(backend: Backend, tiny: bool) -> dict[str, Any]:
     """What both pictures have in common, in the order of :func:`gradio_app.handlers.picture_from`."""
     limits = backend.limits
     examples = EXAMPLES[tiny]
@@ -149,10 +179,11 @@ def _picture_fields(backend: Backend, tiny: bool) -> list[Any]:
                 gr.Number(limits.side, label=name, minimum=limits.smallest, maximum=limits.largest,
                           step=limits.multiple, precision=0, min_width=80, elem_id=name.lower())
             )  # fmt: skip
-    return [prompt, negative, seed, chance, steps, guidance, *sides]
+    names = ("prompt", "negative_prompt", "seed", "random_seed", "steps", "guidance_scale", "width", "height")
+    return dict(zip(names, (prompt, negative, seed, chance, steps, guidance, *sides), strict=True))
 
 
-def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
+def _candidate_fields(backend: Backend) -> tuple[dict[str, Any], gr.HTML]:
     """What is compared, in the order of :func:`gradio_app.handlers.candidate_from`, and the curve."""
     finest = backend.limits.levels[0]
     presets = [("none: set it below", CUSTOM)] + [(name, name) for name in PRESETS]
@@ -171,11 +202,20 @@ def _candidate_fields(backend: Backend) -> tuple[list[Any], gr.HTML]:
         level = gr.Dropdown(names, value=finest, label="Resolutions", min_width=80, scale=2, elem_id="levels")
     cache = gr.Slider(1, MAX_INTERVAL, 1, step=1, label="Full step every (1: no cache)", buttons=[],
                       elem_id="cache")  # fmt: skip
-    return [preset, ratio, schedule, more_at, merged, level, cache], curve
+    return {
+        "preset": preset,
+        "ratio": ratio,
+        "schedule": schedule,
+        "more_at": more_at,
+        "merged": merged,
+        "max_downsample": level,
+        "cache_interval": cache,
+    }, curve
 
 
-def _results() -> list[Any]:
-    """What a comparison gives, in the order of the handler's outputs, without the seed."""
+def _results(backend: Backend) -> dict[str, Any]:
+    """What a comparison gives; callers of the API get the first ones first."""
+    finest = backend.limits.levels[0]
     with gr.Tabs():
         with gr.Tab("Both pictures", id="both"):
             slider = gr.ImageSlider(label="Left: without merging. Right: with it", format="png", interactive=False,
@@ -186,7 +226,9 @@ def _results() -> list[Any]:
         with gr.Tab("Merge map", id="map"):
             with gr.Row():
                 step = gr.Slider(1, 25, 1, step=1, label="Step", buttons=[], elem_id="step")
-                level = gr.Radio([("level 1", 1)], value=1, label="Level (1: full resolution)", elem_id="level")
+                level = gr.Radio(
+                    level_choices([finest]), value=finest, label="Level (1: full resolution)", elem_id="level"
+                )
             overlay = gr.Image(label="Merged tokens: yellow pairs, red large groups", format="png", interactive=False,
                                height=MAP_HEIGHT, elem_id="overlay")  # fmt: skip
             told = gr.HTML("", elem_id="told")
@@ -196,16 +238,16 @@ def _results() -> list[Any]:
                            elem_id="code")  # fmt: skip
     figures = gr.HTML(words.empty_figures(), elem_id="figures")
     status = gr.HTML(words.status(words.WELCOME), elem_id="status")
-    return [
-        slider,
-        gr.JSON(visible=False),
-        code,
-        difference,
-        overlay,
-        told,
-        step,
-        level,
-        figures,
-        gr.State(None),
-        status,
-    ]
+    return {
+        "pictures": slider,
+        "numbers": gr.JSON(visible=False),
+        "code": code,
+        "difference": difference,
+        "overlay": overlay,
+        "told": told,
+        "step": step,
+        "level": level,
+        "figures": figures,
+        "view": gr.State(None, time_to_live=KEPT_SECONDS),
+        "status": status,
+    }

@@ -8,15 +8,22 @@ from typing import Any
 
 from gradio_app.backend import Result
 from gradio_app.runs import Progress
+from gradio_app.settings import Refused
 
-WELCOME = "Press <b>Compare</b>. The first run at a size begins with a warm-up, which is not timed."
+WELCOME = "Press <b>Compare</b>. The first run of a kind begins with a warm-up, which is not timed."
 EXPLORE_WELCOME = "Choose what to try, then press <b>Explore</b>: one picture each, all from the same seed."
 CANCELLED = "Cancelled. The pipeline is as it was."
+NOT_REMEMBERED = "Press <b>Compare</b>: the picture without merging is not there for these settings."
 
 
 def status(text: str, kind: str = "idle") -> str:
     """A line under the pictures; ``text`` is HTML."""
     return f'<div class="status {kind}" role="status">{text}</div>'
+
+
+def is_running(told: str) -> bool:
+    """Whether a line of :func:`status` tells of a run under way."""
+    return 'class="status running"' in told
 
 
 def progress_bar(progress: Progress) -> str:
@@ -34,7 +41,7 @@ def finished(results: Sequence[Result], device: str) -> str:
     first = results[0]
     notes = [f"Measured once, on this machine: {device}."]
     if first.warmed_up:
-        notes.append("First run at this size: an untimed warm-up went before.")
+        notes.append("First run of its kind: an untimed warm-up went before.")
     if first.remembered:
         notes.append("The picture without merging is remembered, and so is its time.")
     if len(results) == 1 and first.cached_steps:
@@ -99,8 +106,8 @@ def caption(result: Result) -> str:
 
 def in_words(error: BaseException) -> str:
     """An error for the page; what is no user's fault goes to the log too."""
-    if isinstance(error, ValueError):
-        text = str(error)
+    if isinstance(error, Refused):
+        text = str(error).rstrip(".")
         return text[:1].upper() + text[1:] + "."
     if re.search("out of memory|can't allocate memory", str(error)):
         return "Out of memory. Choose a smaller size."

@@ -1,9 +1,10 @@
 """The app's API, called by anybody: through gradio's client, against a running app."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
+from conftest import make_pipeline
 from PIL import Image
 
 pytest.importorskip("gradio_client")
@@ -65,7 +66,7 @@ def test_users_at_once_get_their_own_pictures(client, app_url):
 
 def test_a_random_seed_is_told(client):
     results = [client.predict(api_name="/compare", **OPTIONS, random_seed=True) for _ in range(2)]
-    (first, second), (picture, other) = ([r[-2] for r in results], [np.asarray(Image.open(r[0][0])) for r in results])
+    (first, second), (picture, other) = ([r[-1] for r in results], [np.asarray(Image.open(r[0][0])) for r in results])
     assert first != second and (picture != other).any()
     again, *_ = compare(client, seed=first)
     assert (again == picture).all()
@@ -99,6 +100,26 @@ def test_what_is_out_of_bounds_is_refused_in_words(client, options, told):
 def test_nothing_to_explore_is_refused_in_words(client):
     with pytest.raises(AppError, match="Choose 1 to 9"):
         client.predict(tried=[], api_name="/explore", **OPTIONS)
+
+
+def test_a_full_queue_is_told(monkeypatch):
+    from gradio_app import ui
+
+    monkeypatch.setattr(ui, "MAX_WAITING", 1)
+    backend = Backend(make_pipeline("sd"))
+    demo = ui.build_demo(backend)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **ui.launch_options())
+    user = Client(url, verbose=False)
+    try:
+        with backend._lock:  # another user's run goes on all the while
+            jobs = [user.submit(api_name="/compare", **OPTIONS, width=32, height=32)]
+            next(iter(jobs[0]))  # it has left the queue, and waits for its turn
+            jobs += [user.submit(api_name="/compare", **OPTIONS, width=32, height=32) for _ in range(3)]
+            ended, _ = wait(jobs[1:], timeout=30, return_when=FIRST_COMPLETED)
+            assert ended and all("full" in str(job.exception()) for job in ended)
+    finally:
+        user.close()
+        demo.close()
 
 
 def test_a_cancelled_job_gives_way_to_the_next(client, app_backend):

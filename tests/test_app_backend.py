@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,11 +12,11 @@ from conftest import generate, hooks, make_pipeline
 from PIL import Image
 
 from gradio_app import drawings, words
-from gradio_app.backend import MAX_BASELINES, Backend, Cancelled
-from gradio_app.runs import follow
-from gradio_app.settings import Candidate, Picture
+from gradio_app.backend import MAX_BASELINES, Backend
+from gradio_app.runs import Cancelled, follow
+from gradio_app.settings import Candidate, Picture, Refused
 from tomesd_plus import CosineSchedule, ToMeProcessor, load_tiny_pipeline
-from tomesd_plus.evaluation import merge_map_overlay, to_image
+from tomesd_plus.evaluation import difference, merge_map_overlay, to_image
 
 STEPS = 3
 
@@ -71,6 +72,34 @@ def test_a_remembered_baseline_costs_no_second_picture(backend):
     second = backend.compare(picture(), Candidate(ratio=0.5), lambda *told: calls.append(told))
     assert second.remembered and not second.warmed_up and calls[-1][1:] == (STEPS, STEPS)
     assert second.baseline is first.baseline and not torch.equal(second.merged.pixels, first.merged.pixels)
+
+
+def test_every_kind_of_run_is_warmed_up_once(backend):
+    told = []
+
+    def warmed(candidate, **options):
+        told.clear()
+        result = backend.compare(picture(**options), candidate, lambda what, *_: told.append(what))
+        assert result.warmed_up == any("warming up" in what for what in told)
+        assert ("warm-up" in words.finished([result], "here")) == result.warmed_up
+        return result.warmed_up
+
+    assert warmed(Candidate(ratio=0)) and not warmed(Candidate(ratio=0), seed=1)
+    assert warmed(Candidate(ratio=0.5)) and not warmed(Candidate(ratio=0.25))
+    assert warmed(Candidate(ratio=0.25, cache_interval=2)) and not warmed(Candidate(ratio=0.5, cache_interval=3))
+    assert warmed(Candidate(merged="whole blocks")) and warmed(Candidate(), width=40)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"), [("PNDMScheduler", STEPS + 1), ("HeunDiscreteScheduler", 2 * STEPS - 1)]
+)
+def test_steps_are_those_of_the_scheduler(backend, scheduler, steps):
+    options = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
+    backend.pipe.scheduler = getattr(diffusers, scheduler)(**options)
+    told = []
+    result = backend.compare(picture(), Candidate(), lambda what, *counts: told.append(counts))
+    assert result.steps == steps and told[-1] == (2 * steps, 2 * steps)
+    assert {step for step, _ in result.merge_maps} == set(range(steps))
 
 
 @pytest.mark.parametrize(
@@ -151,12 +180,19 @@ def test_a_cancelled_run_leaves_the_pipeline_as_it_was(backend, after):
 
 
 def test_a_run_that_waits_for_its_turn_can_be_cancelled(backend):
-    stop = threading.Event()
+    ended = threading.Event()
+
+    def call(on_progress, stop):
+        try:
+            return backend.compare(picture(), Candidate(), on_progress, stop)
+        except Cancelled:
+            ended.set()
+
     with backend._lock:  # another user's run
-        waiting = follow(lambda on_progress, _: backend.compare(picture(), Candidate(), on_progress, stop))
-        stop.set()
-        with pytest.raises(Cancelled):
-            next(waiting)
+        waiting = follow(call)
+        assert next(waiting) is None  # while there is nothing to tell it can be closed all the same
+        waiting.close()
+        assert ended.wait(30)
     assert not backend.remembers(picture())
     assert backend.compare(picture(), Candidate()).removed
 
@@ -181,7 +217,7 @@ def test_a_followed_run_returns_and_raises_what_the_call_does():
         result = yield from run
         yield result
 
-    events = list(collected(follow(lambda on_progress, stop: on_progress("a", 1, 2) or "result")))
+    events = [each for each in collected(follow(lambda on_progress, stop: on_progress("a", 1, 2) or "result")) if each]
     assert [(event.what, event.done, event.total) for event in events[:-1]] == [("a", 1, 2)] and events[-1] == "result"
     with pytest.raises(ZeroDivisionError):
         list(follow(lambda on_progress, stop: 1 / 0))
@@ -204,6 +240,21 @@ def test_a_failed_run_leaves_the_pipeline_as_it_was(backend, monkeypatch):
     result = backend.compare(picture(), Candidate())
     assert torch.equal(result.baseline.pixels, fresh.baseline.pixels)
     assert torch.equal(result.merged.pixels, fresh.merged.pixels)
+
+
+def test_a_run_that_fails_while_sdxl_decodes_in_float32_leaves_it_in_half_precision(monkeypatch):
+    pipe = make_pipeline("sdxl").to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    backend = Backend(pipe)
+
+    def fail(*arguments, **options):
+        assert pipe.vae.dtype == torch.float32
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipe.vae, "decode", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        backend.compare(picture(), Candidate(ratio=0))
+    assert pipe.vae.dtype == torch.float16
 
 
 def test_users_at_once_get_their_own_pictures(backend):
@@ -247,8 +298,9 @@ def test_users_at_once_get_their_own_pictures(backend):
 def test_a_picture_out_of_bounds_is_refused_in_words(backend, changes, told):
     with pytest.raises(ValueError) as raised:
         backend.compare(picture(**changes), Candidate())
-    assert str(raised.value).startswith(told)
-    assert words.in_words(raised.value)[0].isupper()
+    assert isinstance(raised.value, Refused) and str(raised.value).startswith(told)
+    shown = words.in_words(raised.value)
+    assert shown[0].isupper() and shown.endswith(".") and not shown.endswith("..")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +319,7 @@ def test_a_picture_out_of_bounds_is_refused_in_words(backend, changes, told):
 def test_a_candidate_out_of_bounds_is_refused_in_words(backend, changes, told):
     with pytest.raises(ValueError) as raised:
         backend.compare(picture(), Candidate(**changes))
-    assert str(raised.value).startswith(told)
+    assert isinstance(raised.value, Refused) and str(raised.value).startswith(told)
     assert not backend.remembers(picture())
 
 
@@ -291,9 +343,10 @@ def test_an_overflow_and_a_withheld_picture_are_told_in_words(backend, monkeypat
         backend.compare(picture(), Candidate())
 
 
-def test_an_unknown_error_is_logged_and_told_without_its_inside(caplog):
-    told = words.in_words(KeyError("/a/secret/path"))
-    assert "KeyError" in told and "secret" not in told and "secret" in caplog.text
+@pytest.mark.parametrize("error", [KeyError, ValueError])  # a ValueError of another package is not the user's fault
+def test_an_unknown_error_is_logged_and_told_without_its_inside(error, caplog):
+    told = words.in_words(error("/a/secret/path"))
+    assert error.__name__ in told and "secret" not in told and "secret" in caplog.text
 
 
 # Code ---------------------------------------------------------------------------------------------------------------
@@ -319,7 +372,8 @@ def run_code(code, folder, monkeypatch):
 )
 def test_the_code_gives_the_same_picture(candidate, tmp_path, monkeypatch):
     backend = Backend(load_tiny_pipeline())
-    asked = picture(prompt='a "large" dog\n\\ on a blue background', negative_prompt="red", width=64, height=48)
+    asked = picture(prompt='a "large" dog\n\\ on a blue background', negative_prompt="red", width=64, height=48,
+                    guidance_scale=7.123456789)  # fmt: skip
     result = backend.compare(asked, candidate)
     assert (run_code(result.code, tmp_path, monkeypatch) == np.asarray(to_image(result.merged.pixels))).all()
 
@@ -341,6 +395,13 @@ def test_the_curve_falls_where_the_schedule_does():
 
     down, up = (heights(drawings.curve(each)) for each in (CosineSchedule(), CosineSchedule().reversed()))
     assert down == sorted(down) and up == sorted(up, reverse=True)  # y grows downwards
+
+
+def test_the_difference_is_black_where_pictures_are_equal_and_four_times_as_strong_elsewhere():
+    pixels, other = torch.full((3, 2, 2), 0.5), torch.full((3, 2, 2), 0.5)
+    other[0, 0, 0], other[1, 0, 1] = 0.4, 1.0
+    shown = difference(other, pixels)
+    assert shown[0, 0, 0] == pytest.approx(0.4) and shown[1, 0, 1] == 1 and shown.sum() == pytest.approx(1.4)
 
 
 def test_the_merge_map_colours_merged_tokens_only():

@@ -1,7 +1,7 @@
 """How the app is started: the command, the module, a Space."""
 
-import re
 import runpy
+import socket
 import sys
 import tomllib
 from pathlib import Path
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_pipeline
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
 from tomesd_plus.cli import app
@@ -49,6 +51,14 @@ def test_a_model_that_cannot_be_loaded_is_told_in_one_line():
     assert result.exit_code == 2 and "cannot load model 'no/such-model'" in result.stderr
 
 
+def test_a_port_that_is_taken_is_told_in_one_line():
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["app", "--port", str(port), "--device", "cpu"])
+    assert result.exit_code == 2 and f"cannot listen on 127.0.0.1, port {port}" in result.stderr
+
+
 @pytest.mark.parametrize("start", [runpy.run_module, runpy.run_path])  # the second as a Space does
 def test_the_module_takes_the_same_options(start, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gradio_app", "--help"])
@@ -67,6 +77,7 @@ def test_a_space_gets_the_tested_gradio_and_all_dependencies():
     assert (ROOT / front["app_file"]).is_file() and front["sdk"] == "gradio"
     assert f"gradio=={front['sdk_version']}" in (ROOT / "constraints.txt").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert SpecifierSet(project["requires-python"]).contains(front["python_version"])
     needed = [*project["dependencies"], *project["optional-dependencies"]["app"]]
     listed = (ROOT / "gradio_app" / "requirements.txt").read_text().split()
-    assert [re.split("[<>=]", line)[0] for line in listed] == [re.split("[<>=]", line)[0] for line in needed]
+    assert [Requirement(line) for line in listed] == [Requirement(line) for line in needed]

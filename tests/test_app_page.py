@@ -1,7 +1,6 @@
 """The app's page in a real browser: headless Chromium, driven by Playwright."""
 
 import re
-import shutil
 
 import pytest
 
@@ -9,13 +8,13 @@ pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
+from gradio_app.screenshots import BROWSER
 from gradio_app.settings import Picture
 from tomesd_plus import PRESETS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium, or put one on the PATH"),
+    pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium, or put one on the PATH"),
 ]
 LAPTOP = {"width": 1366, "height": 768}
 LONG = 60_000  # ms, for what takes pictures
@@ -24,7 +23,7 @@ LONG = 60_000  # ms, for what takes pictures
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -99,6 +98,20 @@ def test_type_generate_move_the_ratio(open_page):
     set_ratio(page, 0)
     expect(page.locator("#figures")).to_contain_text("identical", timeout=LONG)
     assert len(set(pictures(page))) == 1
+    page.locator("#prompt textarea").fill("a large star on a red background")
+    set_ratio(page, 0.5)
+    expect(page.locator("#status")).to_contain_text("Press Compare")
+
+
+def test_the_first_run_is_said_to_begin_with_a_warm_up(open_page):
+    page = open_page()
+    expect(page.locator("#status")).to_contain_text("warm-up")
+    page.locator("#width input").fill("72")
+    ask(page)
+    wait(page)
+    expect(page.locator("#status")).to_contain_text("an untimed warm-up went before")
+    page.locator("button#cancel").click()  # nothing is under way
+    expect(page.locator("#status")).to_contain_text("an untimed warm-up went before")
 
 
 def test_difference_merge_map_and_code(open_page):
@@ -153,10 +166,22 @@ def test_cancel_stops_the_run_and_the_next_one_works(open_page, app_backend):
     expect(page.locator("#status")).to_contain_text(re.compile(r"step [1-9]\d* of 200"), timeout=LONG)
     page.locator("button#cancel").click()
     expect(page.locator("#status")).to_contain_text("Cancelled")
+    page.wait_for_timeout(1000)  # as long as the run is being closed, gradio overlooks a press
     ask(page, steps=2, seed=77)
     wait(page)
     assert len(set(pictures(page))) == 2
     assert not app_backend.remembers(Picture("a large star on a blue background", "", 77, 100, 3.0, 64, 64))
+
+
+def test_exploring_can_be_cancelled(open_page):
+    page = open_page()
+    page.locator("#steps input[type=number]").fill("100")
+    page.get_by_role("tab", name="Explore").click()
+    page.locator("button#explore").click()
+    expect(page.locator("#explore-status")).to_contain_text(re.compile(r"step [1-9]\d* of \d00"), timeout=LONG)
+    page.locator("button#stop").click()
+    expect(page.locator("#explore-status")).to_contain_text("Cancelled")
+    expect(page.locator("#plot circle")).to_have_count(0)
 
 
 def test_two_pages_at_once_keep_their_own_settings_and_pictures(open_page):
@@ -197,6 +222,16 @@ def test_one_screen_without_scrolling(open_page, theme, viewport):
         assert needed == [viewport["width"], viewport["height"]]
     colour = page.locator(".top b").evaluate("title => getComputedStyle(title).color")
     assert (int(re.search(r"\d+", colour)[0]) > 150) == (theme == "dark")
+
+
+def test_one_screen_without_scrolling_with_results(open_page):
+    page = open_page()
+    ask(page)
+    wait(page)
+    for tab in ("Both pictures", "Difference", "Merge map", "Code"):
+        page.get_by_role("tab", name=tab).click()
+        needed = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+        assert needed == [LAPTOP["width"], LAPTOP["height"]], tab
 
 
 def test_the_page_asks_no_other_server(browser, app_url):

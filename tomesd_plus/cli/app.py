@@ -28,4 +28,8 @@ def app_command(
     pipe, where = load(model, device, dtype)
     dtype_name = str(pipe.unet.dtype).removeprefix("torch.")
     console.print(f"{model}: {where}", soft_wrap=True)
-    build_demo(Backend(pipe, model, dtype_name)).launch(server_name=host, server_port=port, **launch_options())
+    demo = build_demo(Backend(pipe, model, dtype_name))
+    try:
+        demo.launch(server_name=host, server_port=port, **launch_options())
+    except OSError as error:  # the port is taken, or there is no such address
+        fail(f"cannot listen on {host or '127.0.0.1'}, port {port or 'from 7860'}: {error}")
