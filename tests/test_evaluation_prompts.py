@@ -2,9 +2,9 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from tomesd_plus.evaluation import EvaluationError, load_prompts, make_items
 from tomesd_plus.evaluation.images import Images
@@ -92,52 +92,32 @@ def test_missing_files_and_libraries_are_said(tmp_path, monkeypatch):
         load_prompts("p.parquet")
 
 
-class Data:
-    """What datasets.load_dataset gives, as far as it is used."""
-
-    def __init__(self, **columns):
-        self.columns, self.column_names = columns, list(columns)
-
-    def __getitem__(self, key):
-        return (
-            self.columns[key] if isinstance(key, str) else {name: values[key] for name, values in self.columns.items()}
-        )
-
-    def __len__(self):
-        return len(self.columns[self.column_names[0]])
-
-
-def test_data_sets_give_prompts_and_images(monkeypatch):
-    from PIL import Image
-
-    picture = Image.new("RGB", (4, 4), (9, 8, 7))
-    calls = []
-
-    def load_dataset(name, split):
-        calls.append((name, split))
-        if split == "none":
-            raise ValueError("unknown split")
-        return Data(Prompt=["a cat", ""], image=[picture, picture])
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    prompts = load_prompts("some/set", split="test")
+def test_data_sets_give_prompts_and_images(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pictures = [Image.new("RGB", (4, 4), (value, 8, 7)) for value in (9, 10)]
+    data = datasets.Dataset.from_dict({"Prompt": ["a cat", ""], "image": pictures})
+    (tmp_path / "set").mkdir()
+    data.to_parquet(tmp_path / "set" / "test.parquet")
+    prompts = load_prompts(str(tmp_path / "set"), split="test")
     assert prompts.entries == (("000000", "a cat"),) and prompts.skipped == 1
-    images = Images.of_data_set("some/set", "validation")
-    assert len(images) == 2 and images.read(1)[:, 0, 0].tolist() == [9, 8, 7]
-    assert calls == [("some/set", "test"), ("some/set", "validation")]
-    with pytest.raises(EvaluationError, match="unknown split"):
-        load_prompts("some/set", split="none")
+    images = Images.of_data_set(str(tmp_path / "set"), "test")
+    assert len(images) == 2 and images.read(1)[:, 0, 0].tolist() == [10, 8, 7]
+    with pytest.raises(EvaluationError, match="split 'none'"):
+        load_prompts(str(tmp_path / "set"), split="none")
 
 
-def test_parquet_by_pyarrow(monkeypatch):
-    column = SimpleNamespace(to_pylist=lambda: ["a cat", "a dog"])
-    module = SimpleNamespace(
-        read_schema=lambda path: SimpleNamespace(names=["id", "caption"]),
-        read_table=lambda path, columns: {columns[0]: column},
-    )
-    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=module))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
-    assert [text for _, text in load_prompts("p.parquet").entries] == ["a cat", "a dog"]
+def test_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"id": [1, 2, 3], "caption": ["a cat", None, "a dog"]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    prompts = load_prompts(str(tmp_path / "p.parquet"))
+    assert [text for _, text in prompts.entries] == ["a cat", "a dog"] and prompts.skipped == 1
+    with pytest.raises(EvaluationError, match="there are 'id', 'caption'"):
+        load_prompts(str(tmp_path / "p.parquet"), column="text")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(EvaluationError, match="cannot read prompts from"):
+        load_prompts(str(tmp_path / "broken.parquet"))
 
 
 def test_noise_depends_on_the_item_alone():
