@@ -16,13 +16,13 @@ from torch import nn
 from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
+from tomesd_plus.evaluation import DTYPES
 from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
 
 MAX_CALLS = STEPS  # in a run
 LEAST_ROUNDS = 3  # fewer, where time runs out, give no row
 RECOMPILE_LIMIT = 256  # every setting is a graph of the same code
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

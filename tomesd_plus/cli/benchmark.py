@@ -10,11 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tomesd_plus.benchmark import SHAPES, SUITES, Outcome, Suite, Workload, run_suite, settings_from, task
-from tomesd_plus.benchmark.measure import DTYPES
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say, usable
 from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
-from tomesd_plus.evaluation import local_device
+from tomesd_plus.evaluation import DTYPES, local_device
 from tomesd_plus.evaluation.errors import installed
 from tomesd_plus.presets import PRESETS
 

@@ -24,9 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tomesd_plus.evaluation import EvaluationError, ModelError, load_model, local_device
+from tomesd_plus.evaluation import DTYPES, EvaluationError, ModelError, load_model, local_device
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 T = TypeVar("T")
 console = Console()
 

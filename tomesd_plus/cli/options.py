@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tomesd_plus.cli.common import DTYPES, fail, run
-from tomesd_plus.evaluation import Configuration, Sampling
+from tomesd_plus.cli.common import fail, run
+from tomesd_plus.evaluation import DTYPES, Configuration, Sampling
 from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedule import AUTO, SCHEDULES, Direction

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from tomesd_plus.tiny import load_tiny_pipeline
 
 TINY = "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What commands take, by name."""
 
 
 class ModelError(Exception):
