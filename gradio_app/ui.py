@@ -16,7 +16,7 @@ from gradio_app.backend import Backend
 from gradio_app.handlers import CUSTOM, Handlers, Shown, level_choices
 from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATIO, MAX_SEED, MAX_STEPS, MERGED
 from tomesd_plus import CosineSchedule
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.models import TINY, usual_guidance
 from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedule import AUTO, SCHEDULES
 
@@ -170,7 +170,7 @@ def _picture_fields(backend: Backend, tiny: bool) -> dict[str, Any]:
         seed = gr.Number(0, label="Seed", minimum=0, maximum=MAX_SEED, precision=0, min_width=80, elem_id="seed")
         chance = gr.Checkbox(False, label="Random", min_width=80, container=False, elem_id="random")
     steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps (more: slower)", buttons=[], elem_id="steps")
-    guidance = gr.Slider(0, MAX_GUIDANCE, 3.0 if tiny else 7.5, step=0.5, elem_id="guidance",
+    guidance = gr.Slider(0, MAX_GUIDANCE, usual_guidance(backend.model), step=0.5, elem_id="guidance",
                          label="Guidance by the prompt", buttons=[])  # fmt: skip
     sides = []
     with gr.Row():

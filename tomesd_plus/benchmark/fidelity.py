@@ -13,6 +13,7 @@ from tomesd_plus.evaluation.compare import compare
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.files import read_json, write_json
 from tomesd_plus.evaluation.generate import Sampling
+from tomesd_plus.evaluation.models import TINY, usual_guidance
 from tomesd_plus.tiny import held_out_captions, load_tiny_pipeline
 
 
@@ -46,7 +47,9 @@ def embedded_psnr(
             torch.manual_seed(0)  # for what draws from the global generator, as tomesd does
             pipe = load_tiny_pipeline(device=device)
             pipe.set_progress_bar_config(disable=True)
-            made = compare(pipe, held_out_captions()[:prompts], compared, Sampling(steps), on_step=on_step)
+            made = compare(
+                pipe, held_out_captions()[:prompts], compared, Sampling(steps, usual_guidance(TINY)), on_step=on_step
+            )
         kept |= {row.name: statistics.fmean(min(100.0, value) for value in row.psnr) for row in made.rows}
         write_json(path, kept)
     return {setting.key: kept[name] for name, setting in wanted.items() if name in kept}

@@ -48,7 +48,7 @@ def compare_command(
         list[str] | None, typer.Option(help=f"Merging and cache by name: {', '.join(PRESETS)}; may be repeated.")
     ] = None,
     steps: Steps = 25,
-    guidance: Guidance = 5.0,
+    guidance: Guidance = None,
     seed: Seed = 0,
     size: Size = None,
     device: Device = None,
@@ -64,7 +64,7 @@ def compare_command(
     if cache_interval is not None:
         chosen_ways.append(Configuration(f"cache {cache_interval}", {"cache": {"interval": cache_interval}}))
     chosen_ways += [merging_from(value, schedule, more_at, max_downsample, cache_interval) for value in ratios]
-    sampling = sampling_from(steps, guidance, size)
+    sampling = sampling_from(steps, guidance, size, model)
     chosen = prompts_from(prompts, model)
     check_writable(out.parent)
     if out.is_dir() or out.suffix.lower() not in PICTURES:

@@ -65,7 +65,7 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(min=0, help="First seed of each prompt.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Images a prompt, with the next seeds.")] = 1,
     steps: Steps = 25,
-    guidance: Guidance = 5.0,
+    guidance: Guidance = None,
     size: Size = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -108,7 +108,7 @@ def evaluate_command(
                           resamples=resamples)  # fmt: skip
     if stage is not Stage.score:
         chosen = run(lambda: _configurations(configuration, configurations, noise_floor))
-        sampling = sampling_from(steps, guidance, size)
+        sampling = sampling_from(steps, guidance, size, model)
         given = run(lambda: load_prompts(prompts, column, split, limit))
         items = tuple(make_items(given.entries, range(seed, seed + seeds)))
         check_writable(out)

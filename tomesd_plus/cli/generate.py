@@ -45,7 +45,7 @@ def generate_command(
     cache_interval: CacheInterval = None,
     preset: PresetName = "",
     steps: Steps = 25,
-    guidance: Guidance = 5.0,
+    guidance: Guidance = None,
     seed: Seed = 0,
     size: Size = None,
     device: Device = None,
@@ -62,7 +62,7 @@ def generate_command(
         configuration = preset_from(preset)
     else:
         configuration = merging_from(ratio, schedule, more_at, max_downsample, cache_interval)
-    sampling = sampling_from(steps, guidance, size)
+    sampling = sampling_from(steps, guidance, size, model)
     chosen = prompts_from(prompts, model)
     check_writable(out)
     pipe, where = load(model, device, dtype)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tomesd_plus.cli.common import fail, run
-from tomesd_plus.evaluation import DTYPES, Configuration, Sampling
+from tomesd_plus.evaluation import DTYPES, Configuration, Sampling, usual_guidance
 from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedule import AUTO, SCHEDULES, Direction
@@ -29,7 +29,10 @@ CacheInterval = Annotated[
 ]
 PresetName = Annotated[str, typer.Option("--preset", help=f"Merging and cache by name: {', '.join(PRESETS)}.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(min=0, help="Guidance scale; 1 switches it off.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, help="Guidance scale; 1 switches it off. Default: 3 with the embedded pipeline, else 7.5."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first prompt; the next have the next.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 512, or WIDTHxHEIGHT. Default: the model's own.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps … Default: the best there is.")]
@@ -53,7 +56,7 @@ def preset_from(name: str) -> Configuration:
     return run(lambda: Configuration(f"preset {name}", {"preset": {"name": name}}))
 
 
-def sampling_from(steps: int, guidance: float, size: str | None) -> Sampling:
+def sampling_from(steps: int, guidance: float | None, size: str | None, model: str) -> Sampling:
     """The sampling that options ask for."""
     width = height = None
     if size is not None:
@@ -61,7 +64,7 @@ def sampling_from(steps: int, guidance: float, size: str | None) -> Sampling:
         if not match or int(match[1]) == 0 or int(match[2] or 1) == 0:
             fail(f"size must be a number of pixels or WIDTHxHEIGHT, not {size!r}")
         width, height = int(match[1]), int(match[2] or match[1])
-    return Sampling(steps, guidance, height, width)
+    return Sampling(steps, usual_guidance(model) if guidance is None else guidance, height, width)
 
 
 def prompts_from(prompts: list[str] | None, model: str) -> list[str]:

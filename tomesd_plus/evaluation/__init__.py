@@ -11,7 +11,7 @@ from tomesd_plus.evaluation.generate import Generated, GeneratedBatch, Sampling,
 from tomesd_plus.evaluation.generation import generate_experiment, generate_images
 from tomesd_plus.evaluation.images import to_image
 from tomesd_plus.evaluation.items import Item, Share, make_items
-from tomesd_plus.evaluation.models import DTYPES, ModelError, load_model, local_device
+from tomesd_plus.evaluation.models import DTYPES, ModelError, load_model, local_device, usual_guidance
 from tomesd_plus.evaluation.overlays import difference, merge_map_overlay
 from tomesd_plus.evaluation.prompts import Prompts, load_prompts
 from tomesd_plus.evaluation.reference import save_reference
@@ -71,5 +71,6 @@ __all__ = [
     "score",
     "ssim",
     "to_image",
+    "usual_guidance",
     "write_report",
 ]
