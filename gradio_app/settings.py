@@ -111,7 +111,7 @@ class Candidate:
 def described(preset: Preset, pipe: Any) -> Candidate:
     """The candidate nearest to a preset, to show what that does; it may do more than a candidate can."""
     merging = preset.merging_for(pipe)
-    interval = preset.cache.interval if preset.cache is not None else 1
+    interval = preset.cache.interval
     cache_interval = interval if isinstance(interval, int) else 1
     schedule = next(iter(merging.schedules.values()))
     mean = round(schedule.mean(), 2) if isinstance(schedule, Schedule) else 0.5

@@ -1,10 +1,13 @@
+import csv
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tomesd_plus import ConstantSchedule, CosineSchedule, LinearSchedule, StepsSchedule
+from tomesd_plus.schedule import schedule_by_name
 
 SCHEDULES = [ConstantSchedule(0.4), LinearSchedule(0.7, 0.2), CosineSchedule(0.6, 0.1), StepsSchedule((0.7, 0.4, 0.1))]
 ratios = st.floats(0, 0.75)
@@ -73,3 +76,16 @@ def test_the_plot_shows_the_schedule():
     assert line.get_label() == "a line"
     assert line.get_xydata()[0] == pytest.approx([1.0, 0.6]) and line.get_xydata()[-1] == pytest.approx([0.0, 0.2])
     assert ax.lines and CosineSchedule().plot(ax) is ax and len(ax.lines) == 2
+
+
+@pytest.mark.parametrize("mean", [0.3, 0.5])
+def test_auto_is_what_the_published_ablation_has_at_the_top(mean):
+    table = Path(__file__).parents[1] / "results" / "ablation-schedules.csv"
+    rows = {row["configuration"]: float(row["PSNR dB"] or "inf") for row in csv.DictReader(table.open())}
+    kinds = {
+        schedule_by_name(name, mean, more_at): rows[f"{name}, more at {more_at} steps, {mean}"]
+        for name in ("linear", "cosine")
+        for more_at in ("noisy", "clean")
+    }
+    kinds[schedule_by_name("constant", mean)] = rows[f"constant, {mean}"]
+    assert schedule_by_name("auto", mean) == max(kinds, key=lambda schedule: kinds[schedule])
