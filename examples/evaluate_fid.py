@@ -41,7 +41,7 @@ if len(sys.argv) > 3:
 else:
     model, reference, out, features, device = "tiny", "embedded", Path("evaluate_fid"), "tiny", "cpu"
     prompts, seeds = [f"a large {name} on a blue background" for name in ("dog", "star")], range(1)
-    sampling = Sampling(steps=3)
+    sampling = Sampling(steps=3, guidance_scale=3)
     configurations = [parse_configuration("tomesd: 0.5"), parse_configuration("merge: 0.5")]
 
 share = Share.here()

@@ -248,10 +248,11 @@ def _switched_on(
 
 
 def _layers(merging: ToMeConfig | None) -> tuple[object, ...]:
-    """What of a configuration makes it a kind of its own, for the warm-up."""
+    """What of a configuration makes it a kind of its own, for the warm-up; ratios and schedules do not."""
     if merging is None:
         return ()
-    return (merging.max_downsample, merging.merge_cross_attention, merging.merge_mlp, merging.merge_block)
+    layers = (merging.merge_cross_attention, merging.merge_mlp, merging.merge_block)
+    return (merging.max_downsample, merging.whole_every, *layers)
 
 
 def _notes(report: TokenMergingReport | None) -> tuple[str, ...]:

@@ -188,8 +188,8 @@ def level_choices(levels: Sequence[int]) -> list[tuple[str, int]]:
 
 def _stepwise(progress: Generator[Progress | None, None, T], seed: int) -> Generator[Shown, None, T]:
     """Show the seed and progress, and an error in words; return what the run returns."""
-    shown = {"seed": seed, "status": words.status("Waiting for a turn …", "running")}
-    yield shown
+    shown: Shown = {"status": words.status("Waiting for a turn …", "running")}
+    yield {"seed": seed, **shown}
     try:
         while True:
             try:
@@ -197,11 +197,11 @@ def _stepwise(progress: Generator[Progress | None, None, T], seed: int) -> Gener
             except StopIteration as ended:
                 return ended.value
             if event is not None:
-                shown = {"seed": seed, "status": words.progress_bar(event)}
+                shown = {"status": words.progress_bar(event)}
             yield shown
     except Exception as error:
         told = escape(words.in_words(error))
-        yield {"seed": seed, "status": words.status(told, "failed")}
+        yield {"status": words.status(told, "failed")}
         raise gr.Error(told, print_exception=False) from None
     finally:
         progress.close()

@@ -24,11 +24,12 @@ def take_screenshots(folder: Path) -> None:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1366, "height": 768})
         page.set_default_timeout(WAIT)
-        page.goto(f"{url}?__theme=light")
-        page.locator("#prompt textarea").fill(PROMPT)
-        page.locator("#preset input").click()
-        page.get_by_role("option", name="balanced").click()
         for tab, status in (("Compare", "#status"), ("Explore", "#explore-status")):
+            page.goto(f"{url}?__theme=light")
+            page.locator("#prompt textarea").fill(PROMPT)
+            if tab == "Compare":
+                page.locator("#preset input").click()
+                page.get_by_role("option", name="balanced").click()
             page.get_by_role("tab", name=tab).click()
             page.locator(f"button#{tab.lower()}").click()
             page.locator(f"{status} .done").wait_for()

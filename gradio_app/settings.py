@@ -112,7 +112,6 @@ def described(preset: Preset, pipe: Any) -> Candidate:
     """The candidate nearest to a preset, to show what that does; it may do more than a candidate can."""
     merging = preset.merging_for(pipe)
     interval = preset.cache.interval
-    cache_interval = interval if isinstance(interval, int) else 1
     schedule = next(iter(merging.schedules.values()))
     mean = round(schedule.mean(), 2) if isinstance(schedule, Schedule) else 0.5
     named = {type(each).__name__: name for name, each in SCHEDULES.items()}
@@ -124,7 +123,7 @@ def described(preset: Preset, pipe: Any) -> Candidate:
         more_at="noisy" if ratios[0] >= ratios[-1] else "clean",
         merged=merged,
         max_downsample=merging.max_downsample,
-        cache_interval=cache_interval,
+        cache_interval=interval if isinstance(interval, int) else 1,
     )
 
 

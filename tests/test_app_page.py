@@ -166,8 +166,9 @@ def test_cancel_stops_the_run_and_the_next_one_works(open_page, app_backend):
     expect(page.locator("#status")).to_contain_text(re.compile(r"step [1-9]\d* of 200"), timeout=LONG)
     page.locator("button#cancel").click()
     expect(page.locator("#status")).to_contain_text("Cancelled")
-    page.wait_for_timeout(1000)  # as long as the run is being closed, gradio overlooks a press
-    ask(page, steps=2, seed=77)
+    while "Cancelled" in page.locator("#status").inner_text():  # until the run is closed, gradio overlooks a press
+        ask(page, steps=2, seed=77)
+        page.wait_for_timeout(500)
     wait(page)
     assert len(set(pictures(page))) == 2
     assert not app_backend.remembers(Picture("a large star on a blue background", "", 77, 100, 3.0, 64, 64))

@@ -6,6 +6,7 @@ from conftest import generate, make_pipeline
 
 from tomesd_plus import (
     PRESETS,
+    ToMeProcessor,
     apply_feature_cache,
     apply_preset,
     apply_token_merging,
@@ -33,15 +34,29 @@ def test_presets_merge_on_sdxl_too(name):
     pipe = make_pipeline("sdxl")
     report = apply_preset(pipe, name)
     generate(pipe, num_inference_steps=6)
-    assert report.merging.removed[2] > 0
+    for merged, cached in zip(report.merging.steps, report.cache.steps, strict=True):
+        assert bool(merged.removed) == cached.full  # its outer layers have no attention
 
 
 def test_the_reports_follow(pipe):
     report = apply_preset(pipe, "balanced")
     generate(pipe, num_inference_steps=6)
     assert report.cache.full < len(report.cache.steps) == 6
-    assert any(step.removed for step in report.merging.steps)
+    for merged, cached in zip(report.merging.steps, report.cache.steps, strict=True):
+        assert merged.removed == ({} if cached.full else {1: 0.75})
     assert "cached steps" in str(report)
+
+
+def test_controlnets_run_whole():
+    pipe = make_pipeline("controlnet")
+    plain = generate(pipe, num_inference_steps=1)
+    report = apply_preset(pipe, "balanced")
+    assert torch.equal(generate(pipe, num_inference_steps=1), plain)  # a full step
+    generate(pipe, num_inference_steps=4)
+    assert any(step.removed for step in report.merging.steps)
+    assert not any(isinstance(p, ToMeProcessor) for p in pipe.controlnet.attn_processors.values())
+    remove_preset(pipe)
+    assert torch.equal(generate(pipe, num_inference_steps=1), plain)
 
 
 def test_what_cannot_be_applied_changes_nothing(pipe):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,43 +19,34 @@ class Preset:
     """What a name stands for.
 
     Args:
-        description: For whom it is, in a line.
+        description: What it does, in a line.
         merging: What to merge where the outer layers have self-attention, as those of SD 1.x and 2.x have.
+        merging_inside: What to merge where they have none, as in SDXL: there is nothing to merge on cached steps.
         cache: When the whole UNet runs.
     """
 
     description: str
     merging: ToMeConfig
     cache: FeatureCacheConfig
+    merging_inside: ToMeConfig = field(default_factory=lambda: ToMeConfig(ratio=0.5, plan_per="block"))
 
     def merging_for(self, pipe: Any) -> ToMeConfig:
-        """The merging for a pipeline or UNet.
-
-        SDXL has no self-attention at full resolution, so nothing to merge on cached steps: there, self-attention's
-        tokens are merged on the full ones.
-        """
+        """The merging for a pipeline or UNet."""
         finest = finest_level(unet_of(pipe))
-        return self.merging if finest == 1 else replace(_ON_FULL_STEPS, max_downsample=finest)
+        return self.merging if finest == 1 else replace(self.merging_inside, max_downsample=finest)
 
 
 # Under a cache all that a cached step runs is its outer layers, and at its full steps these leave what told each token
 # from its group: so cached steps can merge three quarters of the tokens, around all layers, at next to no cost in
-# fidelity. Merging on the full steps too loses more than the cache itself.
+# fidelity. To merge around all layers on the full steps too costs several dB (``results/cache-and-merging.csv``).
 _UNDER_A_CACHE = ToMeConfig(
     ratio=0.75, merge_cross_attention=True, merge_mlp=True, whole_every="full", plan_per="block"
 )
-_ON_FULL_STEPS = ToMeConfig(ratio=0.5, plan_per="block")
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "quality": Preset(
-            "the whole UNet on every second step, merging between", _UNDER_A_CACHE, FeatureCacheConfig(interval=2)
-        ),
-        "balanced": Preset(
-            "the whole UNet on every third step, merging between", _UNDER_A_CACHE, FeatureCacheConfig(interval=3)
-        ),
-        "fast": Preset(
-            "the whole UNet on every fifth step, merging between", _UNDER_A_CACHE, FeatureCacheConfig(interval=5)
-        ),
+        "quality": Preset("the whole UNet on every second step", _UNDER_A_CACHE, FeatureCacheConfig(interval=2)),
+        "balanced": Preset("the whole UNet on every third step", _UNDER_A_CACHE, FeatureCacheConfig(interval=3)),
+        "fast": Preset("the whole UNet on every fifth step", _UNDER_A_CACHE, FeatureCacheConfig(interval=5)),
     }
 )
 """From the closest picture to the fastest."""
@@ -100,7 +91,7 @@ def apply_preset(pipe: Any, name: str) -> PresetReport:
         2
     """
     chosen = preset_by_name(name)
-    merging = apply_token_merging(pipe, chosen.merging_for(pipe))
+    merging = apply_token_merging(unet_of(pipe), chosen.merging_for(pipe))  # a ControlNet has no cached steps
     try:
         cache = apply_feature_cache(pipe, chosen.cache)
     except BaseException:

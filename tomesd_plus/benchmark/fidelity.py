@@ -37,7 +37,9 @@ def embedded_psnr(
         steps: Denoising steps.
         on_step: Called with a setting's name after each step.
     """
-    conditions = f"{prompts} prompts, {steps} steps, tomesd_plus {tomesd_plus.__version__}"
+    sampling = Sampling(steps, usual_guidance(TINY))
+    guidance = f"guidance {sampling.guidance_scale:g}"
+    conditions = f"{prompts} prompts, {steps} steps, {guidance}, tomesd_plus {tomesd_plus.__version__}"
     kept = read_json(path) if path.exists() else {}
     wanted = {_name(setting, conditions): setting for setting in settings if _has_pictures(setting)}
     missing = {name: setting for name, setting in wanted.items() if name not in kept}
@@ -47,9 +49,7 @@ def embedded_psnr(
             torch.manual_seed(0)  # for what draws from the global generator, as tomesd does
             pipe = load_tiny_pipeline(device=device)
             pipe.set_progress_bar_config(disable=True)
-            made = compare(
-                pipe, held_out_captions()[:prompts], compared, Sampling(steps, usual_guidance(TINY)), on_step=on_step
-            )
+            made = compare(pipe, held_out_captions()[:prompts], compared, sampling, on_step=on_step)
         kept |= {row.name: statistics.fmean(min(100.0, value) for value in row.psnr) for row in made.rows}
         write_json(path, kept)
     return {setting.key: kept[name] for name, setting in wanted.items() if name in kept}

@@ -27,7 +27,7 @@ class Sampling:
     """
 
     steps: int = 25
-    guidance_scale: float = 5.0
+    guidance_scale: float = 7.5
     height: int | None = None
     width: int | None = None
     negative_prompt: str | None = None

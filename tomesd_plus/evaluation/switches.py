@@ -130,7 +130,7 @@ def _preset(name: str = "balanced") -> Switch:
             yield reports.merging
 
     # at which level it merges goes with the model, which a manifest names too
-    return Switch(switch_on, {"merge": chosen.merging, "cache": chosen.cache})
+    return Switch(switch_on, {"merge": chosen.merging, "inside": chosen.merging_inside, "cache": chosen.cache})
 
 
 SWITCHES: dict[str, tuple[Callable[..., Switch], str]] = {
