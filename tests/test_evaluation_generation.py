@@ -125,7 +125,7 @@ def test_an_experiment_may_grow(pipe, generated, tmp_path):
     ("change", "words"),
     [
         ({"sampling": replace(SAMPLING, steps=3)}, "sampling.steps was 2, is now 3"),
-        ({"sampling": replace(SAMPLING, guidance_scale=7.5)}, "guidance_scale was 5.0, is now 7.5"),
+        ({"sampling": replace(SAMPLING, guidance_scale=5.0)}, "guidance_scale was 7.5, is now 5.0"),
         ({"items": make_items([("000000", "a dog")])}, "other prompts or seeds"),
         ({"items": tuple(replace(item, seed=1) for item in ITEMS)}, "other prompts or seeds"),
         (

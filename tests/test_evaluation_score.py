@@ -110,7 +110,7 @@ def test_every_row_says_how_it_was_made(finished):
                     "model", "prompts", "references", "seconds", "speedup", "memory_mib", *TINY[:1]):  # fmt: skip
             assert line[key], key
     markdown = (finished / "results.md").read_text()
-    assert "random weights, 32 × 32, DDIMScheduler, guidance 5, float32, CPU" in markdown
+    assert "random weights, 32 × 32, DDIMScheduler, guidance 7.5, float32, CPU" in markdown
     assert "| another seed (noise floor) | 4 | 1000003 | 3 |" in markdown
     assert "2 empty prompts were left out." in markdown
     assert "4 generated images for the 64 dimensions of tiny CLIP" in markdown
