@@ -18,11 +18,12 @@ def apply_feature_cache(
 ) -> FeatureCacheReport:
     """Run a pipeline's whole UNet on some steps only, and its outer layers on the others.
 
-    What the skipped layers would give, the last full step gave: the deep layers change little from step to step. The
-    idea is DeepCache's (https://arxiv.org/abs/2312.00858), and so are, on a CPU, the bits. Works with token merging
-    and offloading in any order of applying and removing, and with ``torch.compile``: one graph for full steps and one
-    for cached ones (an adaptive cache breaks the UNet's graph once). ControlNets run at every step. What is kept is
-    free again at the next generation's start, or once the cache is removed.
+    What the skipped layers would give, the last full step gave, or the trend of the last two says (``forecast``): the
+    deep layers change little from step to step. The idea is DeepCache's (https://arxiv.org/abs/2312.00858), and so
+    are, on a CPU and without a forecast, the bits. Works with token merging and offloading in any order of applying
+    and removing, and with ``torch.compile``: one graph for full steps and one for cached ones (an adaptive cache
+    breaks the UNet's graph once). ControlNets run at every step. What is kept is free again at the next generation's
+    start, or once the cache is removed.
 
     Args:
         pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself.

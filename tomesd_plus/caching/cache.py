@@ -1,10 +1,11 @@
-"""What a UNet's skipped layers share: which kind of step is under way, and what the last full step left."""
+"""What a UNet's skipped layers share: which kind of step is under way, and what the last full steps left."""
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from tomesd_plus.caching.config import FeatureCacheConfig
@@ -20,11 +21,16 @@ _MOST_CALLS = 4
 
 @dataclass
 class _Features:
-    """What a full step left: the skipped layers' outputs by name, the early feature, and which step it was."""
+    """What a full step left: the skipped layers' outputs by name, the early feature, and which step it was.
+
+    Args:
+        before: What the full step before it left, at another noise level; ``None`` if there is no trend to follow.
+    """
 
     step: Step
     outputs: dict[str, Any] = field(default_factory=dict)
     early: Tensor | None = None
+    before: "_Features | None" = None
 
 
 class FeatureCache:
@@ -132,9 +138,9 @@ class FeatureCache:
         if self._too_many:
             return "too many calls a step"
         kept = self._features.get(step.call)
-        if kept is None or kept.outputs.keys() != set(self.skipped):
+        if kept is None or not self._complete(kept):
             return "first step" if step.new_generation else "nothing kept"
-        if (step.batch, step.height, step.width) != (kept.step.batch, kept.step.height, kept.step.width):
+        if not step.same_size(kept.step):
             return "other batch or size"
         if self.config.full_steps is not None:
             return "listed" if step.number in self.config.full_steps else None
@@ -146,14 +152,43 @@ class FeatureCache:
         return None
 
     def _decide(self, reason: str | None, change: float | None = None) -> None:
-        assert self._step is not None
+        step = self._step
+        assert step is not None
         if reason is not None:
-            self._features[self._step.call] = _Features(self._step)
+            self._features[step.call] = _Features(step, before=self._full_before(step))
         self.mode = "cached" if reason is None else "full"
-        self.outputs = self._features[self._step.call].outputs
-        self.steps.append(CacheStep(self._step.index, self._step.noise_level, reason, change))
+        kept = self._features[step.call]
+        ahead = self._ahead(kept, step) if reason is None else 0.0
+        self.outputs = self._forecast(kept, ahead) if ahead else kept.outputs
+        self.steps.append(CacheStep(step.index, step.noise_level, reason, change, ahead))
         for tell in self.when_decided:
             tell(reason is None)
+
+    def _complete(self, kept: _Features) -> bool:
+        """False if the step that left it has failed on its way."""
+        return kept.outputs.keys() == set(self.skipped)
+
+    def _full_before(self, step: Step) -> _Features | None:
+        """What the last full step before a full one left, where it makes a trend."""
+        kept = self._features.get(step.call)
+        if kept is not None and kept.step.number == step.number:
+            kept = kept.before
+        if not self.config.forecast or kept is None or not self._complete(kept) or not step.same_size(kept.step):
+            return None
+        return _Features(kept.step, kept.outputs)
+
+    def _ahead(self, kept: _Features, step: Step) -> float:
+        """How far a cached step follows the trend, as a share of the way between the last two full steps."""
+        if kept.before is None:
+            return 0.0
+        age, gap = step.number - kept.step.number, kept.step.number - kept.before.step.number
+        return self.config.forecast * min(1.0, age / gap)
+
+    def _forecast(self, kept: _Features, ahead: float) -> dict[str, Any]:
+        """The outputs that a cached step takes then."""
+        assert kept.before is not None
+        seam = self.skipped[-1]
+        return {**kept.outputs, seam: _extrapolate(kept.before.outputs[seam], kept.outputs[seam], ahead)}
 
     def skips(self, layer: str) -> bool:
         """True if cached steps skip a layer of the UNet, given by name."""
@@ -164,9 +199,11 @@ class FeatureCache:
     @property
     def kept_bytes(self) -> int:
         """Memory that is kept between steps."""
-        tensors = [feature.early for feature in self._features.values() if feature.early is not None]
-        for feature in self._features.values():
-            seam = feature.outputs.get(self.skipped[-1], ())
+        kept = list(self._features.values())
+        kept += [each.before for each in kept if each.before is not None]
+        tensors = [each.early for each in kept if each.early is not None]
+        for each in kept:
+            seam = each.outputs.get(self.skipped[-1], ())
             tensors += seam if isinstance(seam, tuple) else [seam]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -180,6 +217,15 @@ class FeatureCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "mode": "idle", "outputs": {}, "when_decided": [], "_features": {}, "_step": None}
+
+
+def _extrapolate(first: Any, second: Any, ahead: float) -> Any:
+    """Go on from the second of two outputs by a share of the way between them; the second if they are not alike."""
+    if isinstance(first, tuple):
+        return tuple(_extrapolate(one, other, ahead) for one, other in zip(first, second, strict=True))
+    if (first.dtype, first.device) != (second.dtype, second.device):  # the caller has moved the model in mid-run
+        return second
+    return torch.lerp(first, second, 1 + ahead)
 
 
 def feature_cache_on(unet: nn.Module) -> FeatureCache | None:

@@ -52,6 +52,11 @@ class FeatureCacheConfig:
             changed by more than this share since the last full step (mean absolute change over mean absolute value,
             larger than 0), and at the latest after ``interval``. The report tells each step's change. It reads one
             number back from the device at each step.
+        forecast: How far cached steps follow the trend of the last two full steps, in [0, 1]: at step n they take
+            ``f₁ + forecast · min(1, (n − n₁) / (n₁ − n₀)) · (f₁ − f₀)``, where ``f₁`` and ``f₀`` are what the full
+            steps ``n₁`` and ``n₀`` left. With 0 they take ``f₁``, as DeepCache does. Until a generation has had two
+            full steps of one batch and size there is no trend, and they take ``f₁`` too. Keeps two feature maps
+            instead of one. After TaylorSeer (https://arxiv.org/abs/2503.06923), which forecasts transformers' layers.
 
     Raises:
         ValueError: A value is outside its range. The message names it and says what is allowed.
@@ -61,6 +66,7 @@ class FeatureCacheConfig:
     branch: int = 0
     full_steps: tuple[int, ...] | None = None
     threshold: float | None = None
+    forecast: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.interval, IntervalSchedule) and not _whole(self.interval, 1):
@@ -77,6 +83,8 @@ class FeatureCacheConfig:
                 raise ValueError("give either full_steps or threshold, not both: each chooses the full steps")
         if self.threshold is not None and not (_number(self.threshold) and self.threshold > 0):
             raise ValueError(f"threshold must be a number larger than 0, not {self.threshold!r}")
+        if not (_number(self.forecast) and 0 <= self.forecast <= 1):
+            raise ValueError(f"forecast must be a number in [0, 1], not {self.forecast!r}")
 
     def interval_at(self, noise_level: float) -> int:
         """The interval at a noise level in [0, 1]."""

@@ -66,8 +66,8 @@ class SkippableForward:
     """Stands in for the ``forward`` of one layer, which no hook of torch can keep from running.
 
     On full steps it runs the layer and keeps what is needed: of the seam the output, of others the shape. On cached
-    steps it returns that; the others, whose output nobody uses, zeros. Outside of the UNet's calls it runs the layer.
-    It copies and pickles with its layer.
+    steps it returns what the cache has for it; the others, whose output nobody uses, zeros. Outside of the UNet's
+    calls it runs the layer. It copies and pickles with its layer.
 
     Args:
         cache: Knows what kind of step is under way.

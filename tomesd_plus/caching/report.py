@@ -16,12 +16,15 @@ class CacheStep:
         noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
         reason: Why it was full; ``None`` if it was cached.
         change: Of the early feature since the last full step, as a share; ``None`` unless the choice depended on it.
+        ahead: How far it followed the trend of the last two full steps, as a share of the way between them; 0 for
+            full steps, and for those that took what the last full step had left as it was.
     """
 
     index: int | None
     noise_level: float
     reason: str | None
     change: float | None = None
+    ahead: float = 0.0
 
     @property
     def full(self) -> bool:
@@ -61,18 +64,20 @@ class FeatureCacheReport:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory that is kept from the last full step: one feature map, and the early feature if that is watched."""
+        """Memory kept between steps: a feature map, or two for a forecast; the early feature if that is watched."""
         return self._cache.kept_bytes
 
     def __str__(self) -> str:
         if not self.steps:
             return "Feature cache: the model has not run yet."
-        lines = [f"{'step':>4} {'noise level':>11}  {'kind':<6} {'change':>7}  full because"]
+        lines = [f"{'step':>4} {'noise level':>11}  {'kind':<6} {'ahead':>5} {'change':>7}  full because"]
         for step in self.steps:
             index = "-" if step.index is None else step.index
             kind = "full" if step.full else "cached"
             change = "" if step.change is None else f"{step.change:.1%}"
-            lines.append(f"{index:>4} {step.noise_level:>11.3f}  {kind:<6} {change:>7}  {step.reason or ''}".rstrip())
+            ahead = f"{step.ahead:.2f}" if step.ahead else ""
+            line = f"{index:>4} {step.noise_level:>11.3f}  {kind:<6} {ahead:>5} {change:>7}  {step.reason or ''}"
+            lines.append(line.rstrip())
         lines.append(
             f"{self.full} full and {self.cached} cached steps; cached ones skip {len(self.skipped_layers)} layers "
             f"and blocks; {self.kept_bytes / 2**20:.1f} MiB kept."
