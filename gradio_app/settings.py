@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
@@ -112,6 +113,7 @@ def described(preset: Preset, pipe: Any) -> Candidate:
     """The candidate nearest to a preset, to show what that does; it may do more than a candidate can."""
     merging = preset.merging_for(pipe)
     interval = preset.cache.interval
+    mean_interval = interval if isinstance(interval, int) else round(fmean(interval.intervals))
     schedule = next(iter(merging.schedules.values()))
     mean = round(schedule.mean(), 2) if isinstance(schedule, Schedule) else 0.5
     named = {type(each).__name__: name for name, each in SCHEDULES.items()}
@@ -123,7 +125,7 @@ def described(preset: Preset, pipe: Any) -> Candidate:
         more_at="noisy" if ratios[0] >= ratios[-1] else "clean",
         merged=merged,
         max_downsample=merging.max_downsample,
-        cache_interval=interval if isinstance(interval, int) else 1,
+        cache_interval=mean_interval,
     )
 
 

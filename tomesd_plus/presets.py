@@ -6,7 +6,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from tomesd_plus.caching import FeatureCacheConfig, FeatureCacheReport, apply_feature_cache, remove_feature_cache
+from tomesd_plus.caching import (
+    FeatureCacheConfig,
+    FeatureCacheReport,
+    IntervalSchedule,
+    apply_feature_cache,
+    remove_feature_cache,
+)
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.config import ToMeConfig
 from tomesd_plus.host import finest_level, unet_of
@@ -19,7 +25,7 @@ class Preset:
     """What a name stands for.
 
     Args:
-        description: What it does, in a line.
+        description: When the whole UNet runs, in a line.
         merging: What to merge where the outer layers have self-attention, as those of SD 1.x and 2.x have.
         merging_inside: What to merge where they have none, as in SDXL: there is nothing to merge on cached steps.
         cache: When the whole UNet runs.
@@ -39,14 +45,24 @@ class Preset:
 # Under a cache all that a cached step runs is its outer layers, and at its full steps these leave what told each token
 # from its group: so cached steps can merge three quarters of the tokens, around all layers, at next to no cost in
 # fidelity. To merge around all layers on the full steps too costs several dB (``results/cache-and-merging.csv``).
+# Forecasts are worth several dB at the same speed; the rarer the full steps, the less far their trend holds
+# (``results/grid.md``).
 _UNDER_A_CACHE = ToMeConfig(
     ratio=0.75, merge_cross_attention=True, merge_mlp=True, whole_every="full", plan_per="block"
 )
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "quality": Preset("the whole UNet on every second step", _UNDER_A_CACHE, FeatureCacheConfig(interval=2)),
-        "balanced": Preset("the whole UNet on every third step", _UNDER_A_CACHE, FeatureCacheConfig(interval=3)),
-        "fast": Preset("the whole UNet on every fifth step", _UNDER_A_CACHE, FeatureCacheConfig(interval=5)),
+        "quality": Preset(
+            "the whole UNet on every second step", _UNDER_A_CACHE, FeatureCacheConfig(interval=2, forecast=1.0)
+        ),
+        "balanced": Preset(
+            "the whole UNet on every third step, in the last third on every fourth",
+            _UNDER_A_CACHE,
+            FeatureCacheConfig(interval=IntervalSchedule((3, 3, 4)), forecast=0.85),
+        ),
+        "fast": Preset(
+            "the whole UNet on every fifth step", _UNDER_A_CACHE, FeatureCacheConfig(interval=5, forecast=0.85)
+        ),
     }
 )
 """From the closest picture to the fastest."""
@@ -86,7 +102,7 @@ def apply_preset(pipe: Any, name: str) -> PresetReport:
         >>> from tomesd_plus import apply_preset, load_tiny_pipeline
         >>> pipe = load_tiny_pipeline()
         >>> report = apply_preset(pipe, "balanced")
-        >>> image = pipe("a large star on a blue background", num_inference_steps=4).images[0]
+        >>> image = pipe("a large star on a blue background", num_inference_steps=7).images[0]
         >>> report.cache.full
         2
     """
