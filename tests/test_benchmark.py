@@ -54,7 +54,7 @@ def suite(*names, workload=TINY, ratios=(0.5,)):
 def test_every_setting_is_measured_beside_the_others():
     settings = with_ideals(settings_from([name for name in NAMED if "gate" not in name], [0.5]))
     order = []
-    measured = measure(TINY, settings, CPU, replace(QUICK, repeats=2), order.append)
+    measured = measure(replace(TINY, size=32), settings, CPU, replace(QUICK, repeats=2), order.append)
     assert [each.setting for each in measured] == settings
     assert order == [setting.name for setting in settings] * 3  # preparing, and two rounds in turn
     for each in measured:
@@ -132,6 +132,17 @@ def test_what_is_stopped_keeps_its_workloads_and_goes_on(tmp_path):
     late = run_suite(replace(both, minutes=0), CPU, tmp_path, "a")
     assert late.unfinished == [str(small)] and len(late.rows) == 3
     assert {row.size for row in run_suite(both, CPU, tmp_path, "a").rows} == {"64", "32"}
+
+
+def test_a_task_may_have_fewer_rounds_than_its_suite_and_never_more(tmp_path):
+    def runs(repeats, of_the_suite):
+        each = replace(suite("attn1").tasks[0], repeats=repeats)
+        path = tmp_path / f"{repeats} {of_the_suite}"
+        path.mkdir()
+        whole = replace(suite("attn1"), tasks=(each,), repeats=of_the_suite)
+        return {row.runs for row in run_suite(whole, CPU, path, "a").rows}
+
+    assert [runs(1, 2), runs(3, 2), runs(None, 2)] == [{"1"}, {"2"}, {"2"}]
 
 
 def test_a_file_of_another_program_is_refused(tmp_path):

@@ -141,6 +141,8 @@ def test_the_finest_level_of_a_shape_is_the_first_that_is_merged():
 def test_settings_of_ones_own():
     (one,) = settings_from(["merge: {ratio: 0.25, window: 4, whole_every: 2}, cache: 3"], [0.5])
     assert (one.ratio, one.cycle) == (0.25, 6)
+    [forecast] = settings_from(["cache: {interval: 3, forecast: 1.0}"], [0.5])
+    assert forecast.cycle == 25  # the first steps have no trend to follow
     with one.switched_on(make_pipeline("sd")) as report:
         config = next(iter(report._mergers.values())).config
     assert (config.window, config.schedules[1](0.9), config.schedules[1](0.1)) == (4, 0.25, 0.25)

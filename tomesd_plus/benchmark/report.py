@@ -49,7 +49,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             f"## {first.shape}, {first.size} × {first.size}, batch {first.batch}, {first.dtype}, {first.mode}",
             "",
             f"{first.device}; tomesd_plus {first.tomesd_plus}, torch {first.torch}, diffusers {first.diffusers}; "
-            f"{first.date}; {first.runs or 0} runs.",
+            f"{first.date}; {_runs(own)}.",
             "",
         ]
         cells = [HEADER, ["---"] * len(HEADER), *(_cells(row) for row in sorted(own, key=_order))]
@@ -72,8 +72,8 @@ def speedup_figure(rows: Sequence[Row]) -> Figure | None:
     for axis, group in zip(axes.flat, groups):
         own = [row for row in timed if (row.shape, *row.workload[2:]) == group]
         axis.set_prop_cycle(color=[colormaps["tab20"](index) for index in range(MAX_LINES)])
-        counts = Counter(row.label for row in own)  # those of most sizes are drawn
-        for label, _ in counts.most_common(MAX_LINES):
+        counts = Counter(row.label for row in own)  # those of most sizes are drawn, and presets
+        for label in sorted(counts, key=lambda label: (-counts[label], not label.startswith("preset")))[:MAX_LINES]:
             line = sorted((row for row in own if row.label == label), key=lambda row: int(row.size))
             speedups = [float(row.speedup) for row in line]
             bars = [
@@ -99,6 +99,11 @@ def speedup_figure(rows: Sequence[Row]) -> Figure | None:
 def _order(row: Row) -> tuple[bool, bool, float]:
     """The untouched UNet first, then by speed-up; what failed comes last."""
     return row.setting != UNTOUCHED.name, bool(row.note.startswith("failed")), float(row.speedup or 0)
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    counts = sorted({int(row.runs) for row in rows if row.runs})
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs" if counts else "no runs"
 
 
 def _cells(row: Row) -> list[str]:

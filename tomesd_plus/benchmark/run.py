@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ def run_suite(
         on_progress: Called with what is under way and the setting, before each run.
     """
     deadline = time.monotonic() + 60 * suite.minutes if suite.minutes is not None else float("inf")
-    protocol = Protocol(suite.repeats, suite.run_seconds, deadline)
+    of_the_suite = Protocol(suite.repeats, suite.run_seconds, deadline)
     progress = on_progress or (lambda what, setting: None)
     path, where = out / f"{name}.csv", device_name(device)
     rows = load_rows(path)
@@ -73,6 +73,7 @@ def run_suite(
         def before_run(setting: str, what: str = str(task.workload)) -> None:
             progress(what, setting)
 
+        protocol = replace(of_the_suite, repeats=min(task.repeats or suite.repeats, suite.repeats))
         measured = [] if protocol.is_over else measure(task.workload, needed, device, protocol, before_run)
         if not measured:
             unfinished.append(str(task.workload))

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tomesd_plus.benchmark.measure import Workload
-from tomesd_plus.benchmark.settings import PACKAGE, UNTOUCHED, Setting, settings_from, with_ideals
+from tomesd_plus.benchmark.measure import LEAST_ROUNDS, Workload
+from tomesd_plus.benchmark.settings import INTERVALS, PACKAGE, UNTOUCHED, Setting, settings_from, with_ideals
 from tomesd_plus.presets import PRESETS
 
 OURS = ["attn1", "attn1 + attn2 + mlp", "block", "block, whole every 4", "keys and values"]
-CACHES = [f"{kind} {interval}" for interval in (2, 3, 5) for kind in ("cache", "DeepCache")]
-TOGETHER = ["block + cache 3", *(f"preset {name}" for name in PRESETS)]
+CACHES = [f"{kind} {interval}" for interval in INTERVALS for kind in ("cache", "DeepCache")]
+FEW_CACHES = [name for name in CACHES if name.endswith(("2", "3", "5"))]
+PRESET_NAMES = [f"preset {name}" for name in PRESETS]
+GRID = ["attn1", *(f"attn1 + cache {interval}" for interval in (2, 3, 5))]  # for examples/front.py
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,12 @@ class Task:
     Args:
         workload: The UNet and its input.
         settings: Those to compare, with the untouched one and the ideals.
+        repeats: At most so many rounds; ``None``: as many as the suite has.
     """
 
     workload: Workload
     settings: tuple[Setting, ...]
+    repeats: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,35 +48,44 @@ class Suite:
     minutes: float | None = None
 
 
-def task(workload: Workload, names: Sequence[str], ratios: Sequence[float] = (0.5,), levels: int = 1) -> Task:
+def task(
+    workload: Workload,
+    names: Sequence[str],
+    ratios: Sequence[float] = (0.5,),
+    levels: int = 1,
+    repeats: int | None = None,
+) -> Task:
     """A task of settings by name; see :func:`~tomesd_plus.benchmark.settings.settings_from`.
 
     Compiled workloads have no ideals: a compiler would see that there the layers' output is not used.
     """
     settings = settings_from(names, ratios, levels)
-    return Task(workload, (UNTOUCHED, *settings) if workload.compiled else tuple(with_ideals(settings)))
+    return Task(workload, (UNTOUCHED, *settings) if workload.compiled else tuple(with_ideals(settings)), repeats)
 
 
 def cpu_suite() -> Suite:
-    """SD 1.5's shape in float32: about two hours on two cores, and 8 GB."""
+    """SD 1.5's shape in float32: about four hours on two cores, and 8 GB. Long runs are of three rounds."""
     at = {size: Workload("sd15", size) for size in (256, 512, 768, 1024)}
+    long = LEAST_ROUNDS
     return Suite(
         (
             task(at[512], [*OURS, "tomesd", PACKAGE]),
-            task(at[512], [*CACHES, *TOGETHER]),
-            task(at[512], ["attn1", "block", PACKAGE], [0.25, 0.75]),
+            task(at[512], CACHES),
+            task(at[512], PRESET_NAMES, repeats=long),
+            task(at[512], GRID, [0.25, 0.5, 0.75], repeats=long),
             task(at[512], ["attn1, gate"], [0.1, 0.5]),
             task(at[256], ["attn1", "attn1, gate", "block", PACKAGE], [0.1, 0.5]),
-            task(at[1024], ["attn1", "block", "keys and values", PACKAGE]),
-            task(at[1024], ["block"], levels=2),
-            task(at[768], ["attn1", "block", PACKAGE]),
+            task(at[1024], ["attn1", "block", PACKAGE], repeats=long),
+            task(at[512], ["block", PACKAGE], [0.25, 0.75], repeats=long),
+            task(at[768], ["attn1", "block", PACKAGE], repeats=long),
+            task(at[1024], ["block"], levels=2, repeats=long),
         )
     )
 
 
 def gpu_suite() -> Suite:
     """The shapes of SD 1.5 and SDXL in float16, eager and compiled: at most ten minutes on one H200."""
-    main = [*OURS, PACKAGE, *CACHES, *TOGETHER]
+    main = [*OURS, PACKAGE, *FEW_CACHES, "block + cache 3", *PRESET_NAMES]
     few = ["attn1", "block", "keys and values", PACKAGE]
 
     def at(shape: str, size: int, batch: int = 2, compiled: bool = False) -> Workload:

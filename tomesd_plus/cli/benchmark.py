@@ -42,7 +42,10 @@ def benchmark_command(
     dtype: Dtype = None,
     device: Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With unet.compile_repeated_blocks.")] = False,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Timed runs of each setting. Default: 5.")] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Timed runs of each setting; a suite's long ones: 3. Default: 5."),
+    ] = None,
     prompts: Annotated[
         int | None, typer.Option(min=0, help="Pictures of the embedded pipeline for PSNR; 0: none. Default: 4.")
     ] = None,
@@ -52,10 +55,10 @@ def benchmark_command(
     """Time a UNet of a published shape, with random weights, under several settings in turn.
 
     Settings: attn1; attn1 + attn2 + mlp; block; block, plan every 4; block, whole every 4; keys and values;
-    attn1, gate; tomesd (our drop-in); tomesd package; cache 2, 3 or 5; DeepCache 2, 3 or 5; block + cache 3; preset
-    quality, balanced or fast (a whole denoising of 25 steps); or a configuration as `evaluate` takes it. The untouched
-    UNet is always there, and so are fewer tokens at no cost, for the merge efficiency. Finished rows are not measured
-    again.
+    attn1, gate; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache 2, 3 or 5;
+    block + cache 3; preset quality, balanced or fast (a whole denoising of 25 steps); or a configuration as `evaluate`
+    takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge efficiency.
+    Finished rows are not measured again.
     """
     where = usable(local_device(device))
     if suite is not None:
