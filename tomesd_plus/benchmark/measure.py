@@ -175,18 +175,21 @@ class _Candidate:
         return now(sample.device) - start
 
     def warm_up(self, device: torch.device, bare: float, compiled: bool) -> None:
-        """Run twice: to watch the memory, then the package's own functions, both of which would disturb the times."""
+        """Run to watch the memory and the package's own functions, both of which would disturb the times."""
         cycle, measured = self.measured.setting.cycle, self.measured
         others = _allocated(device) - bare  # what other settings keep from step to step
-        with peak_memory(device) as peak:
-            self.run(cycle)
-        measured.memory_mib = (peak[0] - others) / MEBIBYTE
-        if measured.setting.switches.keys() & {"merge", "tomesd", "preset"}:
+        if compiled:
+            with peak_memory(device) as peak:
+                self.run(cycle)
             with torch.compiler.set_stance("force_eager"), watched(device) as spent:
                 self.run(cycle)
-            measured.matching_seconds, measured.merging_seconds = (spent[kind] / cycle for kind in WATCHED)
-        if compiled:
             self.run(cycle)
+        else:
+            with peak_memory(device) as peak, watched(device) as spent:
+                self.run(cycle)
+        measured.memory_mib = (peak[0] - others) / MEBIBYTE
+        if measured.setting.switches.keys() & {"merge", "tomesd", "preset"}:
+            measured.matching_seconds, measured.merging_seconds = (spent[kind] / cycle for kind in WATCHED)
 
     def run_and_time(self, least: float) -> None:
         """Run about as many calls as wanted."""
