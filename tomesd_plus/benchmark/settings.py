@@ -27,6 +27,7 @@ _BLOCK = {"merge_block": True}
 NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "attn1": {"merge": {}},
     "attn1, gate": {"merge": {"levels": "auto"}},
+    "attn1, whole every 4": {"merge": {"whole_every": 4, "plan_per": "block"}},
     "attn1 + attn2 + mlp": {"merge": _ALL_LAYERS},
     "block": {"merge": _BLOCK},
     "block, plan every 4": {"merge": _BLOCK | {"plan_every": 4}},

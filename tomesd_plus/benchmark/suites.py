@@ -69,7 +69,7 @@ def cpu_suite() -> Suite:
     long = LEAST_ROUNDS
     return Suite(
         (
-            task(at[512], [*OURS, "tomesd", PACKAGE]),
+            task(at[512], [*OURS, "attn1, whole every 4", "tomesd", PACKAGE]),
             task(at[512], CACHES),
             task(at[512], PRESET_NAMES, repeats=long),
             task(at[512], GRID, [0.25, 0.5, 0.75], repeats=long),

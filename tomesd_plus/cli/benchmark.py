@@ -54,11 +54,11 @@ def benchmark_command(
 ) -> None:
     """Time a UNet of a published shape, with random weights, under several settings in turn.
 
-    Settings: attn1; attn1 + attn2 + mlp; block; block, plan every 4; block, whole every 4; keys and values;
-    attn1, gate; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache 2, 3 or 5;
-    block + cache 3; preset quality, balanced or fast (a whole denoising of 25 steps); or a configuration as `evaluate`
-    takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge efficiency.
-    Finished rows are not measured again.
+    Settings: attn1; attn1, whole every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
+    every 4; keys and values; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache
+    2, 3 or 5; block + cache 3; preset quality, balanced or fast (a whole denoising of 25 steps); or a configuration
+    as `evaluate` takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge
+    efficiency. Finished rows are not measured again.
     """
     where = usable(local_device(device))
     if suite is not None:
