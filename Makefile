@@ -12,16 +12,16 @@ demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes 
 app: $(INSTALLED)  ## the comparison app, in a browser
 	$(BIN)/python -m gradio_app
 
-test: $(INSTALLED)  ## every test
+test: $(INSTALLED)  ## every test, a process on each core
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		echo "No browser, so the tests of the app's page are skipped: apt-get install chromium"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 	$(BIN)/python -m gradio_app.screenshots docs
 
 test-fast: $(INSTALLED)  ## all but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

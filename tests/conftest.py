@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: no test uses a network
+os.environ.pop("COLUMNS", None)  # before rich is: tests set a width of their own
+if (_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # before torch: the cores are shared
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the examples
 
 import pytest

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import generate, hooks
 
+from tomesd_plus import PRESETS
 from tomesd_plus.evaluation import (
     Configuration,
     EvaluationError,
@@ -127,14 +128,21 @@ def test_the_ablation_compares_schedules_of_one_mean(pipe):
 
 
 def test_the_grid_has_every_interval_ratio_and_direction():
-    switches = [configuration.switches for configuration in load_configurations(GRID)]
-    cells = {
-        (each.get("cache", {}).get("interval", 1), each["merge"]["ratio"], each["merge"].get("more_at", "constant"))
-        for each in switches
-        if "merge" in each
-    }
-    assert cells == set(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
-    assert [each["cache"]["interval"] for each in switches if "merge" not in each] == [2, 3, 5]
+    rows = load_configurations(GRID)
+    plain = {"ratio", "schedule", "more_at", "cell_size"}, {"interval"}
+    merged, cached = [], []
+    for each in rows:
+        merge, cache = each.switches.get("merge", {}), each.switches.get("cache", {})
+        if merge.keys() <= plain[0] and cache.keys() <= plain[1] and each.switches.keys() <= {"merge", "cache"}:
+            if merge:
+                merged.append((cache.get("interval", 1), merge["ratio"], merge.get("more_at", "constant")))
+            elif cache:
+                cached.append(cache["interval"])
+    assert sorted(merged) == sorted(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
+    assert sorted(cached) == [2, 3, 4, 5]
+    assert [each.switches["preset"]["name"] for each in rows if "preset" in each.switches] == list(PRESETS)
+    assert [each.steps for each in rows if each.steps] == [13, 9, 8, 7, 6, 5]
+    assert [each.switches["tomesd"]["ratio"] for each in rows if "tomesd" in each.switches] == [0.25, 0.5, 0.75]
 
 
 def test_baseline_and_noise_floor_come_by_themselves():
