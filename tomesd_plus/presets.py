@@ -46,7 +46,7 @@ class Preset:
 # from its group: so cached steps can merge three quarters of the tokens, around all layers, at next to no cost in
 # fidelity. To merge around all layers on the full steps too costs several dB (``results/cache-and-merging.csv``).
 # Forecasts are worth several dB at the same speed; the rarer the full steps, the less far their trend holds
-# (``results/grid.md``).
+# (``results/grid-scores.csv``).
 _UNDER_A_CACHE = ToMeConfig(
     ratio=0.75, merge_cross_attention=True, merge_mlp=True, whole_every="full", plan_per="block"
 )
