@@ -11,7 +11,7 @@ OURS = ["attn1", "attn1 + attn2 + mlp", "block", "block, whole every 4", "keys a
 CACHES = [f"{kind} {interval}" for interval in INTERVALS for kind in ("cache", "DeepCache")]
 FEW_CACHES = [name for name in CACHES if name.endswith(("2", "3", "5"))]
 PRESET_NAMES = [f"preset {name}" for name in PRESETS]
-GRID = ["attn1", *(f"attn1 + cache {interval}" for interval in (2, 3, 5))]  # for examples/front.py
+GRID = ["attn1", *(f"attn1 + cache {interval}" for interval in (2, 3, 5))]  # of examples/grid.yaml, at constant ratios
 
 
 @dataclass(frozen=True)
