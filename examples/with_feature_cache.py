@@ -10,9 +10,8 @@ pipe = load_tiny_pipeline()  # or any Stable Diffusion 1.x, 2.x or XL pipeline
 
 
 def picture(name: str) -> None:
-    image = pipe(PROMPT, num_inference_steps=25, guidance_scale=3, generator=torch.Generator().manual_seed(0)).images[
-        0
-    ]
+    generator = torch.Generator().manual_seed(0)
+    image = pipe(PROMPT, num_inference_steps=25, guidance_scale=3, generator=generator).images[0]
     image.resize((256, 256)).save(f"{name}.png")
 
 

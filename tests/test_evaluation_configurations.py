@@ -129,15 +129,15 @@ def test_the_ablation_compares_schedules_of_one_mean(pipe):
 
 def test_the_grid_has_every_interval_ratio_and_direction():
     rows = load_configurations(GRID)
-    plain = {"ratio", "schedule", "more_at", "cell_size"}, {"interval"}
     merged, cached = [], []
     for each in rows:
         merge, cache = each.switches.get("merge", {}), each.switches.get("cache", {})
-        if merge.keys() <= plain[0] and cache.keys() <= plain[1] and each.switches.keys() <= {"merge", "cache"}:
-            if merge:
-                merged.append((cache.get("interval", 1), merge["ratio"], merge.get("more_at", "constant")))
-            elif cache:
-                cached.append(cache["interval"])
+        if not merge.keys() <= {"ratio", "schedule", "more_at", "cell_size"} or not cache.keys() <= {"interval"}:
+            continue
+        if merge:
+            merged.append((cache.get("interval", 1), merge["ratio"], merge.get("more_at", "constant")))
+        elif cache:
+            cached.append(cache["interval"])
     assert sorted(merged) == sorted(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
     assert sorted(cached) == [2, 3, 4, 5]
     assert [each.switches["preset"]["name"] for each in rows if "preset" in each.switches] == list(PRESETS)

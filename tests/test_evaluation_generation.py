@@ -99,21 +99,18 @@ def test_tomesd_gives_the_same_files_again(pipe, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_what_is_there_is_left_alone_and_what_is_missing_comes(pipe, generated, monkeypatch):
-    before, image = contents(generated.out), generated.folder("baseline").image(ITEMS[3])
-    pixels = np.asarray(Image.open(image), dtype=int)
-    image.unlink()
+def test_what_is_there_is_left_alone_and_what_is_missing_comes(pipe, tmp_path, monkeypatch):
+    experiment = opened(pipe, tmp_path / "pairs")
+    generate_images(pipe, experiment, CONFIGURATIONS, SAMPLING, batch_size=2)
+    before = contents(experiment.out)
+    experiment.folder("baseline").image(ITEMS[3]).unlink()
     calls = []
     forward = type(pipe).__call__
     monkeypatch.setattr(
         type(pipe), "__call__", lambda self, prompt, **kw: calls.append(prompt) or forward(self, prompt, **kw)
     )
-    generate_images(pipe, opened(pipe, generated.out), CONFIGURATIONS, SAMPLING, batch_size=2)
-    assert calls == [[ITEMS[2].prompt, ITEMS[3].prompt]]
-    assert abs(np.asarray(Image.open(image), dtype=int) - pixels).max() <= 1  # made alone before, and now in a batch
-    after = contents(generated.out)
-    assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} <= {image.relative_to(generated.out).as_posix()}
+    generate_images(pipe, opened(pipe, experiment.out), CONFIGURATIONS, SAMPLING, batch_size=2)
+    assert calls == [[ITEMS[2].prompt, ITEMS[3].prompt]] and contents(experiment.out) == before
 
 
 def test_an_experiment_may_grow(pipe, generated, tmp_path):

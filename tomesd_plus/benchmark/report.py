@@ -102,8 +102,9 @@ def _order(row: Row) -> tuple[bool, bool, float]:
 
 
 def _runs(rows: Sequence[Row]) -> str:
-    counts = sorted({int(row.runs) for row in rows if row.runs})
-    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs" if counts else "no runs"
+    counts = [int(row.runs) for row in rows if row.runs]
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"{most} runs" if least == most else f"{least} to {most} runs"
 
 
 def _cells(row: Row) -> list[str]:

@@ -18,6 +18,7 @@ STEPS = 25  # of a whole denoising
 IDEAL = "ideal: "
 PACKAGE = TOMESD_PACKAGE
 INTERVALS = (2, 3, 4, 5, 7)  # of caches
+FEW_INTERVALS = (2, 3, 5)
 LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_block", "keys_values_only",
           "queries_only", "cell_size")  # fmt: skip
 """The options that decide which layers run on how many tokens, and so what merging could save at best."""
@@ -38,7 +39,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "block + cache 3": {"merge": _BLOCK, "cache": {"interval": 3}},
     **{f"cache {interval}": {"cache": {"interval": interval}} for interval in INTERVALS},
     **{f"DeepCache {interval}": {"deepcache": {"interval": interval}} for interval in INTERVALS},
-    **{f"attn1 + cache {interval}": {"merge": {}, "cache": {"interval": interval}} for interval in (2, 3, 5)},
+    **{f"attn1 + cache {interval}": {"merge": {}, "cache": {"interval": interval}} for interval in FEW_INTERVALS},
     **{f"preset {name}": {"preset": {"name": name}} for name in PRESETS},
 }
 """Settings by name; those that merge are taken at each ratio."""
@@ -78,7 +79,7 @@ class Setting:
 
     @property
     def cycle(self) -> int:
-        """After how many UNet calls its work repeats; of presets, forecasts and at most a whole denoising."""
+        """After how many UNet calls its work repeats: at most a whole denoising, which presets and forecasts take."""
         if "preset" in self.switches or self.switches.get("cache", {}).get("forecast"):
             return STEPS
         merge = self.switches.get("merge", {})

@@ -4,14 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tomesd_plus.benchmark.measure import LEAST_ROUNDS, Workload
-from tomesd_plus.benchmark.settings import INTERVALS, PACKAGE, UNTOUCHED, Setting, settings_from, with_ideals
+from tomesd_plus.benchmark.settings import (
+    FEW_INTERVALS,
+    INTERVALS,
+    PACKAGE,
+    UNTOUCHED,
+    Setting,
+    settings_from,
+    with_ideals,
+)
 from tomesd_plus.presets import PRESETS
 
 OURS = ["attn1", "attn1 + attn2 + mlp", "block", "block, whole every 4", "keys and values"]
-CACHES = [f"{kind} {interval}" for interval in INTERVALS for kind in ("cache", "DeepCache")]
-FEW_CACHES = [name for name in CACHES if name.endswith(("2", "3", "5"))]
 PRESET_NAMES = [f"preset {name}" for name in PRESETS]
-GRID = ["attn1", *(f"attn1 + cache {interval}" for interval in (2, 3, 5))]  # of examples/grid.yaml, at constant ratios
+GRID = [
+    "attn1",
+    *(f"attn1 + cache {interval}" for interval in FEW_INTERVALS),
+]  # of examples/grid.yaml
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def cpu_suite() -> Suite:
     return Suite(
         (
             task(at[512], [*OURS, "attn1, whole every 4", "tomesd", PACKAGE]),
-            task(at[512], CACHES),
+            task(at[512], _caches(INTERVALS)),
             task(at[512], PRESET_NAMES, repeats=long),
             task(at[512], GRID, [0.25, 0.5, 0.75], repeats=long),
             task(at[512], ["attn1, gate"], [0.1, 0.5]),
@@ -85,7 +94,7 @@ def cpu_suite() -> Suite:
 
 def gpu_suite() -> Suite:
     """The shapes of SD 1.5 and SDXL in float16, eager and compiled: at most ten minutes on one H200."""
-    main = [*OURS, PACKAGE, *FEW_CACHES, "block + cache 3", *PRESET_NAMES]
+    main = [*OURS, PACKAGE, *_caches(FEW_INTERVALS), "block + cache 3", *PRESET_NAMES]
     few = ["attn1", "block", "keys and values", PACKAGE]
 
     def at(shape: str, size: int, batch: int = 2, compiled: bool = False) -> Workload:
@@ -120,6 +129,10 @@ def gpu_suite() -> Suite:
 def smoke_suite() -> Suite:
     """The GPU suite's settings with a tiny UNet, small pictures and two steps, anywhere: to see that all runs."""
     return Suite(tuple(map(_small, gpu_suite().tasks)), repeats=1, run_seconds=0, prompts=1, steps=2)
+
+
+def _caches(intervals: Sequence[int]) -> list[str]:
+    return [f"{kind} {interval}" for interval in intervals for kind in ("cache", "DeepCache")]
 
 
 def _small(each: Task) -> Task:
