@@ -186,11 +186,12 @@ class OneLayer(torch.nn.Module):
 
 
 def merge_in(model, size=(8, 8), **options):
-    """Merge in a model that is one attention layer or one block, at noise level 1; returns the merger."""
-    attn = next(m for m in model.modules() if isinstance(m, Attention) and not m.is_cross_attention)
-    processor = ToMeProcessor(inner=attn.processor, **options)
-    attn.set_processor(processor)
-    processor.merger.attach(torch.nn.ModuleList([model]), [attn])
+    """Merge in a model that is a few attention layers or one block, at noise level 1; returns the merger."""
+    attentions = [m for m in model.modules() if isinstance(m, Attention) and not m.is_cross_attention]
+    processor = ToMeProcessor(inner=attentions[0].processor, **options)
+    for attn in attentions:
+        attn.set_processor(processor)
+    processor.merger.attach(torch.nn.ModuleList([model]), attentions)
     processor.merger.begin_step(model, (torch.zeros(2, 4, *size), 999), {})
     return processor.merger
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -59,7 +60,7 @@ def test_every_setting_is_measured_beside_the_others():
     assert order == [setting.name for setting in settings] * 3  # preparing, and two rounds in turn
     for each in measured:
         assert not each.failure and len(each.seconds) == 2 and each.memory_mib > 0
-        assert each.calls == each.setting.cycle
+        assert each.calls == (5 if each.setting == UNTOUCHED else each.setting.cycle)  # a preset's are 25
         ours = bool(each.setting.switches.keys() & {"merge", "tomesd", "preset"})
         assert [(each.matching_seconds or 0) > 0, (each.merging_seconds or 0) > 0] == [ours, ours]
     assert "timed" not in Planner.plan.__qualname__ + MergePlan.merge.__qualname__
@@ -204,13 +205,20 @@ def cli(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_smoke_suite_writes_its_tables_and_a_plot(cli, tmp_path):
+def test_the_smoke_suite_writes_its_tables_and_a_plot(cli, tmp_path, monkeypatch):
+    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
+
+    def run_graphs_as_they_are(unet, **options):
+        compile_blocks(unet, **options, backend="eager")
+
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", run_graphs_as_they_are)
     result = cli("--suite", "smoke", "--device", "cpu", "--out", "made")
     assert result.exit_code == 0, result.output
     with (tmp_path / "made" / "smoke.csv").open() as file:
         rows = list(csv.DictReader(file))
     wanted = {s.key for each in SUITES["smoke"]().tasks for s in each.settings}
     assert {(row["setting"], row["ratio"], row["levels"]) for row in rows} == wanted
+    assert {row["mode"] for row in rows} == {"eager", "compiled"} and {row["batch"] for row in rows} == {"2", "8"}
     assert all(row["step_ms"] and row["speedup"] and row["memory_mib"] for row in rows)
     without = ("ideal", "untouched", "attn1, gate")
     assert all(bool(row["psnr"]) == (not row["setting"].startswith(without)) for row in rows)
@@ -219,6 +227,18 @@ def test_the_smoke_suite_writes_its_tables_and_a_plot(cli, tmp_path):
     assert {path.name for path in (tmp_path / "made").iterdir()} == {
         "smoke.csv", "smoke.md", "smoke.png", "fidelity.json",
     }  # fmt: skip
+
+
+def test_presets_and_caches_are_options(cli, tmp_path):
+    result = cli("--shape", "tiny", "--size", 32, "--preset", "fast", "--cache-interval", 2, "--cache-interval", 4,
+                 "--device", "cpu", "--repeats", 1, "--prompts", 0)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = load_rows(tmp_path / "benchmark" / "benchmark.csv")
+    assert {row.setting: row.calls for row in rows} == {
+        "untouched": "5", "preset: fast": "25",
+        "cache: 2": "2", "deepcache: 2": "2", "cache: 4": "4", "deepcache: 4": "4",
+    }  # fmt: skip
+    assert all(float(row.speedup) > 0 for row in rows)
 
 
 def test_single_settings(cli, tmp_path):

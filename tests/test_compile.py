@@ -52,13 +52,15 @@ def graphs_per_step(unet, compiled, graphs, eager):
         ({"ratio": 0.5, "merge_mlp": True, "merge_cross_attention": True, "window": 4}, [0] * 6),
         ({"ratio": 0.5, "merge_block": True}, [0] * 6),
         ({"ratio": 0.5, "keys_values_only": True, "metric": "keys", "destinations": "fixed"}, [0] * 6),
+        ({"ratio": 0.5, "plan_per": "level"}, [0] * 6),
+        ({"ratio": 0.5, "plan_per": "level", "plan_every": 2}, [0] * 6),
     ],
 )
 def test_graphs_are_made_once_a_plateau(options, later, whole):
     unet, eager, graphs = make_unet(), make_unet(), Graphs()
     plain = unet(**INPUTS, timestep=500).sample
     for model in (unet, eager):
-        apply_token_merging(model, **options, plan_per="block")  # compiled layers make plans of their own
+        apply_token_merging(model, **{"plan_per": "block"} | options)  # compiled layers share for a whole level or not
     if whole:
         compiled = torch.compile(unet, backend=graphs)
     else:

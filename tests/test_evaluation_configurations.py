@@ -13,11 +13,13 @@ from tomesd_plus.evaluation import (
     Configuration,
     EvaluationError,
     Speed,
+    compare,
     complete,
     equal_time_rows,
     load_configurations,
     parse_configuration,
 )
+from tomesd_plus.evaluation.compare import Row
 from tomesd_plus.evaluation.generate import Sampling
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -52,6 +54,22 @@ def test_a_schedule_merges_where_it_says(pipe):
     assert shares[-1] > shares[0] + 0.2
 
 
+def test_an_adaptive_ratio_is_an_option_like_others(pipe):
+    configurations = [
+        parse_configuration(f"merge: {{ratio: {{similarity: {similarity}, ratios: [0, 0.25]}}}}")
+        for similarity in (-1, 1)
+    ]
+    assert all(configuration.by_batch for configuration in configurations)
+    rows = compare(pipe, ["a", "b"], configurations, Sampling(2, 1.0, 64, 64)).rows
+    assert [row.removed for row in rows] == [{1: 0.25}, {1: 0.0}]
+    assert [len(row.removed_by_prompt) for row in rows] == [2, 2]
+
+
+def test_the_share_removed_is_the_mean_over_prompts():
+    row = Row("adaptive", 2, removed_by_prompt=[{1: 0.5}, {1: 0.25, 2: 0.5}])
+    assert row.removed == {1: 0.375, 2: 0.25}
+
+
 def test_switches_go_together(pipe):
     with parse_configuration("merge: 0.5").switched_on(pipe):
         merged = generate(pipe)
@@ -84,6 +102,7 @@ def test_a_missing_peer_is_said(monkeypatch):
         ("merge: 0.9", "0.9 is more than cells of 2 × 2 tokens allow"),
         ("merge: {ration: 0.5}", "ration"),
         ("merge: {ratio: 0.5, more_at: dirty}", "dirty"),
+        ("merge: {ratio: {similarity: 2}}", "similarity must lie in"),
         ("merge: {ratio: 0.5, more_at: dusk}", "'noisy' or 'clean'"),
         ("merge: {ratio: 0.5, cell_size: [0, 2]}", "cell_size must be two whole numbers"),
         ("tomesd: {rato: 0.5}", "rato"),

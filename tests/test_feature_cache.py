@@ -119,6 +119,7 @@ def test_applying_twice_is_an_error_and_removing_twice_a_warning(pipe):
         ({"branch": -1}, ValueError), ({"branch": 6}, ValueError), ({"full_steps": (0, -1)}, ValueError),
         ({"threshold": 0}, ValueError), ({"threshold": 0.1, "full_steps": (0,)}, ValueError),
         ({"intervall": 3}, TypeError), ({"config": FeatureCacheConfig(), "interval": 3}, TypeError),
+        ({"config": 2, "interval": 3}, TypeError),
     ],
 )  # fmt: skip
 def test_a_bad_option_leaves_the_pipeline_alone(pipe, options, error):

@@ -8,9 +8,9 @@ from cache_tools import TEXT, denoise, kinds, noise
 from conftest import generate, make_pipeline, make_unet
 from diffusers import DDIMScheduler, EDMEulerScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
-from tomesd_plus.caching import (
-    apply_feature_cache,
-)
+from tomesd_plus import apply_token_merging
+from tomesd_plus.caching import apply_feature_cache
+from tomesd_plus.merger import mergers_on
 
 
 def test_the_same_call_gives_the_same_picture_in_any_company(any_pipe):
@@ -54,14 +54,15 @@ def test_timesteps_in_any_form_by_position_or_keyword(form):
     assert all(torch.equal(one, other) for one, other in zip(outputs[:5], outputs[5:]))
 
 
+@pytest.mark.parametrize("threshold", [None, 1e9])
 @pytest.mark.parametrize(
     ("scheduler", "pattern"),
     # Their timesteps are 0 1 1 2 2 3 3 4 4 5 5 and 0 1 1 2 3 4 5.
     [(HeunDiscreteScheduler, "FccFFccFFcc"), (PNDMScheduler, "FccFcFc")],
 )
-def test_calls_at_one_noise_level_count_once_and_do_the_same(pipe, scheduler, pattern):
+def test_calls_at_one_noise_level_count_once_and_do_the_same(pipe, scheduler, pattern, threshold):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
-    report = apply_feature_cache(pipe, interval=2)
+    report = apply_feature_cache(pipe, interval=2, threshold=threshold)
     first = generate(pipe, num_inference_steps=6)
     assert kinds(report) == pattern
     assert torch.equal(generate(pipe, num_inference_steps=6), first) and kinds(report) == pattern
@@ -98,6 +99,35 @@ def test_calls_at_one_timestep_for_ever_are_full_and_keep_little():
         report = apply_feature_cache(unet, interval=3)
         assert all(torch.equal(unet(noise(seed), 500, TEXT).sample, plain[seed]) for seed in range(10))
     assert report.kept_bytes <= 4 * 2 * 16 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"whole_every": 2}, {"whole_every": 2, "reuse_attention": True}, {"plan_every": 4}]
+)
+def test_merging_keeps_little_of_calls_at_one_timestep_for_ever(options):
+    unet = make_unet()
+    report = apply_token_merging(unet, ratio=0.5, plan_per="block", **options)
+    sizes = []
+    with torch.no_grad():
+        for seed in range(12):
+            unet(noise(seed), 500, TEXT)
+            (merger,) = mergers_on(unet)
+            sizes.append(report.kept_bytes + 1000 * len(merger.planner.plans))
+    assert max(sizes) > 0 and len(set(sizes[5:])) == 1 and sizes[-1] <= max(sizes[:5])
+
+
+def test_merged_views_of_a_panorama_keep_nothing_of_each_other():
+    """More calls a step than branches of guidance could make: each merges as if nothing had been kept."""
+    plain, detailed = make_unet(), make_unet()
+    apply_token_merging(plain, ratio=0.5)
+    report = apply_token_merging(detailed, ratio=0.5, whole_every=2)
+    with torch.no_grad():
+        for timestep in torch.tensor([900, 880, 860, 840]):
+            for view in range(6):
+                made = detailed(noise(view), timestep, TEXT).sample
+                if report.steps[-1].removed:
+                    assert torch.equal(made, plain(noise(view), timestep, TEXT).sample)
+    assert [bool(step.removed) for step in report.steps] == ([False] * 6 + [True] * 6) * 2 and report.kept_bytes == 0
 
 
 def test_views_of_a_panorama_do_not_get_each_others_features():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import INPUTS, make_unet
 
-from tomesd_plus import apply_token_merging, gate
+from tomesd_plus import AdaptiveRatio, apply_token_merging, gate
 from tomesd_plus.gate import Decision, Gate
 
 pytestmark = pytest.mark.filterwarnings("error")  # what does not pay is no mistake of the user's
@@ -43,8 +43,40 @@ def test_what_it_declines_stays_bit_identical_and_the_report_says_why(options, m
     result, report = merged(**options, levels="auto")
     assert torch.equal(result, output(make_unet()))
     assert not report.merged
-    if options.get("merge_self_attention", True):
-        assert "merging does not pay here (1.00 ms, whole 1.00 ms)" in str(report)
+    reasons = {layer.reason for layer in report.layers if layer.downsample == 1}
+    assert reasons == {"merging does not pay here (1.00 ms, whole 1.00 ms)"}
+    assert "Measured with 128 tokens less in 2 × 256 × 16 (batch, tokens, channels): merging does not" in str(report)
+
+
+def test_the_report_says_what_was_measured_where_it_pays_too(monkeypatch):
+    monkeypatch.setattr(Gate, "decide", lambda self, key, whole, merged: Decision(2.0, 1.0))
+    _, report = merged(ratio=0.5, levels="auto")
+    assert report.merged and "merging pays here (1.00 ms, whole 2.00 ms)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "removed"),
+    [(0.5, 128), (0.49, 96), (0.1, 16), (0.01, 2), (AdaptiveRatio(1.0, (0, 0.25, 0.5)), 64)],
+)
+def test_what_is_measured_is_at_most_what_is_merged(ratio, removed, monkeypatch):
+    tokens = []
+
+    def watch(self, key, whole, merged):
+        hook = (
+            unet.down_blocks[0]
+            .attentions[0]
+            .transformer_blocks[0]
+            .attn1.to_q.register_forward_hook(lambda layer, args, out: tokens.append(out.shape[1]))
+        )
+        merged()
+        hook.remove()
+        return Decision(2.0, 1.0)
+
+    monkeypatch.setattr(Gate, "decide", watch)
+    unet = make_unet()
+    apply_token_merging(unet, ratio=ratio, levels="auto")
+    output(unet)
+    assert tokens == [256 - removed]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

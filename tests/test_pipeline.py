@@ -184,6 +184,20 @@ def test_the_ratio_follows_the_noise_level_under_any_scheduler(pipe, scheduler):
     assert len({step.removed[1] for step in report.steps}) >= 5
 
 
+@pytest.mark.parametrize("merging_comes_first", [True, False])
+def test_the_hosts_offloading(pipe, merging_comes_first):
+    with token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3):
+        expected = generate(pipe)
+    if merging_comes_first:
+        report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        pipe.enable_sequential_cpu_offload(device="cpu")
+        report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
+    for _ in range(2):  # the host offloads anew after each call
+        assert torch.equal(generate(pipe), expected) and report.merged
+
+
 def test_img2img_starts_in_the_middle_of_the_schedule():
     pipe = make_pipeline("img2img")
     report = apply_token_merging(pipe, ratio=StepsSchedule((0.6, 0.2)))

@@ -1,7 +1,7 @@
 """Plans shared by blocks and by steps, and blocks that are merged as a whole."""
 
 import torch
-from conftest import INPUTS, make_unet, merge_in
+from conftest import INPUTS, attention_layer, make_unet, merge_in
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -65,6 +65,49 @@ def test_reused_plans_are_those_of_the_step_that_made_them():
     assert outputs == {1: [False, False], 2: [True, True]}
 
 
+def test_a_shared_plan_does_what_plans_of_ones_own_do_where_they_are_alike(monkeypatch):
+    outputs, counts = {}, []
+    match = planner.match
+    monkeypatch.setattr(planner, "match", lambda *args: counts.append(1) or match(*args))
+    layers = torch.nn.ModuleList(attention_layer()[0] for _ in range(2))
+    torch.nn.init.normal_(layers[1].to_v.weight)
+    model = _SideBySide(layers)
+    x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    plain = model(x)
+    for plan_per in ("block", "level"):
+        merge_in(model, ratio=0.5, plan_per=plan_per)
+        outputs[plan_per] = model(x)
+        for attn in layers:
+            attn.set_processor(AttnProcessor2_0())
+    assert torch.equal(outputs["block"], outputs["level"]) and not torch.equal(outputs["block"], plain)
+    assert len(counts) == 2 + 1
+
+
+def test_kept_plans_never_serve_another_size_batch_or_model():
+    """Two models in turn, steps of one width and of the other, a batch of two and of one: each as if it were alone."""
+    timesteps = torch.tensor([900, 880, 860, 840])
+    scales = [(16, 8, 2), (8, 16, 2), (8, 16, 1), (16, 8, 1)]  # as many tokens, but of other places
+
+    def calls(unets):
+        schedules = [timesteps.clone() for _ in unets]
+        for index, (height, width, batch) in enumerate(scales):
+            for seed, (unet, schedule) in enumerate(zip(unets, schedules)):
+                sample = torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(seed))
+                text = INPUTS["encoder_hidden_states"][:batch]
+                yield seed, unet(sample, schedule[index], text).sample
+
+    def merging(seed, plan_every):
+        unet = make_unet()
+        apply_token_merging(unet, ratio=0.5, plan_every=plan_every, seed=seed)
+        return unet
+
+    with torch.no_grad():
+        together = list(calls([merging(seed, plan_every=4) for seed in range(2)]))
+        alone = list(calls([merging(seed, plan_every=1) for seed in range(2)]))
+    for (_, one), (_, other) in zip(together, alone, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_block_merged_as_a_whole_adds_to_each_token_what_its_group_got():
     block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=16).eval()
     model = _OneBlock(block)
@@ -80,6 +123,15 @@ def test_a_block_merged_as_a_whole_adds_to_each_token_what_its_group_got():
         expected = x + plan.unmerge(block(short, encoder_hidden_states=text) - short)
     assert plan.removed == 32
     torch.testing.assert_close(merged_output, expected)
+
+
+class _SideBySide(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        return sum(layer(x) for layer in self.layers)
 
 
 class _OneBlock(torch.nn.Module):

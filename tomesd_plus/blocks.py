@@ -1,7 +1,7 @@
 """What merging does around transformer blocks: the hooks on blocks and on the layers inside them."""
 
 from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from tomesd_plus.config import ToMeConfig
 from tomesd_plus.gate import Decision, Gate
 from tomesd_plus.levels import Level
 from tomesd_plus.plan import MergePlan
+from tomesd_plus.schedule import AdaptiveRatio
 
 if TYPE_CHECKING:
     from tomesd_plus.merger import TokenMerger
@@ -30,11 +31,13 @@ class BlockMerging:
     measuring: bool  # while the gate runs a block
     _merged_layer: nn.Module | None  # between its pre-hook and its hook
     _entered: tuple[Tensor, Tensor | None] | None  # a block's input before and after merging, if it is merged
+    decisions: dict[tuple[Any, ...], Decision]  # the gate's, by input's shape, …, number of tokens removed
 
     def __init__(self, merger: "TokenMerger") -> None:
         self.merger = merger
         config = merger.config
         self.gate = None if config.levels == "all" else Gate(refresh=config.levels == "remeasure")
+        self.decisions = {}
         self.reset()
 
     def attach(self, model: nn.Module) -> list[Any]:
@@ -100,6 +103,8 @@ class BlockMerging:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if plan is None or not plan.fits(hidden_states) or kwargs.get("ip_adapter_masks") is not None:
             reason = "its block's attention was not merged" if plan is None else "its input is not the block's tokens"
+            if self.declined is not None:
+                reason = str(self.declined)
             if kwargs.get("ip_adapter_masks") is not None:
                 reason = "it looks at places in the picture"
             self.merger.record(layer, hidden_states.shape[1], 0, reason)
@@ -117,9 +122,7 @@ class BlockMerging:
         self._merged_layer = None
         return self.merger.details.unmerge(layer, self.plan, output)
 
-    def _measured(
-        self, gate: Gate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Decision | None:
+    def _measured(self, gate: Gate, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision | None:
         """Measure a block both ways, unless that was done before; the decision if merging does not pay."""
         merger = self.merger
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -128,6 +131,20 @@ class BlockMerging:
             return None
         if torch.compiler.is_compiling():
             return None
+        judged = _judged(level)
+        states = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
+        kind = (*states, block.attn1.heads, level.height, judged)
+        if kind not in self.decisions:
+            self.decisions[kind] = self._measure(gate, block, args, kwargs, judged)
+        decision = self.decisions[kind]
+        return None if decision.pays else decision
+
+    def _measure(self, gate: Gate, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], judged: int) -> Decision:
+        """Run a block both ways, with so many tokens removed in the one, unless the gate knows the result."""
+        merger = self.merger
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        tokens = hidden_states.shape[1]
+        level = merger.levels[tokens]
 
         @torch.no_grad()
         def run(declined: Decision | None) -> None:
@@ -138,15 +155,15 @@ class BlockMerging:
             if merger.config.merge_block:
                 self.leave(block, inputs, output)
 
-        planner, self.measuring = merger.planner, True
+        planner, levels, self.measuring = merger.planner, merger.levels, True
         merger.planner = copy(planner)
+        merger.levels = levels | {tokens: replace(level, removed=judged, ratio=None)}
         try:
-            key = _kind_of(block, hidden_states, level, merger.config)
-            decision = gate.decide(key, lambda: run(_CLOSED), lambda: run(None))
+            key = _kind_of(block, hidden_states, level, judged, merger.config)
+            return gate.decide(key, lambda: run(_CLOSED), lambda: run(None))
         finally:
             self.reset()
-            merger.planner = planner
-        return None if decision.pays else decision
+            merger.planner, merger.levels = planner, levels
 
     def _why_not_whole(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why a block cannot run on merged tokens as a whole, or ``None``."""
@@ -170,20 +187,33 @@ class BlockMerging:
 
     def __getstate__(self) -> dict[str, Any]:
         nothing = dict.fromkeys(("plan", "declined", "_merged_layer", "_entered"))
-        return {**self.__dict__, **nothing, "inside": False, "measuring": False}
+        return {**self.__dict__, **nothing, "inside": False, "measuring": False, "decisions": {}}
 
 
 _CLOSED = Decision(0.0, 0.0)
 
 
-def _kind_of(block: Any, hidden_states: Tensor, level: Level, config: ToMeConfig) -> str:
-    """All that the time of a transformer block depends on, but for machine and versions. Ratios count in eighths."""
-    batch, tokens, channels = hidden_states.shape
+def _judged(level: Level) -> int:
+    """For which number of removed tokens a level is measured, so that a smooth schedule is not measured at each step.
+
+    Ratios are rounded down, to eighths, and below that to powers of two; an adaptive one counts as its smallest, which
+    pays least.
+    """
+    removed, tokens = level.removed, level.height * level.width
+    if isinstance(level.ratio, AdaptiveRatio):
+        removed = min(count for ratio in level.ratio.ratios if (count := min(int(ratio * tokens), removed)))
+    eighths = 8 * removed // tokens
+    return eighths * tokens // 8 if eighths else 1 << (removed.bit_length() - 1)
+
+
+def _kind_of(block: Any, hidden_states: Tensor, level: Level, judged: int, config: ToMeConfig) -> str:
+    """All that the time of a transformer block depends on, but for machine and versions."""
+    batch, _, channels = hidden_states.shape
     options = asdict(config)
     for name in ("ratio", "cached_ratio", "schedule", "more_at", "max_downsample", "levels", "seed",
                  "plan_per", "plan_every", "whole_every", "reuse_attention"):  # fmt: skip
         del options[name]
     return (
         f"{channels} channels, {block.attn1.heads} heads, {level.height} × {level.width} tokens, batch {batch}, "
-        f"{hidden_states.dtype}, {hidden_states.device.type}, {8 * level.removed // tokens}/8 removed, {options}"
+        f"{hidden_states.dtype}, {hidden_states.device.type}, {judged} removed, {options}"
     )

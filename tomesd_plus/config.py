@@ -38,7 +38,9 @@ class ToMeConfig:
             cost at 1; **SDXL has no attention at 1, set 2 there.** Ignored if ``ratio`` is a mapping.
         levels: ``"all"`` merges at every level within ``max_downsample``. ``"auto"`` leaves those alone at which
             merging does not pay at the size, batch, dtype and device at hand: each kind of block is measured once,
-            both ways, and the result is kept in the user's cache folder. ``"remeasure"``: the same, measured anew.
+            both ways, and the result is kept in the user's cache folder. An adaptive ratio is measured at its
+            smallest. ``"remeasure"``: the same, measured anew. Inside ``torch.compile``'s graphs nothing can be
+            measured: there all levels are merged.
         cell_size: Height and width of the cells, in tokens, that hold one destination each. Larger cells allow higher
             ratios.
         window: Side of the windows, in cells, inside which a source looks for its destination; 1 is its own cell, and
@@ -64,14 +66,14 @@ class ToMeConfig:
         plan_per: Who makes a plan of its own: each ``"block"``; the first block of each ``"stage"`` (the down block,
             mid block or up block of the UNet), for all of them; or the first of each ``"level"``. Sharing saves
             matchings, but what is alike in the first block need not be in the last. Compiled layers make plans of
-            their own, unless it is ``"level"``.
+            their own at every step, unless it is ``"level"``.
         plan_every: For how many steps a plan is used, at least 1; calls at one timestep are one step. ``"full"``:
             plans of a feature cache's full step serve its cached steps too, where the ratio is the same.
         whole_every: Run the merged layers on all tokens every so many steps, at least 2, beginning with the first, and
             let each token keep on the steps between what told it from its group then: much closer pictures for little
-            less saved. Keeps one output of each merged layer in memory. ``"full"``: on the full steps of a feature
-            cache, so that only its cached steps merge; models without such a cache, ControlNets too, then have no
-            whole steps. ``None``: never.
+            less saved. Keeps one output of each merged layer in memory, and in copies of the model. ``"full"``: on the
+            full steps of a feature cache, so that only its cached steps merge; models without such a cache,
+            ControlNets too, then have no whole steps. ``None``: never.
         reuse_attention: On the steps between whole ones do not merge, but take each self-attention's output of the
             last whole step again, wherever the ratio is not 0 (pyramid attention broadcast,
             https://arxiv.org/abs/2408.12588).

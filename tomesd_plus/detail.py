@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tomesd_plus.config import Full
 from tomesd_plus.plan import MergeMode, MergePlan
-from tomesd_plus.step import Step
+from tomesd_plus.step import MOST_CALLS, Step
 
 
 class DetailKeeper:
@@ -33,6 +33,7 @@ class DetailKeeper:
     ]  # of the model; what is kept of one is its own attribute, so that compiled ones share graphs
     _steps: dict[int, Step]  # the latest of each call of a step
     _first: dict[int, int]  # the number of the step at which each call's cadence began
+    _too_many: bool  # of the generation's calls are at one step: they can no longer be told apart, so nothing is kept
 
     def __init__(self, every: int | Full | None, mode: MergeMode) -> None:
         self.every = every
@@ -55,20 +56,22 @@ class DetailKeeper:
             return
         if step.new_generation:
             self.reset()
-        before = self._steps.get(step.call)  # guidance branches may come as calls of their own, of unlike batch
+        if step.call >= MOST_CALLS and not self._too_many:
+            self._too_many = True
+            self._drop(_KEPT)
+        call = 0 if self._too_many else step.call
+        before = self._steps.get(call)  # guidance branches may come as calls of their own, of unlike batch
         if before is None or not step.same_size(before):
-            self._drop(_place(step.call))
-            self._first[step.call] = step.number
-        self._steps[step.call] = step
-        self._place = _place(step.call)
-        self.whole = cached is False if self.every == "full" else self._is_whole(step, self.every)
-
-    def _is_whole(self, step: Step, every: int) -> bool:
-        return (step.number - self._first[step.call]) % every == 0
+            self._drop(_place(call))
+            self._first[call] = step.number
+        self._steps[call] = step
+        self._place = _place(call)
+        self.whole = cached is False if self.every == "full" else (step.number - self._first[call]) % self.every == 0
 
     def keep(self, layer: nn.Module, output: Tensor) -> None:
         """Keep a layer's output (batch, tokens, channels) of a whole step."""
-        setattr(layer, self._place, output.detach())
+        if not self._too_many:
+            setattr(layer, self._place, output.detach())
 
     def kept(self, layer: nn.Module, states: Tensor) -> Tensor | None:
         """A layer's output of the last whole step, if it is of the size of its input now; ``None`` on whole steps."""
@@ -96,6 +99,7 @@ class DetailKeeper:
         self.whole = False
         self._steps = {}
         self._first = {}
+        self._too_many = False
         self._place = _place(0)
 
     def _drop(self, prefix: str) -> None:

@@ -36,7 +36,8 @@ class Decision:
         return self.whole_ms >= LEAST_GAIN * self.merged_ms
 
     def __str__(self) -> str:
-        return f"merging does not pay here ({self.merged_ms:.2f} ms, whole {self.whole_ms:.2f} ms)"
+        verdict = "pays" if self.pays else "does not pay"
+        return f"merging {verdict} here ({self.merged_ms:.2f} ms, whole {self.whole_ms:.2f} ms)"
 
 
 class Gate:

@@ -39,12 +39,21 @@ class Cells:
     twice: Tensor | None
 
     def to(self, device: torch.device | str) -> "Cells":
-        """The same on another device; the copy does not wait for it."""
+        """The same on another device, by way of pinned memory, so that the host does not wait for a GPU."""
         if self.destination.device == torch.device(device):
             return self
-        tensors = (self.destination, self.source, self.twice)
-        moved = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-        return Cells(self.tokens, *moved)  # type: ignore[arg-type]
+        return Cells(
+            self.tokens,
+            _moved(self.destination, device),
+            _moved(self.source, device),
+            None if self.twice is None else _moved(self.twice, device),
+        )
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def make_cells(

@@ -15,7 +15,7 @@ class MergePlan:
     """Index tensors that shorten a sequence of N tokens to M and bring it back to N.
 
     A plan made for one tensor may be used on any other with the same batch and tokens. Merging is one kernel, and so
-    is unmerging; what they need is computed once, with the plan.
+    is unmerging; the indices that they need are computed once, with the plan.
 
     Args:
         kept: For each of the M tokens of the merged sequence the token that it is, or that its group is merged into,
@@ -25,6 +25,7 @@ class MergePlan:
         members: All tokens of the batch, those of one group side by side, as rows of (batch · N), in the order of the
             merged sequence, (batch · N,).
         starts: Where in ``members`` each group begins, (batch · M,).
+        rows: ``inverse`` in rows of the merged sequences of the whole batch, one after the other, (batch · N,).
 
     Example:
         >>> plan = MergePlan.from_inverse(kept=torch.tensor([[0, 3]]), inverse=torch.tensor([[0, 0, 0, 1]]))
@@ -40,14 +41,15 @@ class MergePlan:
     sizes: Tensor
     members: Tensor
     starts: Tensor
+    rows: Tensor
 
     @classmethod
     def from_inverse(cls, kept: Tensor, inverse: Tensor) -> "MergePlan":
         """Build a plan from its first two tensors, as in the class."""
         sizes = torch.zeros_like(kept).scatter_add_(1, inverse, torch.ones_like(inverse))
-        members = _rows(inverse, kept.shape[1]).argsort(stable=True)
+        rows = _rows(inverse, kept.shape[1])
         starts = sizes.flatten().cumsum(0) - sizes.flatten()
-        return cls(kept, inverse, sizes, members, starts)
+        return cls(kept, inverse, sizes, rows.argsort(stable=True), starts, rows)
 
     @classmethod
     def from_pairs(cls, source: Tensor, destination: Tensor, tokens: int) -> "MergePlan":
@@ -110,8 +112,7 @@ class MergePlan:
     def unmerge(self, hidden_states: Tensor) -> Tensor:
         """Lengthen (batch, M, channels) to (batch, N, channels): every token of a group gets the group's value."""
         batch, places, channels = hidden_states.shape
-        rows = hidden_states.reshape(batch * places, channels)
-        return rows.index_select(0, _rows(self.inverse, places)).view(batch, -1, channels)
+        return hidden_states.reshape(batch * places, channels).index_select(0, self.rows).view(batch, -1, channels)
 
 
 def _rows(index: Tensor, length: int) -> Tensor:

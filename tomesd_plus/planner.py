@@ -10,10 +10,10 @@ from tomesd_plus.levels import Level
 from tomesd_plus.matching import match, merge_most_similar
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.schedule import AdaptiveRatio
-from tomesd_plus.step import Step
+from tomesd_plus.step import MOST_CALLS, Step
 
-Key = tuple[int, int, nn.Module | str | None]
-"""Downsample, the number of the call in its step, and what shares a plan."""
+Key = tuple[int, int, nn.Module | str | None, int | AdaptiveRatio]
+"""Downsample, the number of the call in its step, what shares a plan, and how many tokens are to be removed."""
 
 
 class Planner:
@@ -24,7 +24,7 @@ class Planner:
     """
 
     plans: dict[Key, MergePlan]
-    stages: dict[nn.Module, str]  # the block of the UNet that a layer is in; ``""`` for layers of no block
+    stages: dict[nn.Module, str]  # the block of the UNet that a layer is in, or its own name
     _steps: dict[int, Step]  # the latest of each call of a step
     _too_few: dict[Key, torch.Size]  # where an adaptive ratio found too few tokens alike, in (batch, tokens)
 
@@ -42,14 +42,14 @@ class Planner:
 
     def begin_step(self, step: Step, before: Step | None, cached: bool = False) -> None:
         """Drop plans that do not hold for a step any more, which may be a feature cache's cached one."""
-        self.call = step.call
+        self.call = min(step.call, MOST_CALLS)
         if before is None or step.new_generation or not self._lasts(step, before, cached):
             self.forget()
-        last = self._steps.get(step.call)  # guidance branches may come as calls of their own, of unlike batch
-        if last is not None and not step.same_size(last):
-            self.plans = {key: plan for key, plan in self.plans.items() if key[1] != step.call}
-            self._too_few = {key: size for key, size in self._too_few.items() if key[1] != step.call}
-        self._steps[step.call] = step
+        last = self._steps.get(self.call)  # guidance branches may come as calls of their own, of unlike batch
+        if self.call == MOST_CALLS or (last is not None and not step.same_size(last)):
+            self.plans = {key: plan for key, plan in self.plans.items() if key[1] != self.call}
+            self._too_few = {key: size for key, size in self._too_few.items() if key[1] != self.call}
+        self._steps[self.call] = step
 
     def _lasts(self, step: Step, before: Step, cached: bool) -> bool:
         every = self.config.plan_every
@@ -70,9 +70,11 @@ class Planner:
         """
         if torch.compiler.is_compiling() and self.config.plan_per != "level":
             return self._match(hidden_states, level, layer)  # a graph that knows its layer would serve no other
-        key = (level.downsample, self.call, self._shared_by(layer))
-        plan = self.plans.get(key)
-        if plan is not None and plan.fits(hidden_states) and self._still_right(plan, level):
+        wanted = level.ratio if isinstance(level.ratio, AdaptiveRatio) else level.removed
+        key = (level.downsample, self.call, self._shared_by(layer), wanted)
+        plan = self.plans.pop(key, None)  # and put back, so that the last is the latest
+        if plan is not None and plan.fits(hidden_states):
+            self.plans[key] = plan
             return plan
         if self._too_few.get(key) == hidden_states.shape[:2]:
             return None
@@ -87,9 +89,6 @@ class Planner:
         if self.config.plan_per == "block":
             return layer
         return self.stages.get(layer, "") if self.config.plan_per == "stage" else None
-
-    def _still_right(self, plan: MergePlan, level: Level) -> bool:
-        return isinstance(level.ratio, AdaptiveRatio) or plan.removed == level.removed
 
     def _match(self, hidden_states: Tensor, level: Level, layer: nn.Module) -> MergePlan | None:
         assert level.cells is not None

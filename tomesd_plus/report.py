@@ -79,7 +79,7 @@ class TokenMergingReport:
             own it shows the last block's.
         """
         merger = next(iter(self._mergers.values()))
-        plans = {key[0]: plan for key, plan in merger.planner.plans.items() if plan is not None}
+        plans = {key[0]: plan for key, plan in merger.planner.plans.items()}
         level = min(plans, default=None) if level is None else level
         if level not in plans:
             return None
@@ -114,4 +114,9 @@ class TokenMergingReport:
             level = layer.downsample or "-"
             lines.append(f"{layer.name:<72} {level:>5} {layer.calls:>5} {layer.share:>8.1%}  {layer.reason or ''}")
         levels = ", ".join(f"{share:.1%} at level {level}" for level, share in self.removed.items())
-        return "\n".join([*lines, f"Tokens removed: {levels or 'none'}."])
+        for merger in self._mergers.values():
+            for (shape, *_, removed), decision in merger.blocks.decisions.items():
+                kind = " × ".join(map(str, shape))
+                lines.append(f"Measured with {removed} tokens less in {kind} (batch, tokens, channels): {decision}.")
+        kept = f" Kept of whole steps: {self.kept_bytes / 2**20:.1f} MiB." if self.kept_bytes else ""
+        return "\n".join([*lines, f"Tokens removed: {levels or 'none'}.{kept}"])

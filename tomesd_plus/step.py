@@ -7,6 +7,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+MOST_CALLS = 4
+"""A step may call the model more than once, with each guidance branch by itself. More calls may be of tiles or views,
+which need not come in the same order at every step: what one of them leaves is of no use to another."""
+
 Hook = TypeVar("Hook", bound=Callable[..., None])
 
 

@@ -168,7 +168,8 @@ class TomesdPlan(MergePlan):
         inverse.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
         inverse.scatter_(1, merged, target + unmerged.shape[1])
         base = MergePlan.from_inverse(kept, inverse)
-        return cls(kept, inverse, base.sizes, base.members, base.starts, merged, target, destination.shape[1])
+        shared = (base.sizes, base.members, base.starts, base.rows)
+        return cls(kept, inverse, *shared, merged, target, destination.shape[1])
 
     def merge(self, hidden_states: Tensor, mode: MergeMode = "merge") -> Tensor:
         """As tomesd: ``scatter_reduce`` of the sources into the destinations."""

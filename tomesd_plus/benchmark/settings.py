@@ -27,8 +27,10 @@ _ALL_LAYERS = {"merge_cross_attention": True, "merge_mlp": True}
 _BLOCK = {"merge_block": True}
 NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "attn1": {"merge": {}},
-    "attn1, gate": {"merge": {"levels": "auto"}},
+    "attn1, gate": {"merge": {"levels": "remeasure"}},  # not what an earlier run found out
+    "attn1, plan per block": {"merge": {"plan_per": "block"}},
     "attn1, whole every 4": {"merge": {"whole_every": 4, "plan_per": "block"}},
+    "attn1, reused, whole every 4": {"merge": {"whole_every": 4, "reuse_attention": True}},
     "attn1 + attn2 + mlp": {"merge": _ALL_LAYERS},
     "block": {"merge": _BLOCK},
     "block, plan every 4": {"merge": _BLOCK | {"plan_every": 4}},

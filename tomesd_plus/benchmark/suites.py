@@ -79,13 +79,15 @@ def cpu_suite() -> Suite:
     return Suite(
         (
             task(at[512], [*OURS, "attn1, whole every 4", "tomesd", PACKAGE]),
-            task(at[512], _caches(INTERVALS)),
-            task(at[512], PRESET_NAMES, repeats=long),
+            task(at[512], _caches(INTERVALS), repeats=long),
             task(at[512], GRID, [0.25, 0.5, 0.75], repeats=long),
+            task(at[512], PRESET_NAMES, repeats=long),
+            task(at[512], ["attn1, plan per block"], [0.36, 0.5], repeats=long),
+            task(at[512], ["attn1, reused, whole every 4"], repeats=long),
             task(at[512], ["attn1, gate"], [0.1, 0.5]),
             task(at[256], ["attn1", "attn1, gate", "block", PACKAGE], [0.1, 0.5]),
-            task(at[1024], ["attn1", "block", PACKAGE], repeats=long),
             task(at[512], ["block", PACKAGE], [0.25, 0.75], repeats=long),
+            task(at[1024], ["attn1", "block", PACKAGE], repeats=long),
             task(at[768], ["attn1", "block", PACKAGE], repeats=long),
             task(at[1024], ["block"], levels=2, repeats=long),
         )
@@ -136,7 +138,8 @@ def _caches(intervals: Sequence[int]) -> list[str]:
 
 
 def _small(each: Task) -> Task:
-    return replace(each, workload=Workload("tiny", each.workload.size // 16))
+    dtype = "float32" if each.workload.dtype == "float32" else "bfloat16"  # which CPUs have too
+    return replace(each, workload=replace(each.workload, shape="tiny", size=each.workload.size // 16, dtype=dtype))
 
 
 SUITES = {"cpu": cpu_suite, "gpu": gpu_suite, "smoke": smoke_suite}

@@ -45,10 +45,11 @@ def apply_feature_cache(
         >>> [step.full for step in report.steps]
         [True, False, True, False]
     """
+    clash = options.keys() & {"interval"} if isinstance(config, int) else options.keys()
+    if config is not None and clash:
+        raise TypeError(f"give either a config or options, not both: {', '.join(clash)}")
     if isinstance(config, int):
         options, config = {"interval": config, **options}, None
-    if config is not None and options:
-        raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
     config = config or FeatureCacheConfig(**options)
     unet = _unet(pipe)
     if feature_cache_on(unet) is not None:

@@ -12,11 +12,7 @@ from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.layers import inner_layers, make_skippable, restore_forwards, skipping_cache
 from tomesd_plus.caching.report import CacheStep
 from tomesd_plus.host import owners_of_hooks, sample_and_timestep
-from tomesd_plus.step import Step, StepTracker, outside_graphs
-
-# A step may call the UNet more than once, with each guidance branch by itself. More calls may be of tiles or views,
-# which need not come in the same order at every step.
-_MOST_CALLS = 4
+from tomesd_plus.step import MOST_CALLS, Step, StepTracker, outside_graphs
 
 
 @dataclass
@@ -92,6 +88,7 @@ class FeatureCache:
         """Before the UNet: tell the kind of this step, unless the early feature must be seen first."""
         if not self.attached:  # a compiled UNet may still call hooks that were removed
             return
+        self.when_decided = []
         make_skippable(inner_layers(unet, self.config.branch), self)  # offloading may have put old forwards back
         self._place(self.tracker.observe(*sample_and_timestep(args, kwargs)))
         reason = self._why_full()
@@ -113,7 +110,10 @@ class FeatureCache:
             self._features[self._step.call].early = output.detach()
 
     def end_step(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the UNet, also after one that failed: its layers are ordinary ones again."""
+        """After the UNet, also after one that raised an exception: its layers are ordinary ones again.
+
+        PyTorch does not call it after a ``KeyboardInterrupt``; then they are so from the UNet's next call on.
+        """
         self.mode = "idle"
         self.outputs = {}
         self.when_decided = []
@@ -127,7 +127,7 @@ class FeatureCache:
             self._features.clear()
             self.steps.clear()
             self._too_many = False
-        self._too_many = self._too_many or step.call >= _MOST_CALLS
+        self._too_many = self._too_many or step.call >= MOST_CALLS
         if self._too_many:
             self._features.clear()
 
@@ -147,9 +147,7 @@ class FeatureCache:
         age = step.number - kept.step.number
         if age >= self.config.interval_at(step.noise_level):
             return "interval"
-        if age == 0 and self.config.threshold is None:
-            return "same noise level"
-        return None
+        return "same noise level" if age == 0 else None
 
     def _decide(self, reason: str | None, change: float | None = None) -> None:
         step = self._step

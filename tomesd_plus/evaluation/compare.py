@@ -17,7 +17,7 @@ from tomesd_plus.report import StepRecord, TokenMergingReport
 
 @dataclass
 class Row:
-    """What one setting gave; one entry a prompt in each list."""
+    """What one setting gave: one entry a prompt in each list, but for the step records, which are the last one's."""
 
     name: str
     steps: int
@@ -25,9 +25,17 @@ class Row:
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     speedups: list[float] = field(default_factory=list)
-    removed: dict[int, float] = field(default_factory=dict)
+    removed_by_prompt: list[dict[int, float]] = field(default_factory=list)
     merge_maps: list[Tensor | None] = field(default_factory=list)
     step_records: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def removed(self) -> dict[int, float]:
+        """Share of tokens removed at each level, the mean over prompts."""
+        levels = sorted({level for shares in self.removed_by_prompt for level in shares})
+        return {
+            level: statistics.fmean(shares.get(level, 0.0) for shares in self.removed_by_prompt) for level in levels
+        }
 
     @property
     def seconds(self) -> float:
@@ -134,7 +142,8 @@ def _rows(
             row.psnr.append(psnr(image.pixels, base.pixels).item())
             row.ssim.append(ssim(image.pixels, base.pixels).item())
             if report is not None:
-                row.removed, row.step_records = report.removed, report.steps
+                row.removed_by_prompt.append(report.removed)
+                row.step_records = report.steps
     return rows
 
 

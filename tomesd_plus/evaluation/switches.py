@@ -1,7 +1,7 @@
 """What a configuration can switch on in a pipeline: this package's merging and cache, and its peers."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -46,9 +46,15 @@ def prepare(name: str, kind: str, options: dict[str, Any]) -> Switch:
 
 
 def _merge(**options: Any) -> Switch:
-    """Token merging by this package. A number as ratio is the mean of a cosine, unless a schedule is named."""
-    if isinstance(options.get("ratio", 0.5), (int, float)):
+    """Token merging by this package.
+
+    A number as ratio is the mean of a cosine, unless a schedule is named; ``{similarity: …}`` is an adaptive one.
+    """
+    ratio = options.get("ratio", 0.5)
+    if isinstance(ratio, (int, float)):
         options = {"schedule": "cosine"} | options
+    elif isinstance(ratio, Mapping) and "similarity" in ratio:
+        options |= {"ratio": AdaptiveRatio(**ratio)}
     config = ToMeConfig(**options)
     schedules = *config.schedules.values(), *config.cached_schedules.values()
     adaptive = any(isinstance(chosen, AdaptiveRatio) for chosen in schedules)
