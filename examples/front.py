@@ -5,8 +5,9 @@ from ``results/grid-scores.csv`` (the ``results.csv`` of an evaluation of ``exam
 ``results/cpu.csv`` (of ``tomesd-plus benchmark``).
 
 A speed-up is that of a whole denoising: of a preset as it was measured, of other caches from the times of full and
-cached steps, as many of each as the evaluation's steps make. A forecast counts as free, a schedule as its mean ratio,
-a cell of any size as one of 2 × 2, and whole steps as exactly every fourth.
+cached steps (where they merge as presets do, of the preset "fast"), as many of each as the evaluation's steps make. A
+forecast counts as free, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and whole steps as exactly
+every fourth.
 """
 
 import csv
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tomesd_plus.benchmark.settings import STEPS
 from tomesd_plus.evaluation import Configuration, load_configurations
 from tomesd_plus.evaluation.configurations import BASELINE, NOISE_FLOOR
 
@@ -36,6 +38,7 @@ KINDS = {  # in the picture
     "merging and cache": ("tab:red", "D"),
     "presets": ("tab:green", "*"),
 }
+FAST = 5  # the interval of the preset "fast"
 PEERS = ["fewer steps", "cache (DeepCache's pictures)", "tomesd"]
 SPEEDS = [1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]  # of the front
 
@@ -63,19 +66,27 @@ class Speeds:
                 return self._measured[f"attn1, {reused}whole every 4", ratio]
             if merge.get("plan_per") == "block":
                 return self._measured["attn1, plan per block", ratio]
-            if merge.keys() - {"ratio", "schedule", "more_at", "cell_size"}:
+            if merge.get("whole_every") == "full":
+                full, cached = 1.0, self._cached_step_of_presets()
+            elif merge.keys() - {"ratio", "schedule", "more_at", "cell_size"}:
                 return None
-            full = 1 / self._measured["attn1" if ratio else "untouched", ratio]
-            total = own * full
-            if "cache" in switches:
-                interval = switches["cache"]["interval"]
-                mean = 1 / self._measured[f"{'attn1 + ' if ratio else ''}cache {interval}", ratio]
-                cached = (interval * mean - full) / (interval - 1)
-                count = ceil(own / interval)
-                total = count * full + (own - count) * cached
+            else:
+                full = 1 / self._measured["attn1" if ratio else "untouched", ratio]
+                cached = self._cached_step(ratio, switches["cache"]["interval"], full) if "cache" in switches else full
         except KeyError:
             return None
-        return steps / total
+        cache = switches.get("cache", {"interval": 1})
+        count = len(cache["full_steps"]) if "full_steps" in cache else ceil(own / cache["interval"])
+        return steps / (count * full + (own - count) * cached)
+
+    def _cached_step(self, ratio: str, interval: int, full: float) -> float:
+        """Its time as a share of the untouched UNet's step."""
+        mean = 1 / self._measured[f"{'attn1 + ' if ratio else ''}cache {interval}", ratio]
+        return (interval * mean - full) / (interval - 1)
+
+    def _cached_step_of_presets(self) -> float:
+        count = ceil(STEPS / FAST)
+        return (STEPS / self._measured["preset fast", ""] - count) / (STEPS - count)
 
 
 def kind(configuration: Configuration) -> str:

@@ -61,7 +61,7 @@ def test_an_adaptive_ratio_is_an_option_like_others(pipe):
     ]
     assert all(configuration.by_batch for configuration in configurations)
     rows = compare(pipe, ["a", "b"], configurations, Sampling(2, 1.0, 64, 64)).rows
-    assert [row.removed for row in rows] == [{1: 0.25}, {1: 0.0}]
+    assert [row.removed[1] for row in rows] == [0.25, 0.0]
     assert [len(row.removed_by_prompt) for row in rows] == [2, 2]
 
 
@@ -158,9 +158,9 @@ def test_the_grid_has_every_interval_ratio_and_direction():
         elif cache:
             cached.append(cache["interval"])
     assert sorted(merged) == sorted(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
-    assert sorted(cached) == [2, 3, 4, 5]
+    assert sorted(cached) == [2, 3, 4, 5, 7]
     assert [each.switches["preset"]["name"] for each in rows if "preset" in each.switches] == list(PRESETS)
-    assert [each.steps for each in rows if each.steps] == [13, 9, 8, 7, 6, 5]
+    assert [each.steps for each in rows if each.steps] == [20, 16, 13, 12, 10, 9, 8, 7, 6, 5]
     assert [each.switches["tomesd"]["ratio"] for each in rows if "tomesd" in each.switches] == [0.25, 0.5, 0.75]
 
 

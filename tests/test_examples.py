@@ -47,6 +47,11 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     assert speedup("cache: 5", 26) == pytest.approx(26 / (6 + 20 / 6))  # a cached step takes a sixth of a full one
     assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, whole_every: 4}") == 1.1
     assert speedup("merge: 0.5, cache: 5") == pytest.approx(3.2)
+    like_fast = "merge: {ratio: 0.75, whole_every: full}, cache: {%s, forecast: 0.85}"
+    assert speedup(like_fast % "interval: 5") == pytest.approx(4.5)
+    assert speedup(like_fast % "full_steps: [0, 4, 8, 12, 16, 20]") == pytest.approx(
+        25 / (6 + 19 * (25 / 4.5 - 5) / 20)
+    )
     assert speedup("merge: 0.25") is speedup("cache: 4") is speedup("merge: {ratio: 0.5, merge_mlp: true}") is None
     names = {"steps: 10": "fewer steps", "cache: 5": front.PEERS[1], "merge: 0.5, cache: 5": "merging and cache"}
     assert {text: front.kind(parse_configuration(text)) for text in names} == names

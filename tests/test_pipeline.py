@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import accelerate
 import pytest
 import torch
 from conftest import generate, hooks, level_of, make_pipeline, make_unet
@@ -192,7 +193,7 @@ def test_the_hosts_offloading(pipe, merging_comes_first):
         report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
         pipe.enable_model_cpu_offload(device="cpu")
     else:
-        pipe.enable_sequential_cpu_offload(device="cpu")
+        accelerate.cpu_offload(pipe.unet, execution_device="cpu")  # as sequential offloading does
         report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
     for _ in range(2):  # the host offloads anew after each call
         assert torch.equal(generate(pipe), expected) and report.merged

@@ -76,14 +76,15 @@ def cpu_suite() -> Suite:
     """SD 1.5's shape in float32: about four hours on two cores, and 8 GB. Long runs are of three rounds."""
     at = {size: Workload("sd15", size) for size in (256, 512, 768, 1024)}
     long = LEAST_ROUNDS
+    details = settings_from(["attn1, whole every 4", "attn1, reused, whole every 4"], [0.5])
+    details += settings_from(["attn1, plan per block"], [0.36, 0.5])  # 0.36: as many as with whole steps on average
     return Suite(
         (
-            task(at[512], [*OURS, "attn1, whole every 4", "tomesd", PACKAGE]),
+            task(at[512], [*OURS, "tomesd", PACKAGE]),
+            task(at[512], PRESET_NAMES, repeats=long),
             task(at[512], _caches(INTERVALS), repeats=long),
             task(at[512], GRID, [0.25, 0.5, 0.75], repeats=long),
-            task(at[512], PRESET_NAMES, repeats=long),
-            task(at[512], ["attn1, plan per block"], [0.36, 0.5], repeats=long),
-            task(at[512], ["attn1, reused, whole every 4"], repeats=long),
+            Task(at[512], tuple(with_ideals(details)), long),
             task(at[512], ["attn1, gate"], [0.1, 0.5]),
             task(at[256], ["attn1", "attn1, gate", "block", PACKAGE], [0.1, 0.5]),
             task(at[512], ["block", PACKAGE], [0.25, 0.75], repeats=long),
