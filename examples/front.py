@@ -64,10 +64,10 @@ class Speeds:
             if merge.get("whole_every") == 4:
                 reused = "reused, " if merge.get("reuse_attention") else ""
                 return self._measured[f"attn1, {reused}whole every 4", ratio]
-            if merge.get("plan_per") == "block":
-                return self._measured["attn1, plan per block", ratio]
             if merge.get("whole_every") == "full":
                 full, cached = 1.0, self._cached_step_of_presets()
+            elif merge.get("plan_per") == "block":
+                return self._measured["attn1, plan per block", ratio]
             elif merge.keys() - {"ratio", "schedule", "more_at", "cell_size"}:
                 return None
             else:
@@ -129,6 +129,8 @@ def main() -> None:
 
 def _product(speeds: Speeds, configuration: Configuration, steps: int) -> float | None:
     """What merging and the cache would gain together if neither took from what is left for the other."""
+    if "whole_every" in configuration.switches.get("merge", {}):
+        return None  # it merges on cached steps only
     parts = [Configuration("part", {each: configuration.switches[each]}) for each in configuration.switches]
     alone = [speeds.of(part, steps) for part in parts]
     return alone[0] * alone[1] if len(alone) == 2 and alone[0] and alone[1] else None

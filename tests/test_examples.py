@@ -47,7 +47,7 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     assert speedup("cache: 5", 26) == pytest.approx(26 / (6 + 20 / 6))  # a cached step takes a sixth of a full one
     assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, whole_every: 4}") == 1.1
     assert speedup("merge: 0.5, cache: 5") == pytest.approx(3.2)
-    like_fast = "merge: {ratio: 0.75, whole_every: full}, cache: {%s, forecast: 0.85}"
+    like_fast = "merge: {ratio: 0.75, whole_every: full, plan_per: block}, cache: {%s, forecast: 0.85}"
     assert speedup(like_fast % "interval: 5") == pytest.approx(4.5)
     assert speedup(like_fast % "full_steps: [0, 4, 8, 12, 16, 20]") == pytest.approx(
         25 / (6 + 19 * (25 / 4.5 - 5) / 20)
@@ -60,8 +60,6 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITES)
 def test_examples_run(name, tmp_path, monkeypatch, capsys):
-    if name == "front.py" and not (EXAMPLES.parent / "results" / "grid.md").exists():
-        pytest.skip("TEMPORARY")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [name])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
