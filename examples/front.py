@@ -6,8 +6,8 @@ from ``results/grid-scores.csv`` (the ``results.csv`` of an evaluation of ``exam
 
 A speed-up is that of a whole denoising: of a preset as it was measured, of other caches from the times of full and
 cached steps (where they merge as presets do, of the preset "fast"), as many of each as the evaluation's steps make. A
-forecast counts as free, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and whole steps as exactly
-every fourth.
+plain cache counts at the faster of our time and the DeepCache package's, whose pictures are the same; a forecast as
+free, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and whole steps as exactly every fourth.
 """
 
 import csv
@@ -81,8 +81,10 @@ class Speeds:
 
     def _cached_step(self, ratio: str, interval: int, full: float) -> float:
         """Its time as a share of the untouched UNet's step."""
-        mean = 1 / self._measured[f"{'attn1 + ' if ratio else ''}cache {interval}", ratio]
-        return (interval * mean - full) / (interval - 1)
+        speedup = self._measured[f"{'attn1 + ' if ratio else ''}cache {interval}", ratio]
+        if not ratio:
+            speedup = max(speedup, self._measured[f"DeepCache {interval}", ""])
+        return (interval / speedup - full) / (interval - 1)
 
     def _cached_step_of_presets(self) -> float:
         count = ceil(STEPS / FAST)
@@ -139,11 +141,12 @@ def _product(speeds: Speeds, configuration: Configuration, steps: int) -> float 
 def _front(timed: list[tuple[str, dict[str, str]]]) -> list[dict[str, str]]:
     """The best of ours and of each peer at several speed-ups; the best of a line is bold."""
     lines = []
+    columns = ["ours", *(peer for peer in PEERS if any(name == peer for name, _ in timed))]
     for speed in SPEEDS:
         fast = [(name, row) for name, row in timed if float(row["speed-up"]) >= speed]
         best = {"speed-up": f"{speed:g}×"}
         top = max(float(row["PSNR dB"]) for _, row in fast)
-        for column in ["ours", *PEERS]:
+        for column in columns:
             own = [row for name, row in fast if name == column or (column == "ours" and name not in PEERS)]
             first = max(own, key=lambda row: float(row["PSNR dB"]), default=None)
             mark = "**" if first and float(first["PSNR dB"]) == top else ""

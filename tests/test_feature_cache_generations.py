@@ -130,6 +130,41 @@ def test_merged_views_of_a_panorama_keep_nothing_of_each_other():
     assert [bool(step.removed) for step in report.steps] == ([False] * 6 + [True] * 6) * 2 and report.kept_bytes == 0
 
 
+def test_tiles_of_unlike_size_keep_their_cadence():
+    unet = make_unet()
+    report = apply_token_merging(unet, ratio=0.5, whole_every=2)
+    with torch.no_grad():
+        for timestep in torch.tensor([900, 880, 860, 840]):
+            for view in range(6):
+                unet(noise(view)[..., : 8 if view == 5 else 16], timestep, TEXT)
+    assert [bool(step.removed) for step in report.steps[12:]] == [False] * 6 + [True] * 6
+
+
+def test_views_of_a_panorama_do_not_get_each_others_plans():
+    """Whatever their order, which need not be the same at every step."""
+    made = {}
+    for every in (1, 4):
+        unet = make_unet()
+        apply_token_merging(unet, ratio=0.5, plan_every=every)
+        with torch.no_grad():
+            made[every] = [
+                unet(noise(view), timestep, TEXT).sample
+                for index, timestep in enumerate(torch.tensor([900, 880, 860]))
+                for view in (range(6) if index % 2 else reversed(range(6)))
+            ]
+    assert all(map(torch.equal, made[1], made[4]))
+
+
+def test_a_smooth_schedule_does_not_pile_up_plans():
+    unet = make_unet()
+    apply_token_merging(unet, plan_every=8, plan_per="block")
+    (merger,) = mergers_on(unet)
+    with torch.no_grad():
+        for timestep in torch.tensor([900, 800, 700, 600, 500]):
+            unet(noise(), timestep, TEXT)
+            assert len(merger.planner.plans) == 3
+
+
 def test_views_of_a_panorama_do_not_get_each_others_features():
     """As MultiDiffusion calls a UNet: once a view, more often than branches of guidance could be."""
     unet, timesteps = make_unet(), torch.tensor([900, 880, 860])

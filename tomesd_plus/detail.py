@@ -61,7 +61,7 @@ class DetailKeeper:
             self._drop(_KEPT)
         call = 0 if self._too_many else step.call
         before = self._steps.get(call)  # guidance branches may come as calls of their own, of unlike batch
-        if before is None or not step.same_size(before):
+        if before is None or not (self._too_many or step.same_size(before)):
             self._drop(_place(call))
             self._first[call] = step.number
         self._steps[call] = step

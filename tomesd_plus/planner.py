@@ -26,12 +26,14 @@ class Planner:
     plans: dict[Key, MergePlan]
     stages: dict[nn.Module, str]  # the block of the UNet that a layer is in, or its own name
     _steps: dict[int, Step]  # the latest of each call of a step
+    _too_many: bool  # of the generation's calls are at one step: they can no longer be told apart, so no plan lasts
     _too_few: dict[Key, torch.Size]  # where an adaptive ratio found too few tokens alike, in (batch, tokens)
 
     def __init__(self, config: ToMeConfig) -> None:
         self.config = config
         self.stages = {}
         self.call = 0
+        self._too_many = False
         self.forget()
 
     def forget(self) -> None:
@@ -42,14 +44,15 @@ class Planner:
 
     def begin_step(self, step: Step, before: Step | None, cached: bool = False) -> None:
         """Drop plans that do not hold for a step any more, which may be a feature cache's cached one."""
-        self.call = min(step.call, MOST_CALLS)
-        if before is None or step.new_generation or not self._lasts(step, before, cached):
+        self.call = step.call
+        self._too_many = step.call >= MOST_CALLS or (self._too_many and not step.new_generation)
+        if before is None or step.new_generation or self._too_many or not self._lasts(step, before, cached):
             self.forget()
-        last = self._steps.get(self.call)  # guidance branches may come as calls of their own, of unlike batch
-        if self.call == MOST_CALLS or (last is not None and not step.same_size(last)):
-            self.plans = {key: plan for key, plan in self.plans.items() if key[1] != self.call}
-            self._too_few = {key: size for key, size in self._too_few.items() if key[1] != self.call}
-        self._steps[self.call] = step
+        last = self._steps.get(step.call)  # guidance branches may come as calls of their own, of unlike batch
+        if last is not None and not step.same_size(last):
+            self.plans = {key: plan for key, plan in self.plans.items() if key[1] != step.call}
+            self._too_few = {key: size for key, size in self._too_few.items() if key[1] != step.call}
+        self._steps[step.call] = step
 
     def _lasts(self, step: Step, before: Step, cached: bool) -> bool:
         every = self.config.plan_every
@@ -82,6 +85,8 @@ class Planner:
         if plan is None:
             self._too_few[key] = hidden_states.shape[:2]
         else:
+            for other in [other for other in self.plans if other[:3] == key[:3]]:
+                del self.plans[other]  # of another ratio
             self.plans[key] = plan
         return plan
 

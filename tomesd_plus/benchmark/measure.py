@@ -21,7 +21,7 @@ from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
 
 MAX_CALLS = STEPS  # in a run
-REFERENCE_SHARE = 0.2  # of the calls of the longest run, at least, for the first setting, which all are compared with
+REFERENCE_CALLS = 5  # the first setting, which all are compared with, runs as long as the longest, up to so many calls
 LEAST_ROUNDS = 3  # fewer, where time runs out, give no row
 RECOMPILE_LIMIT = 256  # every setting is a graph of the same code
 
@@ -140,14 +140,13 @@ def measure(
         if results[0].failure:
             return results[:1]  # there is nothing to compare with
         least = protocol.run_seconds / candidates[0].run(1)
-        longest = max(candidate.measured.setting.cycle for candidate in candidates)
+        reference = min(REFERENCE_CALLS, max(candidate.measured.setting.cycle for candidate in candidates))
         for done in range(protocol.repeats):
             if protocol.is_over:
                 return results if done >= LEAST_ROUNDS else []
             for candidate in candidates:
                 before_run(candidate.measured.setting.name)
-                share = REFERENCE_SHARE if candidate is candidates[0] else 0
-                candidate.run_and_time(max(least, share * longest))
+                candidate.run_and_time(max(least, reference) if candidate is candidates[0] else least)
     if workload.compiled:
         torch.compiler.reset()  # its graphs would keep the UNets
     return results

@@ -44,7 +44,7 @@ class FeatureCacheConfig:
         interval: A step is full once it is this many steps after the last full one, at least 1. With 1 every step is
             full, and the pictures are the untouched ones; with 3 two cached steps follow each full one. An
             :class:`IntervalSchedule` makes full steps denser at chosen noise levels. Steps at one noise level count
-            once (Heun and PNDM have such), and are of one kind.
+            once (Heun and PNDM have such).
         branch: How many layers run on cached steps, as DeepCache counts: ``3 · block + layer``, from the outside. With
             0 the last layer of the last up block runs alone: fastest. Each more is slower and closer.
         full_steps: The full steps themselves, counted from 0 at the start of a generation; ``interval`` is ignored.
