@@ -16,6 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tomesd_plus import PRESETS
 from tomesd_plus.benchmark.settings import STEPS
 from tomesd_plus.evaluation import Configuration, load_configurations
 from tomesd_plus.evaluation.configurations import BASELINE, NOISE_FLOOR
@@ -29,17 +30,17 @@ COLUMNS = {  # of the scores: their names in the table, and digits
     "Fréchet distance (tiny CLIP)": ("distance", 4),
     "CLIP score (tiny CLIP)": ("CLIP score", 1),
 }
+DEEPCACHE = "cache (DeepCache's pictures)"
 KINDS = {  # in the picture
     "fewer steps": ("black", "s"),
     "tomesd": ("tab:gray", "v"),
-    "cache (DeepCache's pictures)": ("tab:blue", "o"),
+    DEEPCACHE: ("tab:blue", "o"),
     "cache with forecast": ("tab:cyan", "o"),
     "merging": ("tab:orange", "^"),
     "merging and cache": ("tab:red", "D"),
     "presets": ("tab:green", "*"),
 }
-FAST = 5  # the interval of the preset "fast"
-PEERS = ["fewer steps", "cache (DeepCache's pictures)", "tomesd"]
+PEERS = ["fewer steps", DEEPCACHE, "tomesd"]
 SPEEDS = [1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]  # of the front
 
 
@@ -87,7 +88,9 @@ class Speeds:
         return (interval / speedup - full) / (interval - 1)
 
     def _cached_step_of_presets(self) -> float:
-        count = ceil(STEPS / FAST)
+        interval = PRESETS["fast"].cache.interval
+        assert isinstance(interval, int)
+        count = ceil(STEPS / interval)
         return (STEPS / self._measured["preset fast", ""] - count) / (STEPS - count)
 
 
@@ -95,7 +98,7 @@ def kind(configuration: Configuration) -> str:
     """Under which heading it goes."""
     switches = configuration.switches
     if "cache" in switches and "merge" not in switches:
-        return "cache with forecast" if switches["cache"].get("forecast") else "cache (DeepCache's pictures)"
+        return "cache with forecast" if switches["cache"].get("forecast") else DEEPCACHE
     names = {"preset": "presets", "tomesd": "tomesd", "cache": "merging and cache", "merge": "merging"}
     return next((name for switch, name in names.items() if switch in switches), "fewer steps")
 
@@ -165,7 +168,7 @@ def _draw(timed: list[tuple[str, dict[str, str]]]) -> None:
     axes = figure.subplots()
     for name, (colour, marker) in KINDS.items():
         points = sorted((float(row["speed-up"]), float(row["PSNR dB"])) for own, row in timed if own == name)
-        line = "-" if name in ("fewer steps", "cache (DeepCache's pictures)", "cache with forecast", "presets") else ""
+        line = "-" if name in ("fewer steps", DEEPCACHE, "cache with forecast", "presets") else ""
         if points:
             axes.plot(*zip(*points), marker=marker, color=colour, linestyle=line, label=name, linewidth=1)
     axes.set_xlabel("speed-up of a whole denoising (SD 1.5's shape, 512 × 512)")

@@ -1,10 +1,7 @@
 """Applying, removing and reporting, on every kind of pipeline."""
 
-import copy
-import pickle
 import warnings
 
-import accelerate
 import pytest
 import torch
 from conftest import generate, hooks, level_of, make_pipeline, make_unet
@@ -185,20 +182,6 @@ def test_the_ratio_follows_the_noise_level_under_any_scheduler(pipe, scheduler):
     assert len({step.removed[1] for step in report.steps}) >= 5
 
 
-@pytest.mark.parametrize("merging_comes_first", [True, False])
-def test_the_hosts_offloading(pipe, merging_comes_first):
-    with token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3):
-        expected = generate(pipe)
-    if merging_comes_first:
-        report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
-        pipe.enable_model_cpu_offload(device="cpu")
-    else:
-        accelerate.cpu_offload(pipe.unet, execution_device="cpu")  # as sequential offloading does
-        report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
-    for _ in range(2):  # the host offloads anew after each call
-        assert torch.equal(generate(pipe), expected) and report.merged
-
-
 def test_img2img_starts_in_the_middle_of_the_schedule():
     pipe = make_pipeline("img2img")
     report = apply_token_merging(pipe, ratio=StepsSchedule((0.6, 0.2)))
@@ -253,44 +236,6 @@ def test_any_latent_size(height, width):
         output = unet(sample, 500, torch.randn(2, 7, 16)).sample
     assert output.shape == sample.shape and output.isfinite().all()
     assert report.removed.get(1, 0) == int(height * width * 0.5) / (height * width) * (height * width > 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(pipe, dtype):
-    pipe.to(dtype)
-    report = apply_token_merging(pipe, ratio=0.5)
-    assert generate(pipe).isfinite().all() and report.merged
-
-
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
-@pytest.mark.parametrize("bare", [True, False])
-def test_copies_merge_on_their_own(make_copy, bare):
-    pipe = make_pipeline("sd")
-    if bare:
-        pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5))
-    else:
-        apply_token_merging(pipe, ratio=0.5)
-    twin = make_pipeline("sd")
-    twin.unet = make_copy(pipe.unet)  # before any call
-    later = make_pipeline("sd")
-    first = generate(pipe)
-    later.unet = make_copy(pipe.unet)
-    assert torch.equal(generate(twin), first) and torch.equal(generate(later), first)
-    plain = generate(make_pipeline("sd"))
-    assert not torch.equal(first, plain)
-    remove_token_merging(pipe)
-    assert torch.equal(generate(pipe), plain)
-    assert torch.equal(generate(twin), first) and torch.equal(generate(later), first)
-
-
-def test_saving_and_loading_a_merging_pipeline(pipe, tmp_path):
-    plain = generate(pipe)
-    apply_token_merging(pipe, ratio=0.5)
-    assert not torch.equal(generate(pipe), plain)
-    pipe.save_pretrained(tmp_path)
-    loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(loaded), plain)
 
 
 def test_a_merge_map_shows_groups_at_their_places(pipe):

@@ -18,6 +18,7 @@ from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
 from tomesd_plus.evaluation import DTYPES
 from tomesd_plus.evaluation.clock import now
+from tomesd_plus.evaluation.errors import first_line
 from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
 
 MAX_CALLS = STEPS  # in a run
@@ -135,8 +136,8 @@ def measure(
                 candidates.append(candidate)
                 results.append(candidate.measured)
             except Exception as error:  # of a peer, a compiler, a full memory: the others go on
-                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-                results.append(Measured(setting, failure=f"failed: {type(error).__name__}: {reason[:120]}"))
+                reason = first_line(error)[:120]
+                results.append(Measured(setting, failure=f"failed: {type(error).__name__}: {reason}"))
         if results[0].failure:
             return results[:1]  # there is nothing to compare with
         least = protocol.run_seconds / candidates[0].run(1)

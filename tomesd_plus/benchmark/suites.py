@@ -17,10 +17,7 @@ from tomesd_plus.presets import PRESETS
 
 OURS = ["attn1", "attn1 + attn2 + mlp", "block", "block, whole every 4", "keys and values"]
 PRESET_NAMES = [f"preset {name}" for name in PRESETS]
-GRID = [
-    "attn1",
-    *(f"attn1 + cache {interval}" for interval in FEW_INTERVALS),
-]  # of examples/grid.yaml
+GRID = ["attn1", *(f"attn1 + cache {interval}" for interval in FEW_INTERVALS)]  # of examples/grid.yaml
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tomesd_plus.evaluation import DTYPES, EvaluationError, ModelError, load_model, local_device
+from tomesd_plus.evaluation.errors import first_line
 
 T = TypeVar("T")
 console = Console()
@@ -51,7 +52,7 @@ def usable(device: str) -> torch.device:
     try:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"device {device!r} cannot be used: {str(error).splitlines()[0]}")
+        fail(f"device {device!r} cannot be used: {first_line(error)}")
 
 
 def quiet() -> None:
@@ -75,7 +76,7 @@ def run(call: Callable[[], T]) -> T:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         fail(
-            f"out of memory: {str(error).splitlines()[0]}. Choose smaller batches, images or numbers (--dtype). "
+            f"out of memory: {first_line(error)}. Choose smaller batches, images or numbers (--dtype). "
             "What is finished is kept"
         )
 

@@ -9,6 +9,11 @@ class EvaluationError(Exception):
     """Something that the user can put right; the message is one line that says what, and how."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, or its class where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def installed(module: str) -> bool:
     """True if a library can be imported."""
     return find_spec(module) is not None
