@@ -66,8 +66,8 @@ class SkippableForward:
     """Stands in for the ``forward`` of one layer, which no hook of torch can keep from running.
 
     On full steps it runs the layer and keeps what is needed: of the seam the output, of others the shape. On cached
-    steps it returns what the cache has for it; the others, whose output nobody uses, zeros. Outside of the UNet's
-    calls it runs the layer. It copies and pickles with its layer.
+    steps it returns what the cache has for it; of the others, whose output nobody uses, memory that nobody wrote to.
+    Outside of the UNet's calls it runs the layer. It copies and pickles with its layer.
 
     Args:
         cache: Knows what kind of step is under way.
@@ -104,7 +104,7 @@ class SkippableForward:
     def _give(self, kept: Any) -> Any:
         if isinstance(kept, tuple):
             return tuple(map(self._give, kept))
-        return kept.clone() if self.seam else kept.new_zeros(kept.shape)
+        return kept.clone() if self.seam else kept.new_empty(kept.shape)
 
 
 def _shape_of(tensor: Tensor) -> Tensor:
