@@ -5,19 +5,19 @@ from ``results/grid-scores.csv`` (the ``results.csv`` of an evaluation of ``exam
 ``results/cpu.csv`` (of ``tomesd-plus benchmark``).
 
 A speed-up is that of a whole denoising: of a preset as it was measured, of other caches from the times of full and
-cached steps (where they merge as presets do, of the preset "fast"), as many of each as the evaluation's steps make. A
-plain cache counts at the faster of our time and the DeepCache package's, whose pictures are the same; a forecast as
-free, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and whole steps as exactly every fourth.
+cached steps, as many of each as the evaluation's steps make. A plain cache counts at the faster of our time and the
+DeepCache package's, whose pictures are the same; a forecast as free, a schedule as its mean ratio, a cell of any size
+as one of 2 × 2, and whole steps as exactly every fourth.
 """
 
 import csv
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from tomesd_plus import PRESETS
-from tomesd_plus.benchmark.settings import STEPS
+from tomesd_plus.benchmark.settings import NAMED
 from tomesd_plus.evaluation import Configuration, load_configurations
 from tomesd_plus.evaluation.configurations import BASELINE, NOISE_FLOOR
 
@@ -65,11 +65,11 @@ class Speeds:
             if merge.get("whole_every") == 4:
                 reused = "reused, " if merge.get("reuse_attention") else ""
                 return self._measured[f"attn1, {reused}whole every 4", ratio]
-            if merge.get("whole_every") == "full":
-                full, cached = 1.0, self._cached_step_of_presets()
+            if merge.items() >= NAMED["as presets + cache 5"]["merge"].items():
+                full, cached = self._steps_as_presets(merge)
             elif merge.get("plan_per") == "block":
                 return self._measured["attn1, plan per block", ratio]
-            elif merge.keys() - {"ratio", "schedule", "more_at", "cell_size"}:
+            elif merge.keys() - {"ratio", "schedule", "more_at", "cell_size"}:  # no benchmark has these
                 return None
             else:
                 full = 1 / self._measured["attn1" if ratio else "untouched", ratio]
@@ -87,11 +87,14 @@ class Speeds:
             speedup = max(speedup, self._measured[f"DeepCache {interval}", ""])
         return (interval / speedup - full) / (interval - 1)
 
-    def _cached_step_of_presets(self) -> float:
-        interval = PRESETS["fast"].cache.interval
-        assert isinstance(interval, int)
-        count = ceil(STEPS / interval)
-        return (STEPS / self._measured["preset fast", ""] - count) / (STEPS - count)
+    def _steps_as_presets(self, merge: dict[str, Any]) -> tuple[float, float]:
+        """Times of a full and of a cached step that merge as presets do, as shares of the untouched UNet's."""
+        ratio, full = f"{merge['ratio']:g}", 1.0
+        cached = (5 / self._measured["as presets + cache 5", ratio] - full) / 4
+        if "skipped_ratio" in merge:
+            name = f"as presets, skipped {merge['skipped_ratio']:g} + cache 5"
+            full = 5 / self._measured[name, ratio] - 4 * cached
+        return full, cached
 
 
 def kind(configuration: Configuration) -> str:
@@ -135,7 +138,7 @@ def main() -> None:
 def _product(speeds: Speeds, configuration: Configuration, steps: int) -> float | None:
     """What merging and the cache would gain together if neither took from what is left for the other."""
     if "whole_every" in configuration.switches.get("merge", {}):
-        return None  # it merges on cached steps only
+        return None  # without a cache it would not merge
     parts = [Configuration("part", {each: configuration.switches[each]}) for each in configuration.switches]
     alone = [speeds.of(part, steps) for part in parts]
     return alone[0] * alone[1] if len(alone) == 2 and alone[0] and alone[1] else None

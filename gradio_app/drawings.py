@@ -16,7 +16,7 @@ def curve(schedule: Schedule, hint: str | None = None) -> str:
 
     Args:
         schedule: What to draw.
-        hint: Of a preset, which may leave whole steps without merging.
+        hint: Of a preset, which may merge less on some steps, or nothing.
     """
     left, right, top, bottom = 30, WIDTH - 6, 8, HEIGHT - 16
     points = []
@@ -29,7 +29,8 @@ def curve(schedule: Schedule, hint: str | None = None) -> str:
         y = bottom - (bottom - top) * ratio / HIGHEST_RATIO
         lines.append(_line(left, y, right, y) + _text(left - 4, y + 3, f"{ratio:.0%}", "end"))
     area = f"{left},{bottom} {' '.join(points)} {right},{bottom}"
-    mean = f"{schedule.mean():.0%} of the tokens merged, on average" + (" of the steps that merge" if hint else "")
+    where = " of the steps that merge most" if hint else ""
+    mean = f"{schedule.mean():.0%} of the tokens merged, on average{where}"
     plot = _svg(
         WIDTH, HEIGHT, mean,
         [

@@ -20,6 +20,7 @@ WRITES = {
     "evaluate_fid.py": ["evaluate_fid"],
     "front.py": ["grid.csv", "grid.md", "grid.png"],
     "adaptive_ratio.py": ["adaptive-ratio.csv"],
+    "cache_steps.py": ["cache-steps.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
 }
 
@@ -31,7 +32,8 @@ def test_every_example_is_run():
 def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     measured = {("untouched", ""): 1, ("attn1", "0.5"): 1.25, ("cache 5", ""): 2.9, ("DeepCache 5", ""): 3,
                 ("attn1 + cache 5", "0.5"): 3.2, ("preset fast", ""): 4.5, ("tomesd package", "0.5"): 1.05,
-                ("attn1, whole every 4", "0.5"): 1.1}  # fmt: skip
+                ("attn1, whole every 4", "0.5"): 1.1, ("as presets + cache 5", "0.75"): 4.0,
+                ("as presets, skipped 0.5 + cache 5", "0.75"): 5.0}  # fmt: skip
     path = tmp_path / "cpu.csv"
     with path.open("w") as file:
         table = csv.writer(file)
@@ -47,11 +49,14 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     assert speedup("cache: 5", 26) == pytest.approx(26 / (6 + 20 / 6))  # a cached step takes a sixth of a full one
     assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, whole_every: 4}") == 1.1
     assert speedup("merge: 0.5, cache: 5") == pytest.approx(3.2)
-    like_fast = "merge: {ratio: 0.75, whole_every: full, plan_per: block}, cache: {%s, forecast: 0.85}"
-    assert speedup(like_fast % "interval: 5") == pytest.approx(4.5)
-    assert speedup(like_fast % "full_steps: [0, 4, 8, 12, 16, 20]") == pytest.approx(
-        25 / (6 + 19 * (25 / 4.5 - 5) / 20)
-    )
+    as_presets = "merge: {ratio: 0.75, merge_cross_attention: true, merge_mlp: true, whole_every: full, "
+    as_presets += "plan_per: block%s}, cache: {%s, forecast: 0.85}"
+    six = "full_steps: [0, 4, 8, 12, 16, 20]"  # of times 1 and 1/16, or where skipped layers merge of 3/4 and 1/16
+    assert speedup(as_presets % ("", "interval: 5")) == pytest.approx(4)
+    assert speedup(as_presets % ("", six)) == pytest.approx(25 / (6 + 19 / 16))
+    assert speedup(as_presets % (", skipped_ratio: 0.5", six)) == pytest.approx(25 / (6 * 0.75 + 19 / 16))
+    assert speedup(as_presets % (", skipped_ratio: 0.25", six)) is None
+    assert speedup("merge: {ratio: 0.75, whole_every: full}, cache: 5") is None
     assert speedup("merge: 0.25") is speedup("cache: 4") is speedup("merge: {ratio: 0.5, merge_mlp: true}") is None
     names = {"steps: 10": "fewer steps", "cache: 5": front.PEERS[1], "merge: 0.5, cache: 5": "merging and cache"}
     assert {text: front.kind(parse_configuration(text)) for text in names} == names

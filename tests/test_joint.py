@@ -54,7 +54,8 @@ def test_the_order_of_applying_changes_no_bit(pipe):
 def test_without_a_cache_the_ratio_of_cached_steps_does_nothing(pipe):
     plain = copy.deepcopy(pipe)
     apply_token_merging(plain, ratio=0.25)
-    apply_token_merging(pipe, ratio=0.25, cached_ratio=0.75, plan_every="full", whole_every="full")
+    options = {"cached_ratio": 0.75, "skipped_ratio": 0.5, "plan_every": "full", "whole_every": "full"}
+    apply_token_merging(pipe, ratio=0.25, **options)
     assert torch.equal(generate(pipe), generate(plain))
     apply_feature_cache(pipe, interval=2)
     apply_feature_cache(plain, interval=2)
@@ -96,6 +97,27 @@ def test_only_what_runs_on_cached_steps_is_kept(pipe):
     generate(pipe, num_inference_steps=4, height=32, width=32)
     outer = 2 * 256 * 16 * 4  # bytes of the last layer's output
     assert report.kept_bytes == outer
+
+
+@pytest.mark.parametrize("first", ["merging", "cache"])
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("metric", ["attention_input", "block_input"])
+def test_layers_that_cached_steps_skip_can_merge_self_attention_on_full_ones(pipe, first, cache, metric):
+    options = {"cached_ratio": 0.75, "whole_every": "full", "plan_per": "block", "metric": metric,
+               "merge_mlp": True, "merge_cross_attention": True}  # fmt: skip
+    plain = copy.deepcopy(pipe)
+    whole = apply_both(plain, first, cache, ratio=0, **options)
+    report = apply_both(pipe, first, cache, ratio=0, skipped_ratio=0.25, **options)
+    differ = [not torch.equal(a, b) for a, b in zip(near_steps(pipe.unet), near_steps(plain.unet), strict=True)]
+    assert differ == [True] * 6  # cached steps take what the full ones have left
+    assert [step.removed[1] for step in report.steps] == [0.25 if full else 0.75 for full in FULL]
+    assert [step.removed.get(1) for step in whole.steps] == [None if full else 0.75 for full in FULL]
+    assert report.kept_bytes == whole.kept_bytes > 0
+    for layer in report.layers:
+        last, attention = layer.name.startswith("up_blocks.1.attentions.1"), layer.name.endswith("attn1")
+        if layer.downsample == 1:
+            assert (layer.calls, layer.share) == ((6, 0.5) if last else (2, 0.25 if attention else 0)), layer.name
+            assert layer.reason == (None if last or attention else "the step is a whole one"), layer.name
 
 
 def matchings(monkeypatch):
@@ -148,6 +170,17 @@ def test_compiled_layers_know_the_kind_of_step_too(pipe):
     torch.compiler.reset()
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.allclose(generate(pipe, num_inference_steps=3), eager, atol=1e-5)
+
+
+def test_compiled_layers_stay_whole_on_full_steps(pipe):
+    plain = copy.deepcopy(pipe)
+    options = {"ratio": 0.25, "schedule": "constant", "whole_every": "full"}
+    apply_both(plain, "merging", CACHES["interval"], **options)
+    apply_both(pipe, "merging", CACHES["interval"], skipped_ratio=0.5, **options)
+    assert not torch.equal(generate(pipe, num_inference_steps=3), expected := generate(plain, num_inference_steps=3))
+    torch.compiler.reset()
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.allclose(generate(pipe, num_inference_steps=3), expected, atol=1e-5)
 
 
 def test_reused_attention_is_that_of_the_last_whole_step(pipe):
@@ -259,6 +292,11 @@ def test_a_compiled_preset_makes_as_many_graphs_however_many_layers_there_are():
 @pytest.mark.parametrize("options", [
     {"plan_every": 0}, {"plan_every": "cached"}, {"whole_every": 1}, {"whole_every": "cached"},
     {"cached_ratio": {3: 0.5}}, {"reuse_attention": True},
+    {"skipped_ratio": 0.5}, {"skipped_ratio": {3: 0.5}, "whole_every": "full"},
+    {"skipped_ratio": 0.5, "whole_every": 2}, {"skipped_ratio": 0.5, "whole_every": "full", "merge_block": True},
+    {"skipped_ratio": 0.5, "whole_every": "full", "levels": "auto"},
+    {"skipped_ratio": 0.5, "whole_every": "full", "merge_self_attention": False, "merge_mlp": True},
+    {"skipped_ratio": 0.5, "whole_every": "full", "reuse_attention": True},
     {"reuse_attention": True, "whole_every": 2, "merge_mlp": True},
     {"reuse_attention": True, "whole_every": 2, "levels": "auto"},
 ])  # fmt: skip
@@ -267,9 +305,10 @@ def test_what_cannot_be_is_refused(options):
         ToMeConfig(**options)
 
 
-def test_cells_bound_the_ratio_of_cached_steps_too():
+@pytest.mark.parametrize("options", [{"cached_ratio": 0.9}, {"skipped_ratio": 0.9, "whole_every": "full"}])
+def test_cells_bound_the_ratios_under_a_cache_too(options):
     with pytest.raises(ValueError, match="more than cells"):
-        ToMeConfig(cached_ratio=0.9)
+        ToMeConfig(**options)
 
 
 def test_sdxl_caches_and_merges_too():

@@ -38,12 +38,13 @@ def test_presets_merge_on_sdxl_too(name):
         assert bool(merged.removed) == cached.full  # its outer layers have no attention
 
 
-def test_the_reports_follow(pipe):
-    report = apply_preset(pipe, "balanced")
+@pytest.mark.parametrize(("name", "full"), [("quality", {}), ("balanced", {}), ("fast", {1: 0.5})])
+def test_the_reports_follow(pipe, name, full):
+    report = apply_preset(pipe, name)
     generate(pipe, num_inference_steps=6)
     assert report.cache.full < len(report.cache.steps) == 6
     for merged, cached in zip(report.merging.steps, report.cache.steps, strict=True):
-        assert merged.removed == ({} if cached.full else {1: 0.75})
+        assert merged.removed == (full if cached.full else {1: 0.75})
     assert "cached steps" in str(report)
 
 

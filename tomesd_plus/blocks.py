@@ -9,6 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from tomesd_plus.config import ToMeConfig
+from tomesd_plus.detail import WHOLE_STEP
 from tomesd_plus.gate import Decision, Gate
 from tomesd_plus.levels import Level
 from tomesd_plus.plan import MergePlan
@@ -75,7 +76,7 @@ class BlockMerging:
             return None
         reason = self._why_not_whole(block, args, kwargs)
         if self.plan is None or reason is not None:
-            merger.record(block, hidden_states.shape[1], 0, reason or merger.reason(hidden_states.shape[1]))
+            merger.record(block, hidden_states.shape[1], 0, reason or merger.reason(hidden_states.shape[1], block))
             self.plan = None
             self._entered = (hidden_states, None) if reason is None and merger.details.whole else None
             return None
@@ -99,12 +100,14 @@ class BlockMerging:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before cross-attention or MLP: merge the input by the block's plan."""
-        plan = self.plan
+        plan = None if self.merger.details.whole else self.plan  # on whole steps self-attention alone may be merged
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if plan is None or not plan.fits(hidden_states) or kwargs.get("ip_adapter_masks") is not None:
             reason = "its block's attention was not merged" if plan is None else "its input is not the block's tokens"
             if self.declined is not None:
                 reason = str(self.declined)
+            if self.merger.details.whole:
+                reason = WHOLE_STEP
             if kwargs.get("ip_adapter_masks") is not None:
                 reason = "it looks at places in the picture"
             self.merger.record(layer, hidden_states.shape[1], 0, reason)
@@ -210,7 +213,7 @@ def _kind_of(block: Any, hidden_states: Tensor, level: Level, judged: int, confi
     """All that the time of a transformer block depends on, but for machine and versions."""
     batch, _, channels = hidden_states.shape
     options = asdict(config)
-    for name in ("ratio", "cached_ratio", "schedule", "more_at", "max_downsample", "levels", "seed",
+    for name in ("ratio", "cached_ratio", "skipped_ratio", "schedule", "more_at", "max_downsample", "levels", "seed",
                  "plan_per", "plan_every", "whole_every", "reuse_attention"):  # fmt: skip
         del options[name]
     return (

@@ -27,13 +27,16 @@ class ToMeConfig:
             ratio, an :class:`AdaptiveRatio`, or a mapping from level (downsample 1, 2, 4 or 8) to any of them. A
             mapping decides by itself which levels are merged. ``None``: step-aware, with a mean of 0.5. A cell of
             ``a × b`` tokens keeps one destination, so no ratio may exceed 1 − 1/(a·b): 0.75 with the default cells.
-        schedule: How a number given as ratio or cached ratio goes over the noise levels, which is then its mean:
+        schedule: How a number given as one of the ratios goes over the noise levels, which is then its mean:
             ``"constant"``, ``"linear"``, ``"cosine"``, ``"steps"``, or ``"auto"``, the best of these as measured.
             ``None``: constant for a number, and a cosine where no ratio is given.
         more_at: ``"noisy"`` or ``"clean"``: where that schedule merges more; ``"auto"`` decides it itself. Both fields
             end up in the ratios, which are schedules then.
         cached_ratio: In place of ``ratio`` on the cached steps of a feature cache, where the few layers that still run
             are most of the cost; ``None``: the same. Does nothing without :func:`~tomesd_plus.apply_feature_cache`.
+        skipped_ratio: With ``whole_every="full"``: the ratio at which self-attention merges on a cache's full steps in
+            the layers that its cached steps skip. Those that run on cached steps too stay whole there, for the sake of
+            their details. ``None``: all stay whole, as they do inside ``torch.compile``'s graphs.
         max_downsample: Merge at levels of at most this downsample: 1, 2, 4 or 8. SD 1.x and 2.x have most of their
             cost at 1; **SDXL has no attention at 1, set 2 there.** Ignored if ``ratio`` is a mapping.
         levels: ``"all"`` merges at every level within ``max_downsample``. ``"auto"`` leaves those alone at which
@@ -72,8 +75,8 @@ class ToMeConfig:
         whole_every: Run the merged layers on all tokens every so many steps, at least 2, beginning with the first, and
             let each token keep on the steps between what told it from its group then: much closer pictures for little
             less saved. Keeps one output of each merged layer in memory, and in copies of the model. ``"full"``: on the
-            full steps of a feature cache, so that only its cached steps merge; models without such a cache,
-            ControlNets too, then have no whole steps. ``None``: never.
+            full steps of a feature cache, so that only its cached steps merge (and what ``skipped_ratio`` adds);
+            models without such a cache, ControlNets too, then have no whole steps. ``None``: never.
         reuse_attention: On the steps between whole ones do not merge, but take each self-attention's output of the
             last whole step again, wherever the ratio is not 0 (pyramid attention broadcast,
             https://arxiv.org/abs/2408.12588).
@@ -87,6 +90,7 @@ class ToMeConfig:
     schedule: str | None = None
     more_at: str = Direction.noisy
     cached_ratio: Ratio | Mapping[int, Ratio] | None = None
+    skipped_ratio: Ratio | Mapping[int, Ratio] | None = None
     max_downsample: int = 1
     levels: Levels = "all"
     cell_size: tuple[int, int] = (2, 2)
@@ -163,7 +167,14 @@ class ToMeConfig:
                     "reuse_attention needs whole_every, and goes without merge_cross_attention, merge_mlp, "
                     "merge_block, queries_only, a gate (levels) and another metric: nothing is merged"
                 )
-        for name in ("ratio", "cached_ratio"):
+        if self.skipped_ratio is not None:
+            fitting = self.levels == "all" and self.merge_self_attention and not self.merge_block
+            if self.whole_every != "full" or self.reuse_attention or not fitting:
+                raise ValueError(
+                    "skipped_ratio needs whole_every='full' and merge_self_attention, and goes without merge_block, "
+                    "reuse_attention and a gate (levels)"
+                )
+        for name in ("ratio", "cached_ratio", "skipped_ratio"):
             ratio = getattr(self, name)
             if isinstance(ratio, Mapping) and (not ratio or not set(ratio) <= set(LEVELS)):
                 raise ValueError(f"{name} must map levels among {LEVELS} to ratios, not {ratio!r}")
@@ -171,7 +182,7 @@ class ToMeConfig:
                 object.__setattr__(self, name, self._with_schedule(ratio))
         object.__setattr__(self, "schedule", None)  # it is in the ratios now
         object.__setattr__(self, "more_at", Direction.noisy)
-        for schedule in (*self.schedules.values(), *self.cached_schedules.values()):
+        for schedule in (*self.schedules.values(), *self.cached_schedules.values(), *self.skipped_schedules.values()):
             self._check_maximum(schedule)
 
     @property
@@ -183,6 +194,11 @@ class ToMeConfig:
     def cached_schedules(self) -> dict[int, Schedule | AdaptiveRatio]:
         """The same on a feature cache's cached steps."""
         return self._by_level(self.ratio if self.cached_ratio is None else self.cached_ratio)
+
+    @property
+    def skipped_schedules(self) -> dict[int, Schedule | AdaptiveRatio]:
+        """The same on its full steps, of the layers that its cached steps skip; empty if these are whole too."""
+        return {} if self.skipped_ratio is None else self._by_level(self.skipped_ratio)
 
     def _by_level(self, ratio: Ratio | Mapping[int, Ratio] | None) -> dict[int, Schedule | AdaptiveRatio]:
         by_level = ratio if isinstance(ratio, Mapping) else dict.fromkeys(LEVELS, ratio)
@@ -198,7 +214,7 @@ class ToMeConfig:
             return {level: cast(Ratio, self._with_schedule(each)) for level, each in ratio.items()}
         if isinstance(ratio, (Schedule, AdaptiveRatio)):
             if self.schedule is not None:
-                raise ValueError("schedule needs ratio and cached_ratio to be numbers, which become its means")
+                raise ValueError("schedule needs the ratios to be numbers, which become its means")
             return ratio
         self._check_maximum(ConstantSchedule(ratio))
         if self.schedule is None:

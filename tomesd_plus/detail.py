@@ -1,6 +1,6 @@
 """Detail-keeping unmerge: what told a token from its group at the last whole step, it keeps.
 
-On a *whole* step the merged layers run on all tokens and leave their output ``kept``. On the steps between,
+On a *whole* step the layers that merge on others run on all tokens and leave their output ``kept``. On those between,
 
     output = unmerge(o) + (kept − unmerge(merge(kept)))
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tomesd_plus.config import Full
 from tomesd_plus.plan import MergeMode, MergePlan
 from tomesd_plus.step import MOST_CALLS, Step
+
+WHOLE_STEP = "the step is a whole one"  # why a layer was left alone
 
 
 class DetailKeeper:
@@ -80,7 +82,7 @@ class DetailKeeper:
 
     def unmerge(self, layer: nn.Module, plan: MergePlan, output: Tensor) -> Tensor:
         """Bring a layer's output (batch, merged tokens, channels) back to all tokens, with their details."""
-        if self.every is None:
+        if self.every is None or self.whole:  # a layer that runs on whole steps only may be merged there
             return plan.unmerge(output)
         kept: Tensor | None = getattr(layer, self._place, None)
         if kept is None or not plan.fits(kept):

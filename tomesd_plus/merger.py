@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tomesd_plus.blocks import BlockMerging
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.config import ToMeConfig
-from tomesd_plus.detail import DetailKeeper
+from tomesd_plus.detail import WHOLE_STEP, DetailKeeper
 from tomesd_plus.host import owners_of_hooks, sample_and_timestep
 from tomesd_plus.idle import why_idle
 from tomesd_plus.levels import Level, levels_of
@@ -133,9 +133,11 @@ class TokenMerger:
 
     def _lay_out(self, step: Step, before: Step | None, cached: bool | None, device: torch.device) -> None:
         """Make the step's levels, and drop what does not hold on; a feature cache has told whether it is cached."""
-        schedules = self.config.cached_schedules if cached else self.config.schedules
         self.planner.begin_step(step, before, bool(cached))
         self.details.begin_step(step, cached)
+        schedules = self.config.cached_schedules if cached else self.config.schedules
+        if self.details.whole and self.config.skipped_ratio is not None:
+            schedules = self.config.skipped_schedules
         generator = None
         if self.config.destinations == "random":
             # By the noise level, not by counting: the same step draws the same cells, whatever ran before it.
@@ -175,7 +177,7 @@ class TokenMerger:
                 self.blocks.plan = plan
         if not self.config.merge_self_attention or self.config.merge_block:
             return None
-        reason = self.reason(hidden_states.shape[1]) if plan is None else None
+        reason = self.reason(hidden_states.shape[1], attention) if plan is None else None
         self.record(attention, hidden_states.shape[1], plan.removed if plan else 0, reason)
         return plan
 
@@ -191,7 +193,11 @@ class TokenMerger:
         """True if a layer does not run on the steps between; a graph that knew its name would serve no other layer."""
         if self.details.every != "full" or self.cache is None or torch.compiler.is_compiling():
             return False
-        return self.cache.skips(self._names[layer].removeprefix(self.name))
+        return self.cache.skips(self._names.get(layer, "").removeprefix(self.name))
+
+    def stays_whole(self, layer: nn.Module) -> bool:
+        """True on whole steps, but for a layer whose self-attention the configuration merges there."""
+        return self.details.whole and (self.config.skipped_ratio is None or not self._is_skipped(layer))
 
     def reused(self, attention: nn.Module, hidden_states: Tensor) -> Tensor | None:
         """What the layer gave at the last whole step, if that is to be taken again, (batch, tokens, channels)."""
@@ -201,7 +207,8 @@ class TokenMerger:
         level = self.levels.get(tokens)
         merged = level is not None and level.cells is not None
         output = self.details.kept(attention, hidden_states) if merged else None
-        nothing = "there is no output of a whole step" if merged and not self.details.whole else self.reason(tokens)
+        missing = merged and not self.details.whole
+        nothing = "there is no output of a whole step" if missing else self.reason(tokens, attention)
         self.record(attention, tokens, 0, nothing if output is None else "its last whole output was taken again")
         return output
 
@@ -239,19 +246,21 @@ class TokenMerger:
 
     def plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
         level = self.levels.get(hidden_states.shape[1])
-        if level is None or level.cells is None or self.details.whole or self.blocks.declined is not None:
+        if level is None or level.cells is None or self.blocks.declined is not None:
+            return None
+        if self.stays_whole(layer):
             return None
         return self.planner.plan(hidden_states, level, layer)
 
     # Telling the user -------------------------------------------------------------------------------------------
 
-    def reason(self, tokens: int) -> str:
+    def reason(self, tokens: int, layer: nn.Module) -> str:
         assert self.step is not None
         level = self.levels.get(tokens)
         if level is None:
             return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
-        if level.reason is None and self.details.whole:
-            return "the step is a whole one"
+        if self.stays_whole(layer) and (level.reason is None or self.config.skipped_ratio is not None):
+            return WHOLE_STEP
         if level.reason is None and self.blocks.declined is not None:
             return str(self.blocks.declined)
         return level.reason or "too few tokens are alike"

@@ -84,7 +84,7 @@ class _TomesdMerger(TokenMerger):
         self.max_downsample = max_downsample
         self.global_generator: torch.Generator | None = None
 
-    def reason(self, tokens: int) -> str:
+    def reason(self, tokens: int, layer: Any) -> str:
         """Why self-attention on that many tokens is left alone."""
         return "tomesd leaves it alone: the level is beyond max_downsample, or the ratio removes nothing"
 

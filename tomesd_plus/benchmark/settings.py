@@ -25,6 +25,7 @@ LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_b
 
 _ALL_LAYERS = {"merge_cross_attention": True, "merge_mlp": True}
 _BLOCK = {"merge_block": True}
+_PRESETS = _ALL_LAYERS | {"whole_every": "full", "plan_per": "block"}
 NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "attn1": {"merge": {}},
     "attn1, gate": {"merge": {"levels": "remeasure"}},  # not what an earlier run found out
@@ -43,6 +44,8 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     **{f"DeepCache {interval}": {"deepcache": {"interval": interval}} for interval in INTERVALS},
     **{f"attn1 + cache {interval}": {"merge": {}, "cache": {"interval": interval}} for interval in FEW_INTERVALS},
     **{f"preset {name}": {"preset": {"name": name}} for name in PRESETS},
+    "as presets + cache 5": {"merge": _PRESETS, "cache": {"interval": 5}},
+    "as presets, skipped 0.5 + cache 5": {"merge": _PRESETS | {"skipped_ratio": 0.5}, "cache": {"interval": 5}},
 }
 """Settings by name; those that merge are taken at each ratio."""
 

@@ -15,9 +15,10 @@ from tomesd_plus.benchmark.settings import (
 )
 from tomesd_plus.presets import PRESETS
 
-OURS = ["attn1", "attn1 + attn2 + mlp", "block", "block, whole every 4", "keys and values"]
+FIRST = ["attn1", "attn1 + attn2 + mlp", "block", PACKAGE]
+MORE = ["block, whole every 4", "keys and values"]
 PRESET_NAMES = [f"preset {name}" for name in PRESETS]
-GRID = ["attn1", *(f"attn1 + cache {interval}" for interval in FEW_INTERVALS)]  # of examples/grid.yaml
+GRID = [f"attn1 + cache {interval}" for interval in FEW_INTERVALS]  # of examples/grid.yaml
 
 
 @dataclass(frozen=True)
@@ -70,31 +71,37 @@ def task(
 
 
 def cpu_suite() -> Suite:
-    """SD 1.5's shape in float32: about four hours on two cores, and 8 GB. Long runs are of three rounds."""
+    """SD 1.5's shape in float32: about four hours on two cores, and 8 GB.
+
+    What saves a tenth takes many rounds on a noisy machine; long runs are of three.
+    """
     at = {size: Workload("sd15", size) for size in (256, 512, 768, 1024)}
     long = LEAST_ROUNDS
+    presets = settings_from(PRESET_NAMES, [])
+    presets += settings_from(["as presets + cache 5", "as presets, skipped 0.5 + cache 5"], [0.75])
     details = settings_from(["attn1, whole every 4", "attn1, reused, whole every 4"], [0.5])
     details += settings_from(["attn1, plan per block"], [0.36, 0.5])  # 0.36: as many as with whole steps on average
     return Suite(
         (
-            task(at[512], [*OURS, "tomesd", PACKAGE]),
-            task(at[512], PRESET_NAMES, repeats=long),
-            task(at[512], _caches(INTERVALS), repeats=long),
-            task(at[512], GRID, [0.25, 0.5, 0.75], repeats=long),
+            task(at[512], FIRST),
+            task(at[512], ["attn1", "block", PACKAGE], [0.25, 0.75], repeats=long),
+            task(at[512], [*MORE, "tomesd"], repeats=long),
+            Task(at[512], tuple(with_ideals(presets)), long),
+            task(at[512], [*_caches(INTERVALS), *GRID], [0.25, 0.5, 0.75], repeats=long),
             Task(at[512], tuple(with_ideals(details)), long),
-            task(at[512], ["attn1, gate"], [0.1, 0.5]),
+            task(at[512], ["attn1, gate"], [0.1, 0.5], repeats=5),
             task(at[256], ["attn1", "attn1, gate", "block", PACKAGE], [0.1, 0.5]),
-            task(at[512], ["block", PACKAGE], [0.25, 0.75], repeats=long),
             task(at[1024], ["attn1", "block", PACKAGE], repeats=long),
             task(at[768], ["attn1", "block", PACKAGE], repeats=long),
             task(at[1024], ["block"], levels=2, repeats=long),
-        )
+        ),
+        repeats=12,
     )
 
 
 def gpu_suite() -> Suite:
     """The shapes of SD 1.5 and SDXL in float16, eager and compiled: at most ten minutes on one H200."""
-    main = [*OURS, PACKAGE, *_caches(FEW_INTERVALS), "block + cache 3", *PRESET_NAMES]
+    main = [*FIRST, *MORE, *_caches(FEW_INTERVALS), "block + cache 3", *PRESET_NAMES]
     few = ["attn1", "block", "keys and values", PACKAGE]
 
     def at(shape: str, size: int, batch: int = 2, compiled: bool = False) -> Workload:

@@ -162,7 +162,7 @@ def _run(
         def after(step: int) -> None:
             nonlocal merge_map
             if report is not None and (merge_map is None or step <= sampling.steps // 2):
-                merge_map = report.merge_map() if report.steps[-1].removed else merge_map  # whole steps have none
+                merge_map = report.merge_map() if report.steps[-1].removed else merge_map  # whole steps may have none
             if on_step:
                 on_step(setting.name)
 

@@ -50,14 +50,14 @@ def _merge(**options: Any) -> Switch:
 
     A number as ratio is the mean of a cosine, unless a schedule is named; ``{similarity: …}`` is an adaptive one.
     """
-    ratio = options.get("ratio", 0.5)
-    if isinstance(ratio, (int, float)):
+    if isinstance(options.get("ratio", 0.5), (int, float)):
         options = {"schedule": "cosine"} | options
-    elif isinstance(ratio, Mapping) and "similarity" in ratio:
-        options |= {"ratio": AdaptiveRatio(**ratio)}
+    for name in ("ratio", "cached_ratio", "skipped_ratio"):
+        if isinstance(ratio := options.get(name), Mapping) and "similarity" in ratio:
+            options |= {name: AdaptiveRatio(**ratio)}
     config = ToMeConfig(**options)
-    schedules = *config.schedules.values(), *config.cached_schedules.values()
-    adaptive = any(isinstance(chosen, AdaptiveRatio) for chosen in schedules)
+    kinds = config.schedules, config.cached_schedules, config.skipped_schedules
+    adaptive = any(isinstance(chosen, AdaptiveRatio) for kind in kinds for chosen in kind.values())
     return Switch(lambda pipe: token_merging(pipe, config), config, adaptive, config.levels != "all")
 
 
