@@ -6,8 +6,9 @@ from ``results/grid-scores.csv`` (the ``results.csv`` of an evaluation of ``exam
 
 A speed-up is that of a whole denoising: of a preset as it was measured, of other caches from the times of full and
 cached steps, as many of each as the evaluation's steps make. A plain cache counts at the faster of our time and the
-DeepCache package's, whose pictures are the same; a forecast as free, a schedule as its mean ratio, a cell of any size
-as one of 2 × 2, and whole steps as exactly every fourth.
+DeepCache package's, whose pictures are the same, one with a forecast at ours; a forecast counts as free, a speed-up at
+two decimals, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and whole steps as exactly every
+fourth.
 """
 
 import csv
@@ -41,7 +42,10 @@ KINDS = {  # in the picture
     "presets": ("tab:green", "*"),
 }
 PEERS = ["fewer steps", DEEPCACHE, "tomesd"]
-SPEEDS = [1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]  # of the front
+SPEEDS = [1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0]  # of the front
+FREE = {"ratio", "schedule", "more_at", "cell_size"}  # options that decide how many tokens go, and where
+DETAILS = ["attn1, plan per block", "attn1, whole every 4", "attn1, reused, whole every 4"]
+AS_PRESETS = "as presets + cache 5"
 
 
 class Speeds:
@@ -62,38 +66,37 @@ class Speeds:
                 return self._measured["tomesd package", f"{switches['tomesd']['ratio']:g}"]
             merge = switches.get("merge", {})
             ratio = f"{merge['ratio']:g}" if merge else ""
-            if merge.get("whole_every") == 4:
-                reused = "reused, " if merge.get("reuse_attention") else ""
-                return self._measured[f"attn1, {reused}whole every 4", ratio]
-            if merge.items() >= NAMED["as presets + cache 5"]["merge"].items():
-                full, cached = self._steps_as_presets(merge)
-            elif merge.get("plan_per") == "block":
-                return self._measured["attn1, plan per block", ratio]
-            elif merge.keys() - {"ratio", "schedule", "more_at", "cell_size"}:  # no benchmark has these
-                return None
+            options = {name: value for name, value in merge.items() if name not in FREE}
+            skipped = options.pop("skipped_ratio", None)
+            if options == NAMED[AS_PRESETS]["merge"]:
+                full, cached = self._steps_as_presets(ratio, skipped)
+            elif options:
+                alike = [name for name in DETAILS if NAMED[name]["merge"] == options and "cache" not in switches]
+                return self._measured["".join(alike), ratio]
             else:
                 full = 1 / self._measured["attn1" if ratio else "untouched", ratio]
-                cached = self._cached_step(ratio, switches["cache"]["interval"], full) if "cache" in switches else full
+                cached = self._cached_step(ratio, switches["cache"], full) if "cache" in switches else full
         except KeyError:
             return None
         cache = switches.get("cache", {"interval": 1})
         count = len(cache["full_steps"]) if "full_steps" in cache else ceil(own / cache["interval"])
         return steps / (count * full + (own - count) * cached)
 
-    def _cached_step(self, ratio: str, interval: int, full: float) -> float:
+    def _cached_step(self, ratio: str, cache: dict[str, Any], full: float) -> float:
         """Its time as a share of the untouched UNet's step."""
+        interval = cache["interval"]
         speedup = self._measured[f"{'attn1 + ' if ratio else ''}cache {interval}", ratio]
-        if not ratio:
+        if not ratio and not cache.get("forecast"):  # the package has none
             speedup = max(speedup, self._measured[f"DeepCache {interval}", ""])
         return (interval / speedup - full) / (interval - 1)
 
-    def _steps_as_presets(self, merge: dict[str, Any]) -> tuple[float, float]:
+    def _steps_as_presets(self, ratio: str, skipped: float | None) -> tuple[float, float]:
         """Times of a full and of a cached step that merge as presets do, as shares of the untouched UNet's."""
-        ratio, full = f"{merge['ratio']:g}", 1.0
-        cached = (5 / self._measured["as presets + cache 5", ratio] - full) / 4
-        if "skipped_ratio" in merge:
-            name = f"as presets, skipped {merge['skipped_ratio']:g} + cache 5"
-            full = 5 / self._measured[name, ratio] - 4 * cached
+        interval, full = NAMED[AS_PRESETS]["cache"]["interval"], 1.0
+        cached = (interval / self._measured[AS_PRESETS, ratio] - full) / (interval - 1)
+        if skipped is not None:
+            name = AS_PRESETS.replace(" +", f", skipped {skipped:g} +")
+            full = interval / self._measured[name, ratio] - (interval - 1) * cached
         return full, cached
 
 
@@ -138,7 +141,7 @@ def main() -> None:
 def _product(speeds: Speeds, configuration: Configuration, steps: int) -> float | None:
     """What merging and the cache would gain together if neither took from what is left for the other."""
     if "whole_every" in configuration.switches.get("merge", {}):
-        return None  # without a cache it would not merge
+        return None  # without a cache it merges on every step, which is another thing
     parts = [Configuration("part", {each: configuration.switches[each]}) for each in configuration.switches]
     alone = [speeds.of(part, steps) for part in parts]
     return alone[0] * alone[1] if len(alone) == 2 and alone[0] and alone[1] else None

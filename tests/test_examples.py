@@ -45,9 +45,10 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
         return speeds.of(parse_configuration(text), steps)
 
     assert speedup("steps: 10") == 2.5 and speedup("tomesd: 0.5") == 1.05 and speedup("preset: fast") == 4.5
-    assert speedup("cache: 5") == pytest.approx(3) == speedup("cache: {interval: 5, forecast: 0.85}")
+    assert speedup("cache: 5") == pytest.approx(3)
+    assert speedup("cache: {interval: 5, forecast: 0.85}") == pytest.approx(2.9)  # which the package has not
     assert speedup("cache: 5", 26) == pytest.approx(26 / (6 + 20 / 6))  # a cached step takes a sixth of a full one
-    assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, whole_every: 4}") == 1.1
+    assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, plan_per: block, whole_every: 4}") == 1.1
     assert speedup("merge: 0.5, cache: 5") == pytest.approx(3.2)
     as_presets = "merge: {ratio: 0.75, merge_cross_attention: true, merge_mlp: true, whole_every: full, "
     as_presets += "plan_per: block%s}, cache: {%s, forecast: 0.85}"
@@ -57,6 +58,8 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     assert speedup(as_presets % (", skipped_ratio: 0.5", six)) == pytest.approx(25 / (6 * 0.75 + 19 / 16))
     assert speedup(as_presets % (", skipped_ratio: 0.25", six)) is None
     assert speedup("merge: {ratio: 0.75, whole_every: full}, cache: 5") is None
+    assert speedup("merge: {ratio: 0.5, plan_per: block, whole_every: 4}, cache: 5") is None
+    assert speedup("merge: {ratio: 0.5, plan_per: block, whole_every: 4, merge_mlp: true}") is None
     assert speedup("merge: 0.25") is speedup("cache: 4") is speedup("merge: {ratio: 0.5, merge_mlp: true}") is None
     names = {"steps: 10": "fewer steps", "cache: 5": front.PEERS[1], "merge: 0.5, cache: 5": "merging and cache"}
     assert {text: front.kind(parse_configuration(text)) for text in names} == names

@@ -30,9 +30,8 @@ class DetailKeeper:
     """
 
     whole: bool  # the step under way
-    _layers: list[
-        nn.Module
-    ]  # of the model; what is kept of one is its own attribute, so that compiled ones share graphs
+    # Of the model. What is kept of a layer is its own attribute, so that compiled layers share graphs.
+    _layers: list[nn.Module]
     _steps: dict[int, Step]  # the latest of each call of a step
     _first: dict[int, int]  # the number of the step at which each call's cadence began
     _too_many: bool  # of the generation's calls are at one step: they can no longer be told apart, so nothing is kept

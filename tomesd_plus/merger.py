@@ -55,7 +55,7 @@ class TokenMerger:
         self.planner = Planner(config)
         self.details = DetailKeeper(config.whole_every, config.mode)
         self.blocks = BlockMerging(self)
-        self._merged_levels = {*config.schedules, *config.cached_schedules}
+        self.merged_levels = {*config.schedules, *config.cached_schedules}
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
         self._lost: tuple[weakref.ref[nn.Module], list[nn.Module]] | None = None  # model and layers before a detour
@@ -184,7 +184,7 @@ class TokenMerger:
     def keep_detail(self, layer: nn.Module, output: Tensor) -> None:
         """On a whole step keep the output of a layer that other steps merge, (batch, tokens, channels)."""
         level = self.levels.get(output.shape[1])
-        if not self.active or not self.details.whole or level is None or level.downsample not in self._merged_levels:
+        if not self.active or not self.details.whole or level is None or level.downsample not in self.merged_levels:
             return
         if not self._is_skipped(layer):
             self.details.keep(layer, output)
@@ -259,7 +259,7 @@ class TokenMerger:
         level = self.levels.get(tokens)
         if level is None:
             return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
-        if self.stays_whole(layer) and (level.reason is None or self.config.skipped_ratio is not None):
+        if self.stays_whole(layer) and level.downsample in self.merged_levels:
             return WHOLE_STEP
         if level.reason is None and self.blocks.declined is not None:
             return str(self.blocks.declined)

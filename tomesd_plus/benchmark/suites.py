@@ -71,7 +71,7 @@ def task(
 
 
 def cpu_suite() -> Suite:
-    """SD 1.5's shape in float32: about four hours on two cores, and 8 GB.
+    """SD 1.5's shape in float32: about five hours on two cores, and 8 GB.
 
     What saves a tenth takes many rounds on a noisy machine; long runs are of three.
     """
