@@ -71,8 +71,8 @@ class Speeds:
             if options == NAMED[AS_PRESETS]["merge"]:
                 full, cached = self._steps_as_presets(ratio, skipped)
             elif options:
-                alike = [name for name in DETAILS if NAMED[name]["merge"] == options and "cache" not in switches]
-                return self._measured["".join(alike), ratio]
+                alike = (name for name in DETAILS if NAMED[name]["merge"] == options and "cache" not in switches)
+                return self._measured[next(alike, ""), ratio]
             else:
                 full = 1 / self._measured["attn1" if ratio else "untouched", ratio]
                 cached = self._cached_step(ratio, switches["cache"], full) if "cache" in switches else full

@@ -135,6 +135,14 @@ def generate(pipe: Any, seed: int = 0, prompt: str | list[str] = "a cat", **opti
     return pipe(prompt, generator=generator, output_type="pt", **call).images
 
 
+def saved_and_loaded(pipe: Any, folder: Path) -> Any:
+    """The pipeline that a folder holds after ``save_pretrained``."""
+    pipe.save_pretrained(folder)
+    loaded = type(pipe).from_pretrained(folder, safety_checker=None)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
 @pytest.fixture
 def pipe() -> StableDiffusionPipeline:
     return make_pipeline("sd")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, attach_execution_device_hook, remove_hook_from_module
 from cache_tools import TEXT, kinds, noise
-from conftest import generate, make_pipeline, make_unet
+from conftest import generate, make_pipeline, make_unet, saved_and_loaded
 
 from tomesd_plus.caching import (
     apply_feature_cache,
@@ -22,17 +22,6 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 # What else is on the model ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_numbers")
-def test_controlnets_act_on_cached_steps_too():
-    pipe = make_pipeline("controlnet")
-    pictures = []
-    for guided_until in (0.2, 1.0):  # the first step alone, or all of them
-        with feature_cache(pipe, interval=9) as report:
-            pictures.append(generate(pipe, num_inference_steps=5, control_guidance_end=guided_until))
-        assert kinds(report) == "Fcccc"
-    assert not torch.equal(*pictures) and all(picture.isfinite().all() for picture in pictures)
-
-
 @pytest.fixture
 def no_numbers(monkeypatch):
     """What nobody has written is not a number."""
@@ -43,6 +32,17 @@ def no_numbers(monkeypatch):
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+@pytest.mark.usefixtures("no_numbers")
+def test_controlnets_act_on_cached_steps_too():
+    pipe = make_pipeline("controlnet")
+    pictures = []
+    for guided_until in (0.2, 1.0):  # the first step alone, or all of them
+        with feature_cache(pipe, interval=9) as report:
+            pictures.append(generate(pipe, num_inference_steps=5, control_guidance_end=guided_until))
+        assert kinds(report) == "Fcccc"
+    assert not torch.equal(*pictures) and all(picture.isfinite().all() for picture in pictures)
 
 
 @pytest.mark.parametrize("branch", range(6))
@@ -122,10 +122,7 @@ def test_saving_and_loading_a_caching_pipeline(pipe, tmp_path):
     plain = generate(pipe)
     apply_feature_cache(pipe, interval=2)
     assert not torch.equal(generate(pipe), plain)
-    pipe.save_pretrained(tmp_path)
-    loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(loaded), plain)
+    assert torch.equal(generate(saved_and_loaded(pipe, tmp_path)), plain)
 
 
 def every_module(unet):

@@ -6,7 +6,7 @@ import pickle
 import accelerate
 import pytest
 import torch
-from conftest import generate, make_pipeline
+from conftest import generate, make_pipeline, saved_and_loaded
 
 from tomesd_plus import ToMeProcessor, apply_token_merging, remove_token_merging, token_merging
 
@@ -43,10 +43,7 @@ def test_saving_and_loading_a_merging_pipeline(pipe, tmp_path):
     plain = generate(pipe)
     apply_token_merging(pipe, ratio=0.5)
     assert not torch.equal(generate(pipe), plain)
-    pipe.save_pretrained(tmp_path)
-    loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(loaded), plain)
+    assert torch.equal(generate(saved_and_loaded(pipe, tmp_path)), plain)
 
 
 @pytest.mark.parametrize("merging_comes_first", [True, False])

@@ -106,8 +106,7 @@ class BlockMerging:
             reason = "its block's attention was not merged" if plan is None else "its input is not the block's tokens"
             if self.declined is not None:
                 reason = str(self.declined)
-            level = self.merger.levels.get(hidden_states.shape[1])
-            if self.merger.details.whole and level is not None and level.downsample in self.merger.merged_levels:
+            if self.merger.details.whole and self.merger.merges_at(hidden_states.shape[1]):
                 reason = WHOLE_STEP
             if kwargs.get("ip_adapter_masks") is not None:
                 reason = "it looks at places in the picture"

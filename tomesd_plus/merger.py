@@ -55,7 +55,7 @@ class TokenMerger:
         self.planner = Planner(config)
         self.details = DetailKeeper(config.whole_every, config.mode)
         self.blocks = BlockMerging(self)
-        self.merged_levels = {*config.schedules, *config.cached_schedules}
+        self._merged_levels = {*config.schedules, *config.cached_schedules}
         self._handles: list[Any] = []
         self._names: dict[nn.Module, str] = {}
         self._lost: tuple[weakref.ref[nn.Module], list[nn.Module]] | None = None  # model and layers before a detour
@@ -183,11 +183,14 @@ class TokenMerger:
 
     def keep_detail(self, layer: nn.Module, output: Tensor) -> None:
         """On a whole step keep the output of a layer that other steps merge, (batch, tokens, channels)."""
-        level = self.levels.get(output.shape[1])
-        if not self.active or not self.details.whole or level is None or level.downsample not in self.merged_levels:
-            return
-        if not self._is_skipped(layer):
+        whole = self.active and self.details.whole and self.merges_at(output.shape[1])
+        if whole and not self._is_skipped(layer):
             self.details.keep(layer, output)
+
+    def merges_at(self, tokens: int) -> bool:
+        """True if layers of so many tokens are merged on some steps."""
+        level = self.levels.get(tokens)
+        return level is not None and level.downsample in self._merged_levels
 
     def _is_skipped(self, layer: nn.Module) -> bool:
         """True if a layer does not run on the steps between; a graph that knew its name would serve no other layer."""
@@ -246,9 +249,7 @@ class TokenMerger:
 
     def plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
         level = self.levels.get(hidden_states.shape[1])
-        if level is None or level.cells is None or self.blocks.declined is not None:
-            return None
-        if self.stays_whole(layer):
+        if level is None or level.cells is None or self.blocks.declined is not None or self.stays_whole(layer):
             return None
         return self.planner.plan(hidden_states, level, layer)
 
@@ -259,7 +260,7 @@ class TokenMerger:
         level = self.levels.get(tokens)
         if level is None:
             return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
-        if self.stays_whole(layer) and level.downsample in self.merged_levels:
+        if self.stays_whole(layer) and self.merges_at(tokens):
             return WHOLE_STEP
         if level.reason is None and self.blocks.declined is not None:
             return str(self.blocks.declined)
