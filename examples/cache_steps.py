@@ -7,7 +7,6 @@ default. A step in turn meets the same noise of the machine, which whole runs, m
 import csv
 import statistics
 import sys
-import time
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,11 +17,13 @@ from diffusers import DDIMScheduler
 
 from tomesd_plus.benchmark import SHAPES, build_unet, make_inputs
 from tomesd_plus.benchmark.measure import twin
+from tomesd_plus.clock import now
 from tomesd_plus.evaluation import parse_configuration
 
 shape, size, steps = sys.argv[1:] or ("tiny", "64", "4")
-unet = build_unet(SHAPES[shape], torch.float32, torch.device("cpu"))
-inputs = make_inputs(SHAPES[shape], int(size), 2, torch.float32, torch.device("cpu"))
+device = torch.device("cpu")
+unet = build_unet(SHAPES[shape], torch.float32, device)
+inputs = make_inputs(SHAPES[shape], int(size), 2, torch.float32, device)
 sample = inputs.pop("sample")
 peers = []
 seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -34,10 +35,10 @@ with ExitStack() as stack, torch.no_grad():
         peers.append((peer, pipe))
     for step in range(int(steps) + 2):
         for peer, pipe in peers if step % 4 < 2 else reversed(peers):  # full and cached steps in both orders
-            start = time.perf_counter()
+            start = now(device)
             pipe.unet(sample, pipe.scheduler.timesteps[step], **inputs, return_dict=False)
             if step >= 2:  # of an interval of 2, every other step is full
-                seconds["cached" if step % 2 else "full", peer].append(time.perf_counter() - start)
+                seconds["cached" if step % 2 else "full", peer].append(now(device) - start)
 
 with Path("cache-steps.csv").open("w", newline="", encoding="utf-8") as file:
     table = csv.writer(file, lineterminator="\n")

@@ -7,17 +7,17 @@ Queries, keys and values of SD 1.5's first level at 512 × 512, half of whose 4,
 import csv
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from tomesd_plus.attention import attention
+from tomesd_plus.clock import moment, seconds_between
 
 BATCH, TOKENS, CHANNELS, HEADS = 2, 2048, 320, 8
-device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.float16 if device == "cuda" else torch.float32
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+dtype = torch.float16 if device.type == "cuda" else torch.float32
 runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 
 layer = Attention(CHANNELS, heads=HEADS, dim_head=CHANNELS // HEADS).to(device, dtype)
@@ -34,11 +34,9 @@ ways = {
 
 def seconds(way: str) -> float:
     """Of one call."""
-    start = time.perf_counter()
+    start = moment(device)
     ways[way]()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return seconds_between(start, moment(device))
 
 
 with torch.no_grad():
@@ -53,4 +51,4 @@ with Path("proportional-attention.csv").open("w", newline="", encoding="utf-8") 
     writer.writerow(["device", "dtype", "torch", "way", "median ms", "least", "greatest", "runs"])
     for way, own in times.items():
         figures = [f"{1000 * value:.2f}" for value in (statistics.median(own), min(own), max(own))]
-        writer.writerow([device, str(dtype).removeprefix("torch."), torch.__version__, way, *figures, runs])
+        writer.writerow([device.type, str(dtype).removeprefix("torch."), torch.__version__, way, *figures, runs])

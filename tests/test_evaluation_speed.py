@@ -9,7 +9,6 @@ import torch
 from test_evaluation_generation import CONFIGURATIONS, ITEMS, SAMPLING, opened
 
 from tomesd_plus.evaluation import EvaluationError, Experiment, Share, Speed, generate, generate_experiment, speed
-from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.speed import device_name, load_speeds, manifest_digest, measured_speeds
 
 SPEED = Speed(1.0, 0.4, 1.0, 1.0, 3.0, runs=2, batch_size=1, memory_mib=1.0, device=device_name(torch.device("cpu")))
@@ -105,11 +104,3 @@ def test_a_step_takes_what_steps_take_on_the_mean(pipe, monkeypatch):
     monkeypatch.setattr(module, "now", lambda device: next(ticks))
     made = generate(pipe, "a cat", 0, replace(SAMPLING, steps=4))
     assert made.step_seconds == pytest.approx((1 + 10 + 1) / 3) and made.seconds == 22
-
-
-def test_the_clock_waits_for_the_pipelines_own_device(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    now(torch.device("cuda:1"))
-    now(torch.device("cpu"))
-    assert waited == [torch.device("cuda:1")]

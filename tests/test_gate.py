@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import INPUTS, make_unet
+from diffusers.models.attention_processor import AttnProcessor
 
 from tomesd_plus import AdaptiveRatio, apply_token_merging, gate
 from tomesd_plus.gate import Decision, Gate
@@ -39,7 +40,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_what_it_declines_stays_bit_identical_and_the_report_says_why(options, monkeypatch):
-    monkeypatch.setattr(Gate, "decide", lambda self, key, whole, merged: Decision(1.0, 1.0))
+    monkeypatch.setattr(Gate, "decide", lambda self, key, device, whole, merged: Decision(1.0, 1.0))
     result, report = merged(**options, levels="auto")
     assert torch.equal(result, output(make_unet()))
     assert not report.merged
@@ -48,8 +49,20 @@ def test_what_it_declines_stays_bit_identical_and_the_report_says_why(options, m
     assert "Measured with 128 tokens less in 2 × 256 × 16 (batch, tokens, channels): merging does not" in str(report)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_each_level_is_decided_by_itself(options, monkeypatch):
+    def decide(self, key, *others):
+        return Decision(1.0, 1.0) if " 8 × 8 tokens" in key else Decision(2.0, 1.0)
+
+    monkeypatch.setattr(Gate, "decide", decide)
+    result, report = merged(**options, max_downsample=2, levels="auto")
+    assert torch.equal(result, merged(**options)[0])
+    assert not torch.equal(result, merged(**options, max_downsample=2)[0])
+    assert {layer.downsample for layer in report.layers if layer.removed} == {1}
+
+
 def test_the_report_says_what_was_measured_where_it_pays_too(monkeypatch):
-    monkeypatch.setattr(Gate, "decide", lambda self, key, whole, merged: Decision(2.0, 1.0))
+    monkeypatch.setattr(Gate, "decide", lambda self, key, device, whole, merged: Decision(2.0, 1.0))
     _, report = merged(ratio=0.5, levels="auto")
     assert report.merged and "merging pays here (1.00 ms, whole 2.00 ms)" in str(report)
 
@@ -61,7 +74,7 @@ def test_the_report_says_what_was_measured_where_it_pays_too(monkeypatch):
 def test_what_is_measured_is_at_most_what_is_merged(ratio, removed, monkeypatch):
     tokens = []
 
-    def watch(self, key, whole, merged):
+    def watch(self, key, device, whole, merged):
         hook = (
             unet.down_blocks[0]
             .attentions[0]
@@ -83,8 +96,8 @@ def test_what_is_measured_is_at_most_what_is_merged(ratio, removed, monkeypatch)
 def test_measuring_changes_nothing(options, monkeypatch):
     decide, runs = Gate.decide, []
 
-    def measured(self, key, whole, merged):
-        decide(self, key, lambda: runs.append(0) or whole(), lambda: runs.append(1) or merged())
+    def measured(self, key, device, whole, merged):
+        decide(self, key, device, lambda: runs.append(0) or whole(), lambda: runs.append(1) or merged())
         return Decision(2.0, 1.0)
 
     monkeypatch.setattr(Gate, "decide", measured)
@@ -100,7 +113,7 @@ def test_both_ways_are_what_they_say(monkeypatch):
     """The gate's two ways of running a block take all tokens, and fewer."""
     tokens = {}
 
-    def watch(self, key, whole, merged):
+    def watch(self, key, device, whole, merged):
         for name, run in {"whole": whole, "merged": merged}.items():
             tokens[name] = []
             hook = block.attn1.to_q.register_forward_hook(
@@ -127,7 +140,7 @@ def test_decisions_are_kept_on_disk_and_measured_anew_on_demand(cache, monkeypat
     first = json.loads(cache.read_text())
     assert len(first) == 1 and all(times["whole_ms"] > 0 < times["merged_ms"] for times in first.values())
     with monkeypatch.context() as patch:
-        patch.setattr(gate, "_milliseconds", lambda run: pytest.fail("measured again"))
+        patch.setattr(gate, "_milliseconds", lambda device, run: pytest.fail("measured again"))
         merged(ratio=0.5, levels="auto")
         with pytest.raises(pytest.fail.Exception):
             merged(ratio=0.5, levels="remeasure")
@@ -135,6 +148,11 @@ def test_decisions_are_kept_on_disk_and_measured_anew_on_demand(cache, monkeypat
             unet = make_unet()
             apply_token_merging(unet, ratio=0.5, levels="auto")
             output(unet, batch=1)
+        with pytest.raises(pytest.fail.Exception):  # other kernels
+            unet = make_unet()
+            unet.set_attn_processor(AttnProcessor())
+            apply_token_merging(unet, ratio=0.5, levels="auto")
+            output(unet)
     merged(ratio=0.25, levels="auto")
     merged(ratio=0.5, levels="auto", merge_mlp=True)
     assert len(json.loads(cache.read_text())) == 3
@@ -154,13 +172,13 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(cache):
 
 
 def test_a_failure_while_measuring_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(gate, "_milliseconds", lambda run: run() or 1 / 0)
+    monkeypatch.setattr(gate, "_milliseconds", lambda device, run: run() or 1 / 0)
     unet = make_unet()
     apply_token_merging(unet, ratio=0.5, levels="auto")
     with pytest.raises(ZeroDivisionError):
         output(unet)
     monkeypatch.undo()
-    monkeypatch.setattr(Gate, "decide", lambda self, key, whole, merged: Decision(2.0, 1.0))
+    monkeypatch.setattr(Gate, "decide", lambda self, key, device, whole, merged: Decision(2.0, 1.0))
     assert torch.equal(output(unet), merged(ratio=0.5)[0])
 
 

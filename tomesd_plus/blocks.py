@@ -136,7 +136,7 @@ class BlockMerging:
             return None
         judged = _judged(level)
         states = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
-        kind = (*states, block.attn1.heads, level.height, judged)
+        kind = (*states, block.attn1.heads, _kernel_of(block.attn1), level.height, judged)
         if kind not in self.decisions:
             self.decisions[kind] = self._measure(gate, block, args, kwargs, judged)
         decision = self.decisions[kind]
@@ -163,7 +163,7 @@ class BlockMerging:
         merger.levels = levels | {tokens: replace(level, removed=judged, ratio=None)}
         try:
             key = _kind_of(block, hidden_states, level, judged, merger.config)
-            return gate.decide(key, lambda: run(_CLOSED), lambda: run(None))
+            return gate.decide(key, hidden_states.device, lambda: run(_CLOSED), lambda: run(None))
         finally:
             self.reset()
             merger.planner, merger.levels = planner, levels
@@ -212,11 +212,19 @@ def _judged(level: Level) -> int:
 def _kind_of(block: Any, hidden_states: Tensor, level: Level, judged: int, config: ToMeConfig) -> str:
     """All that the time of a transformer block depends on, but for machine and versions."""
     batch, _, channels = hidden_states.shape
-    options = asdict(config)
+    options = asdict(config) | {"whole_every": config.whole_every is not None}  # what details are kept for takes time
     for name in ("ratio", "cached_ratio", "skipped_ratio", "schedule", "more_at", "max_downsample", "levels", "seed",
-                 "plan_per", "plan_every", "whole_every", "reuse_attention"):  # fmt: skip
+                 "plan_per", "plan_every", "reuse_attention"):  # fmt: skip
         del options[name]
     return (
-        f"{channels} channels, {block.attn1.heads} heads, {level.height} × {level.width} tokens, batch {batch}, "
+        f"{channels} channels, {block.attn1.heads} heads, {_kernel_of(block.attn1)}, "
+        f"{level.height} × {level.width} tokens, batch {batch}, "
         f"{hidden_states.dtype}, {hidden_states.device.type}, {judged} removed, {options}"
     )
+
+
+def _kernel_of(attention: Any) -> str:
+    """What computes an attention layer."""
+    processor = attention.processor
+    inner, backend = type(getattr(processor, "inner", processor)), getattr(processor, "_attention_backend", None)
+    return inner.__name__ if backend is None else f"{inner.__name__} on {backend}"

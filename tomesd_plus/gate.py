@@ -6,13 +6,14 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import diffusers
 import torch
+
+from tomesd_plus.clock import moment, seconds_between
 
 REPEATS = 3
 LEAST_GAIN = 1.02  # a smaller speed-up is within the noise of a short measurement
@@ -52,19 +53,22 @@ class Gate:
         self.path = Path(path) if path is not None else cache_folder() / "gate.json"
         self.decisions: dict[str, Decision] = {} if refresh else _read(self.path)
 
-    def decide(self, key: str, whole: Callable[[], object], merged: Callable[[], object]) -> Decision:
+    def decide(
+        self, key: str, device: torch.device, whole: Callable[[], object], merged: Callable[[], object]
+    ) -> Decision:
         """Look a decision up, or measure: both ways in turn, medians after a warm-up.
 
         Args:
             key: What the times depend on, apart from versions and machine, which are added here.
-            whole, merged: Run the block in one way and the other.
+            device: Where the block runs.
+            whole, merged: Run it in one way and the other.
         """
-        key = f"{key} {_machine()}"
+        key = f"{key} {_machine(device)}"
         if key not in self.decisions:
             times: dict[Callable[[], object], list[float]] = {whole: [], merged: []}
             for _ in range(1 + REPEATS):
                 for run, measured in times.items():
-                    measured.append(_milliseconds(run))
+                    measured.append(_milliseconds(device, run))
             medians = [statistics.median(measured[1:]) for measured in times.values()]
             self.decisions[key] = Decision(*medians)
             self._write()
@@ -92,23 +96,15 @@ def _read(path: Path) -> dict[str, Decision]:
         return {}
 
 
-def _machine() -> str:
+def _machine(device: torch.device) -> str:
     from tomesd_plus import __version__
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, {torch.__version__}, {diffusers.__version__}, {__version__}"
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {torch.__version__}, {diffusers.__version__}, {__version__}"
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
-    _synchronize()
-    start = time.perf_counter()
+def _milliseconds(device: torch.device, run: Callable[[], object]) -> float:
+    start = moment(device)
     run()
-    _synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.mps.is_available():
-        torch.mps.synchronize()
+    return 1000 * seconds_between(start, moment(device))

@@ -16,8 +16,8 @@ from torch import nn
 from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
+from tomesd_plus.clock import moment, seconds_between
 from tomesd_plus.evaluation import DTYPES
-from tomesd_plus.evaluation.clock import now
 from tomesd_plus.evaluation.errors import first_line
 from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
 
@@ -172,10 +172,10 @@ class _Candidate:
         inputs = dict(self.inputs)
         sample = inputs.pop("sample")
         self.pipe.scheduler.set_timesteps(STEPS, device=sample.device)  # new tensors: a new generation
-        start = now(sample.device)
+        start = moment(sample.device)
         for timestep in self.pipe.scheduler.timesteps[:calls]:
             self.pipe.unet(sample, timestep, **inputs, return_dict=False)
-        return now(sample.device) - start
+        return seconds_between(start, moment(sample.device))
 
     def warm_up(self, device: torch.device, bare: float, compiled: bool) -> None:
         """Run to watch the memory and the package's own functions, both of which would disturb the times."""

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 
 from tomesd_plus import merger, tomesd
-from tomesd_plus.evaluation.clock import now
+from tomesd_plus.clock import Moment, moment, seconds_between
 from tomesd_plus.plan import MergePlan
 from tomesd_plus.planner import Planner
 
@@ -26,8 +26,9 @@ WATCHED: dict[str, tuple[tuple[Any, str], ...]] = {
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[dict[str, float]]:
-    """Yields the seconds spent in the functions of :data:`WATCHED` inside a ``with`` block, by kind."""
+    """Yields what will be, after the ``with`` block, the seconds spent there in the functions of :data:`WATCHED`."""
     seconds = dict.fromkeys(WATCHED, 0.0)
+    calls: dict[str, list[tuple[Moment, Moment]]] = {kind: [] for kind in WATCHED}
     inside = False
 
     def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,11 +36,11 @@ def watched(device: torch.device) -> Iterator[dict[str, float]]:
             nonlocal inside
             if inside:  # one of them calls another
                 return function(*args, **kwargs)
-            inside, start = True, now(device)
+            inside, start = True, moment(device)
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[kind] += now(device) - start
+                calls[kind].append((start, moment(device)))
                 inside = False
 
         return call
@@ -49,3 +50,4 @@ def watched(device: torch.device) -> Iterator[dict[str, float]]:
             for owner, name in functions:
                 stack.enter_context(patch.object(owner, name, timed(kind, getattr(owner, name))))
         yield seconds
+    seconds |= {kind: sum(seconds_between(*call) for call in of_kind) for kind, of_kind in calls.items()}

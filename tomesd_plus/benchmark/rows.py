@@ -29,7 +29,7 @@ class Row:
         step_ms, step_ms_low, step_ms_high: Time of a UNet call, ms: median, least and greatest over the runs.
         speedup, speedup_low, speedup_high: The untouched UNet's time divided by this one's, round by round.
         efficiency: Share of what merging can save that is saved, see :func:`merge_efficiency`.
-        matching_ms: Of a UNet call: drawing cells and finding plans; eager, and on a GPU with a wait around each.
+        matching_ms: Of a UNet call: drawing cells and finding plans; eager, and on a GPU by events around each.
         merging_ms: The same of merging and unmerging.
         memory_mib: Peak: what PyTorch allocated on a GPU; on a CPU the process's resident memory, in which there is
             also what other settings keep from step to step.

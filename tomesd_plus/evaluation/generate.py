@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomesd_plus.evaluation.clock import now
+from tomesd_plus.clock import now
 from tomesd_plus.evaluation.configurations import Configuration
 from tomesd_plus.evaluation.items import Item
 
