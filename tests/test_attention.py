@@ -11,7 +11,7 @@ from tomesd_plus.attention import attention
 
 
 @pytest.mark.parametrize("whole_queries", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_an_extra_channel_does_what_the_mask_does(dtype, whole_queries):
     attn, x = attention_layer()
     attn, x = attn.to(dtype), x.to(dtype)

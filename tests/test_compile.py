@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import INPUTS, make_unet
 
-from tomesd_plus import CosineSchedule, apply_token_merging, remove_token_merging
+from tomesd_plus import CosineSchedule, ToMeProcessor, apply_token_merging, remove_token_merging
 
 TIMESTEPS = torch.tensor([950, 800, 650, 500, 350, 200, 50])
 PLATEAUS = CosineSchedule(0.7, 0.3).quantized(3)
@@ -78,6 +78,36 @@ def test_graphs_are_made_once_a_plateau(options, later, whole):
     remove_token_merging(unet)
     torch.testing.assert_close(compiled(**INPUTS, timestep=500).sample, plain)
     assert not torch.equal(eager(**INPUTS, timestep=500).sample, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_processor_by_itself_makes_its_graphs_in_two_steps(whole):
+    """Set the short way it finds its model in the first call, by a hook that later calls do not have."""
+    unet, eager, graphs = make_unet(), make_unet(), Graphs()
+    for model in (unet, eager):
+        model.set_attn_processor(ToMeProcessor(ratio=0.5, plan_per="block"))
+    if whole:
+        compiled = torch.compile(unet, backend=graphs)
+    else:
+        unet.compile_repeated_blocks(fullgraph=True, backend=graphs)
+        compiled = unet
+    counts = graphs_per_step(unet, compiled, graphs, eager)
+    assert len(set(counts[1:])) == 1
+    plain = make_unet()(**INPUTS, timestep=500).sample
+    assert (compiled(**INPUTS, timestep=500).sample - plain).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_generated_kernels_compute_the_same():
+    unet, eager = make_unet(), make_unet()
+    for model in (unet, eager):
+        apply_token_merging(model, ratio=0.5, plan_per="block", merge_mlp=True)
+    unet.compile_repeated_blocks(fullgraph=True)
+    with torch.no_grad():
+        for timestep in TIMESTEPS[:2]:
+            own, expected = (model(**INPUTS, timestep=timestep).sample for model in (unet, eager))
+            torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow

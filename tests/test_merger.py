@@ -4,11 +4,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import generate, hooks, make_pipeline, make_unet
+from conftest import INPUTS, generate, hooks, make_pipeline, make_unet
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tomesd_plus import (
+    CosineSchedule,
     StepsSchedule,
     ToMeProcessor,
     apply_feature_cache,
@@ -24,6 +26,32 @@ def test_gradients_in_training_mode():
     unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 7, 16)).sample.square().mean().backward()
     assert report.merged
     assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"metric": "keys", "merge_mlp": True}, {"merge_block": True}, {"whole_every": 2}, {"window": None}]
+)
+def test_only_a_generations_first_step_reads_from_the_device(options):
+    """What would make the host wait for a GPU: a number's value, or how many entries are not zero."""
+    unet = make_unet()
+    report = apply_token_merging(unet, ratio=CosineSchedule(0.6, 0.3), **options)
+    timesteps = torch.tensor([900, 700, 500, 300])
+    with torch.no_grad():
+        unet(**INPUTS, timestep=timesteps[0])
+        with NoReading():
+            for timestep in timesteps[1:]:
+                unet(**INPUTS, timestep=timestep)
+        assert report.merged
+        with pytest.raises(AssertionError), NoReading():
+            timesteps[1].item()
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value is read from a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **(kwargs or {}))
 
 
 def test_gradient_checkpointing_runs_the_same_plans_again():

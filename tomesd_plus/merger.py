@@ -136,7 +136,7 @@ class TokenMerger:
         self.planner.begin_step(step, before, bool(cached))
         self.details.begin_step(step, cached)
         schedules = self.config.cached_schedules if cached else self.config.schedules
-        if self.details.whole and self.config.skipped_ratio is not None:
+        if self.details.whole:  # no cells are drawn, unless a skipped ratio wants them
             schedules = self.config.skipped_schedules
         generator = None
         if self.config.destinations == "random":
