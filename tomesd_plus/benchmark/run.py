@@ -55,7 +55,7 @@ def run_suite(
     of_the_suite = Protocol(suite.repeats, suite.run_seconds, deadline)
     progress = on_progress or (lambda what, setting: None)
     path, where = out / f"{name}.csv", device_name(device)
-    rows = load_rows(path)
+    rows = [row for row in load_rows(path) if row.step_ms]  # what failed is tried again
     available, left_out = _available(list({s.key: s for task in suite.tasks for s in task.settings}.values()))
     psnr = embedded_psnr(
         available, out / FIDELITY, device, suite.prompts, suite.steps, lambda setting: progress("fidelity", setting)

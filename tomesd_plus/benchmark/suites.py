@@ -125,9 +125,10 @@ def gpu_suite() -> Suite:
             task(at("sd15", 2048), ["block", "keys and values"], levels=2),
             task(Workload("sd15", 1024, 2, "bfloat16"), ["attn1", "block"]),
             task(at("sd15", 1024, compiled=True), ["attn1", "block", PACKAGE]),
-            task(at("sd15", 2048, compiled=True), ["attn1", "block"]),
-            task(at("sd15", 512, compiled=True), ["attn1", "block"]),
-            task(at("sdxl", 1024, compiled=True), ["block"]),
+            task(at("sd15", 2048, compiled=True), ["attn1", "block", PACKAGE]),
+            task(at("sd15", 512, compiled=True), ["attn1", "block", PACKAGE]),
+            task(at("sdxl", 1024, compiled=True), ["block", PACKAGE]),
+            task(at("sd21", 768), few),
         ),
         minutes=10,
     )
