@@ -21,6 +21,7 @@ WRITES = {
     "front.py": ["grid.csv", "grid.md", "grid.png"],
     "adaptive_ratio.py": ["adaptive-ratio.csv"],
     "cache_steps.py": ["cache-steps.csv"],
+    "merge_efficiency.py": ["merge-efficiency.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
 }
 
