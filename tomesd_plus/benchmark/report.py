@@ -49,7 +49,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             f"## {first.shape}, {first.size} × {first.size}, batch {first.batch}, {first.dtype}, {first.mode}",
             "",
             f"{first.device}; tomesd_plus {first.tomesd_plus}, torch {first.torch}, diffusers {first.diffusers}; "
-            f"{first.date}; {_runs(own)}.",
+            f"{_dates(own)}; {_runs(own)}.",
             "",
         ]
         cells = [HEADER, ["---"] * len(HEADER), *(_cells(row) for row in sorted(own, key=_order))]
@@ -58,7 +58,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def speedup_figure(rows: Sequence[Row]) -> Figure | None:
-    """Speed-up over size, a part for each shape, batch, dtype, mode and device; ``None`` without speed-ups."""
+    """Speed-up over size, a part for each shape, batch, dtype, mode and device; ``None`` without speed-ups.
+
+    Settings measured at one size are drawn only where none was at several.
+    """
     timed = [row for row in rows if row.speedup and row.setting != UNTOUCHED.name]
     groups = list(dict.fromkeys((row.shape, *row.workload[2:]) for row in timed))
     if not groups:
@@ -73,6 +76,8 @@ def speedup_figure(rows: Sequence[Row]) -> Figure | None:
         own = [row for row in timed if (row.shape, *row.workload[2:]) == group]
         axis.set_prop_cycle(color=[colormaps["tab20"](index) for index in range(MAX_LINES)])
         counts = Counter(row.label for row in own)  # those of most sizes are drawn, and presets
+        if max(counts.values()) > 1:  # one size makes no line
+            counts = Counter({label: count for label, count in counts.items() if count > 1})
         for label in sorted(counts, key=lambda label: (-counts[label], not label.startswith("preset")))[:MAX_LINES]:
             line = sorted((row for row in own if row.label == label), key=lambda row: int(row.size))
             speedups = [float(row.speedup) for row in line]
@@ -99,6 +104,11 @@ def speedup_figure(rows: Sequence[Row]) -> Figure | None:
 def _order(row: Row) -> tuple[bool, bool, float]:
     """The untouched UNet first, then by speed-up; what failed comes last."""
     return row.setting != UNTOUCHED.name, bool(row.note.startswith("failed")), float(row.speedup or 0)
+
+
+def _dates(rows: Sequence[Row]) -> str:
+    dates = [row.date for row in rows]
+    return min(dates) if min(dates) == max(dates) else f"{min(dates)} to {max(dates)}"
 
 
 def _runs(rows: Sequence[Row]) -> str:
