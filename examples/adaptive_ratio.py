@@ -1,6 +1,6 @@
 """An adaptive ratio against schedules that remove as many tokens on average, on the embedded pipeline.
 
-``python examples/adaptive_ratio.py PROMPTS STEPS`` writes ``adaptive-ratio.csv``; 2 prompts and 10 steps by default.
+``python examples/adaptive_ratio.py PROMPTS STEPS`` writes ``adaptive-ratio.csv``; 2 prompts and 4 steps by default.
 """
 
 import csv
@@ -18,7 +18,7 @@ SIMILARITIES = [0.95, 0.9, 0.8, 0.6]
 RATIOS = [0.0, 0.25, 0.5, 0.75]
 SCHEDULES = ["constant", "cosine"]
 
-prompts, steps = map(int, sys.argv[1:] or ["2", "10"])
+prompts, steps = map(int, sys.argv[1:] or ["2", "4"])
 pipe = load_tiny_pipeline()
 pipe.set_progress_bar_config(disable=True)
 
