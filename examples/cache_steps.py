@@ -10,13 +10,11 @@ import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from diffusers import DDIMScheduler
 
 from tomesd_plus.benchmark import SHAPES, build_unet, make_inputs
-from tomesd_plus.benchmark.measure import twin
+from tomesd_plus.benchmark.measure import stand_in
 from tomesd_plus.clock import now
 from tomesd_plus.evaluation import parse_configuration
 
@@ -29,7 +27,7 @@ peers = []
 seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
 with ExitStack() as stack, torch.no_grad():
     for peer, text in (("ours", "cache: 2"), ("DeepCache", "deepcache: 2")):
-        pipe = SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
+        pipe = stand_in(unet)
         stack.enter_context(parse_configuration(text).switched_on(pipe))
         pipe.scheduler.set_timesteps(int(steps) + 2)  # the first two warm up
         peers.append((peer, pipe))

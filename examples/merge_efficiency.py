@@ -12,24 +12,23 @@ import statistics
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from tomesd_plus.benchmark import SHAPES, build_unet, make_inputs, merge_efficiency
-from tomesd_plus.benchmark.measure import twin
+from tomesd_plus.benchmark.measure import stand_in
 from tomesd_plus.benchmark.settings import PACKAGE, UNTOUCHED, settings_from, with_ideals
+from tomesd_plus.benchmark.shapes import LATENT_PIXELS
 from tomesd_plus.clock import Moment, moment, seconds_between
 
 shape, size, ratios, rounds = sys.argv[1:] or ("tiny", "64", "0.1,0.5", "2")
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 dtype = torch.float16 if device.type == "cuda" else torch.float32
 finest = SHAPES[shape].finest
-latent = int(size) // 8
+latent = int(size) // LATENT_PIXELS
 tokens = (latent // finest) ** 2
 
 
@@ -69,7 +68,7 @@ seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in settings}
 with ExitStack() as stack, torch.no_grad():
     pipes = {}
     for key, setting in settings.items():
-        pipes[key] = pipe = SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
+        pipes[key] = pipe = stand_in(unet)
         stack.enter_context(setting.switched_on(pipe, finest, (latent, latent)))
         clocks[key].watch(pipe.unet)
         pipe.scheduler.set_timesteps(int(rounds) + 1)

@@ -18,12 +18,10 @@ from tomesd_plus.benchmark import (
     Protocol,
     Suite,
     Workload,
-    as_markdown,
     load_rows,
     measure,
     run_suite,
     settings_from,
-    speedup_figure,
     task,
     with_ideals,
 )
@@ -154,43 +152,6 @@ def test_a_file_of_another_program_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("name,value\nx,1\n")
     with pytest.raises(EvaluationError, match="not this benchmark's"):
         run_suite(suite("attn1"), CPU, tmp_path, "a")
-
-
-def test_tables_and_plots_of_several_devices_and_sizes(tmp_path):
-    measured = [Measured(setting, [1.0]) for setting in (UNTOUCHED, *settings_from(["attn1"], [0.5]))]
-    rows = [
-        row
-        for size in (512, 1024)
-        for device in ("one", "two")
-        for row in make_rows(Workload("sd15", size), measured, device, {})
-    ]
-    text = as_markdown(rows)
-    assert text.count("## sd15, 512 × 512, batch 2, float32, eager") == 2
-    assert text.count("| attn1 | 0.5 | 1 | 1000 [1000, 1000] | 1.00× [1.00, 1.00] |") == 4
-    figure = speedup_figure(rows)
-    assert [axis.get_title().splitlines()[1] for axis in figure.axes] == ["one", "two"]
-    assert speedup_figure([]) is None
-
-
-def test_settings_of_one_size_are_drawn_where_none_has_several():
-    [block] = settings_from(["block"], [0.5])
-    once = make_rows(Workload("sd15", 512), [Measured(UNTOUCHED, [1.0]), Measured(block, [1.0])], "one", {})
-    attn1 = [Measured(setting, [1.0]) for setting in (UNTOUCHED, *settings_from(["attn1"], [0.5]))]
-    several = [row for size in (512, 1024) for row in make_rows(Workload("sd15", size), attn1, "one", {})]
-
-    def drawn(rows):
-        return [text.get_text() for text in speedup_figure(rows).axes[0].get_legend().get_texts()]
-
-    assert drawn(once) == ["block, 0.5"]
-    assert drawn([*once, *several]) == ["attn1, 0.5"]
-
-
-def test_a_table_tells_from_when_to_when_it_was_measured():
-    measured = [Measured(setting, [1.0]) for setting in (UNTOUCHED, *settings_from(["attn1"], [0.5]))]
-    first, second = make_rows(TINY, measured, "one", {})
-    assert "; 2026-11-21; 1 runs." in as_markdown([replace(row, date="2026-11-21") for row in (first, second)])
-    both = [replace(first, date="2026-11-22"), replace(second, date="2026-11-21")]
-    assert "; 2026-11-21 to 2026-11-22; 1 runs." in as_markdown(both)
 
 
 # Fidelity ---------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ class _Candidate:
 @contextmanager
 def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: torch.device) -> Iterator[_Candidate]:
     shape, latent = SHAPES[workload.shape], workload.size // LATENT_PIXELS
-    pipe = SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
+    pipe = stand_in(unet)
     if workload.compiled:
         # at the first call; tomesd makes a generator in its forward, which breaks the graph
         pipe.unet.compile_repeated_blocks(fullgraph=PACKAGE not in setting.switches)
@@ -215,6 +215,11 @@ def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: to
         yield _Candidate(
             setting, pipe, make_inputs(shape, workload.size, workload.batch, DTYPES[workload.dtype], device)
         )
+
+
+def stand_in(unet: nn.Module) -> SimpleNamespace:
+    """What settings are switched on for, in place of a pipeline: a scheduler, and a twin of a UNet."""
+    return SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
 
 
 def twin(unet: nn.Module) -> nn.Module:
