@@ -22,7 +22,7 @@ from tomesd_plus.benchmark import SHAPES, build_unet, make_inputs, merge_efficie
 from tomesd_plus.benchmark.measure import stand_in
 from tomesd_plus.benchmark.settings import PACKAGE, UNTOUCHED, settings_from, with_ideals
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS
-from tomesd_plus.clock import Moment, moment, seconds_between
+from tomesd_plus.host.clock import Moment, moment, seconds_between
 
 shape, size, ratios, rounds = sys.argv[1:] or ("tiny", "64", "0.1,0.5", "2")
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from tomesd_plus.attention import attention
-from tomesd_plus.clock import moment, seconds_between
+from tomesd_plus.host.attention import attention
+from tomesd_plus.host.clock import moment, seconds_between
 
 BATCH, TOKENS, CHANNELS, HEADS = 2, 2048, 320, 8
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

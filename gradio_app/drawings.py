@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from gradio_app.backend import Result
-from tomesd_plus.schedule import Schedule
+from tomesd_plus.schedules import Schedule
 
 WIDTH, HEIGHT = 300, 110  # of the curve
 PLOT_WIDTH, PLOT_HEIGHT = 300, 250

@@ -6,9 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
-from tomesd_plus.host import attention_levels
+from tomesd_plus.host.models import attention_levels
 from tomesd_plus.presets import Preset, preset_by_name
-from tomesd_plus.schedule import SCHEDULES, schedule_by_name
+from tomesd_plus.schedules import SCHEDULES, schedule_by_name
 
 MAX_PROMPT = 500  # characters
 MAX_STEPS = 100

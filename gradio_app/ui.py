@@ -18,7 +18,7 @@ from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATI
 from tomesd_plus import CosineSchedule
 from tomesd_plus.evaluation.models import TINY, usual_guidance
 from tomesd_plus.presets import PRESETS
-from tomesd_plus.schedule import AUTO, SCHEDULES
+from tomesd_plus.schedules import AUTO, SCHEDULES
 
 CSS = Path(__file__).parent / "style.css"
 FONT = ["system-ui", "sans-serif"]  # no web fonts: the app uses no network

@@ -9,12 +9,12 @@ from tomesd_plus.caching import (
     feature_cache,
     remove_feature_cache,
 )
-from tomesd_plus.config import ToMeConfig
-from tomesd_plus.pipeline import apply_token_merging, remove_token_merging, token_merging
+from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging, token_merging
+from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.processor import ToMeProcessor
+from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets import PRESETS, Preset, PresetReport, apply_preset, preset, remove_preset
-from tomesd_plus.processor import ToMeProcessor
-from tomesd_plus.report import TokenMergingReport
-from tomesd_plus.schedule import (
+from tomesd_plus.schedules import (
     AdaptiveRatio,
     ConstantSchedule,
     CosineSchedule,

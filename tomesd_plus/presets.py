@@ -14,10 +14,10 @@ from tomesd_plus.caching import (
     remove_feature_cache,
 )
 from tomesd_plus.caching.cache import feature_cache_on
-from tomesd_plus.config import ToMeConfig
-from tomesd_plus.host import finest_level, unet_of
-from tomesd_plus.pipeline import apply_token_merging, remove_token_merging
-from tomesd_plus.report import TokenMergingReport
+from tomesd_plus.host.models import finest_level, unet_of
+from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging
+from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.report import TokenMergingReport
 
 
 @dataclass(frozen=True)

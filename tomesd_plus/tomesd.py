@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomesd_plus.config import LEVELS, ToMeConfig
-from tomesd_plus.matching import make_cells
-from tomesd_plus.merger import TokenMerger, mergers_on
-from tomesd_plus.pipeline import merge_with, remove_token_merging
-from tomesd_plus.plan import MergeMode, MergePlan
+from tomesd_plus.matching import MergeMode, MergePlan, make_cells
+from tomesd_plus.merging.apply import merge_with, remove_token_merging
+from tomesd_plus.merging.attachment import TokenMerger, mergers_on
+from tomesd_plus.merging.config import LEVELS, ToMeConfig
 
 __all__ = ["apply_patch", "remove_patch"]
 

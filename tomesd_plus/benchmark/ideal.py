@@ -8,8 +8,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from tomesd_plus.config import ToMeConfig
 from tomesd_plus.matching import max_removed
+from tomesd_plus.merging.config import ToMeConfig
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments and keywords."""

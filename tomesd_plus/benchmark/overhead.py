@@ -7,14 +7,15 @@ from unittest.mock import patch
 
 import torch
 
-from tomesd_plus import merger, tomesd
-from tomesd_plus.clock import Moment, moment, seconds_between
-from tomesd_plus.plan import MergePlan
-from tomesd_plus.planner import Planner
+from tomesd_plus import tomesd
+from tomesd_plus.host.clock import Moment, moment, seconds_between
+from tomesd_plus.matching import MergePlan
+from tomesd_plus.merging import attachment
+from tomesd_plus.merging.planner import Planner
 
 WATCHED: dict[str, tuple[tuple[Any, str], ...]] = {
     "matching": (
-        (merger, "levels_of"),  # draws the cells
+        (attachment, "levels_of"),  # draws the cells
         (Planner, "plan"),
         (tomesd, "draw_destinations"),
         (tomesd, "bipartite_match"),

@@ -8,10 +8,10 @@ from math import lcm
 from typing import Any
 
 from tomesd_plus.benchmark.ideal import fewer_tokens
-from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
+from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.presets import PRESETS
 
 STEPS = 25  # of a whole denoising

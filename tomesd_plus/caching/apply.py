@@ -10,7 +10,7 @@ from torch import nn
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.report import FeatureCacheReport
-from tomesd_plus.host import train_timesteps
+from tomesd_plus.host.models import train_timesteps
 
 
 def apply_feature_cache(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.layers import inner_layers, make_skippable, restore_forwards, skipping_cache
 from tomesd_plus.caching.report import CacheStep
-from tomesd_plus.host import owners_of_hooks, sample_and_timestep
-from tomesd_plus.step import MOST_CALLS, Step, StepTracker, outside_graphs
+from tomesd_plus.host.models import owners_of_hooks, sample_and_timestep
+from tomesd_plus.host.step import MOST_CALLS, Step, StepTracker, outside_graphs
 
 
 @dataclass

@@ -3,35 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tomesd_plus.schedule import plateau_at
-
-
-@dataclass(frozen=True)
-class IntervalSchedule:
-    """Interval as a function of the noise level: plateaus of equal length, from noisy to clean.
-
-    Args:
-        intervals: One for each plateau, each at least 1; a smaller one means more full steps.
-
-    Raises:
-        ValueError: There is no plateau, or an interval is no whole number of at least 1.
-
-    Example:
-        >>> dense_at_both_ends = IntervalSchedule((2, 5, 5, 2))
-        >>> [dense_at_both_ends(level) for level in (1.0, 0.6, 0.4, 0.0)]
-        [2, 5, 5, 2]
-    """
-
-    intervals: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "intervals", tuple(self.intervals))
-        if not self.intervals or not all(_whole(interval, 1) for interval in self.intervals):
-            raise ValueError(f"intervals must be whole numbers of at least 1, one or more, not {self.intervals!r}")
-
-    def __call__(self, noise_level: float) -> int:
-        """The interval at a noise level in [0, 1]."""
-        return plateau_at(self.intervals, noise_level)
+from tomesd_plus.schedules.intervals import IntervalSchedule
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tomesd_plus.cli.options import (
 from tomesd_plus.evaluation import Comparison, Configuration, compare, comparison_figure, peers_of
 from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.presets import PRESETS
-from tomesd_plus.schedule import Direction
+from tomesd_plus.schedules import Direction
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 

@@ -29,7 +29,7 @@ from tomesd_plus.cli.options import (
 )
 from tomesd_plus.evaluation import generate, to_image
 from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.schedule import Direction
+from tomesd_plus.schedules import Direction
 
 OF_PRESETS = {"ratio", "schedule", "more_at", "max_downsample", "cache_interval"}
 

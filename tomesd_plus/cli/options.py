@@ -9,7 +9,7 @@ from tomesd_plus.cli.common import fail, run
 from tomesd_plus.evaluation import DTYPES, Configuration, Sampling, usual_guidance
 from tomesd_plus.evaluation.models import TINY
 from tomesd_plus.presets import PRESETS
-from tomesd_plus.schedule import AUTO, SCHEDULES, Direction
+from tomesd_plus.schedules import AUTO, SCHEDULES, Direction
 
 PROMPTS = [
     "a large dog on a blue background",

@@ -12,7 +12,7 @@ from tomesd_plus.evaluation.errors import installed
 from tomesd_plus.evaluation.fidelity import psnr, ssim
 from tomesd_plus.evaluation.generate import Generated, Sampling, generate
 from tomesd_plus.evaluation.speed import equal_time_steps
-from tomesd_plus.report import StepRecord, TokenMergingReport
+from tomesd_plus.merging.report import StepRecord, TokenMergingReport
 
 
 @dataclass

@@ -12,7 +12,7 @@ import yaml
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.files import plain
 from tomesd_plus.evaluation.switches import SWITCHES, Switch, prepare
-from tomesd_plus.report import TokenMergingReport
+from tomesd_plus.merging.report import TokenMergingReport
 
 OTHER_SEED = 1_000_003  # added to a seed to make "another seed"
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomesd_plus.clock import now
 from tomesd_plus.evaluation.configurations import Configuration
 from tomesd_plus.evaluation.items import Item
+from tomesd_plus.host.clock import now
 
 
 @dataclass(frozen=True)

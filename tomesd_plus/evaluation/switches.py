@@ -8,12 +8,12 @@ from importlib.metadata import version
 from typing import Any
 
 from tomesd_plus import tomesd
-from tomesd_plus.config import ToMeConfig
 from tomesd_plus.evaluation.errors import EvaluationError, optional_import
-from tomesd_plus.pipeline import merging_report, token_merging
+from tomesd_plus.merging.apply import merging_report, token_merging
+from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets import preset, preset_by_name
-from tomesd_plus.report import TokenMergingReport
-from tomesd_plus.schedule import AdaptiveRatio
+from tomesd_plus.schedules import AdaptiveRatio
 
 TOMESD_PACKAGE = "tomesd package"
 

@@ -1,0 +1,1 @@
+"""Token merging in diffusers' UNets and ControlNets."""

@@ -1,0 +1,161 @@
+"""Apply and remove token merging: the one place where a pipeline's models are changed."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from tomesd_plus.host.models import train_timesteps, unet_of
+from tomesd_plus.merging.attachment import TokenMerger, mergers_on
+from tomesd_plus.merging.config import Ratio, ToMeConfig
+from tomesd_plus.merging.processor import ToMeProcessor, adopt
+from tomesd_plus.merging.report import TokenMergingReport
+
+
+def apply_token_merging(
+    pipe: Any,
+    config: ToMeConfig | Ratio | Mapping[int, Ratio] | None = None,
+    *,
+    ratio: Ratio | Mapping[int, Ratio] | None = None,
+    **options: Any,
+) -> TokenMergingReport:
+    """Merge tokens in a pipeline's UNet and ControlNets, around the attention processors that are there.
+
+    Args:
+        pipe: A diffusers pipeline with a UNet, or a UNet or ControlNet itself.
+        config: What to merge; ``ToMeConfig()`` by default. Anything else is taken as the ratio.
+        ratio: Short for ``ToMeConfig(ratio=…)``.
+        options: Other fields of :class:`ToMeConfig`.
+
+    Returns:
+        A report of what merging does, which follows the pipeline as it runs.
+
+    Raises:
+        TypeError: ``pipe`` has no UNet, or both a config and options are given.
+        ValueError: Merging is on already, or an option is out of range.
+
+    Example:
+        >>> from tomesd_plus import apply_token_merging, load_tiny_pipeline
+        >>> pipe = load_tiny_pipeline()
+        >>> report = apply_token_merging(pipe, ratio=0.5)
+        >>> image = pipe("a large star on a blue background", num_inference_steps=2).images[0]
+        >>> report.removed
+        {1: 0.5, 2: 0.0, 4: 0.0}
+    """
+    if config is not None and not isinstance(config, ToMeConfig):
+        config, ratio = None, config
+    if ratio is not None:
+        options["ratio"] = ratio
+    if config is not None and options:
+        raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
+    config = config or ToMeConfig(**options)
+    return merge_with(pipe, lambda timesteps, name, excluded: TokenMerger(config, timesteps, name, excluded))
+
+
+def remove_token_merging(pipe: Any) -> None:
+    """Undo :func:`apply_token_merging`, or ``set_attn_processor(ToMeProcessor())``.
+
+    No hook stays. After ``apply_token_merging`` the very processors that were there before are back; after
+    ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
+    """
+    found = False
+    for model in _models(pipe).values():
+        for merger in mergers_on(model):  # also those whose processors were replaced since
+            found = True
+            merger.detach()
+        for module in model.modules():
+            processor = getattr(module, "processor", None)
+            if isinstance(processor, ToMeProcessor):
+                found = True
+                cast(Any, module).set_processor(processor.inner)
+    if not found:
+        warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
+
+
+@contextmanager
+def token_merging(
+    pipe: Any, config: ToMeConfig | Ratio | Mapping[int, Ratio] | None = None, **options: Any
+) -> Iterator[TokenMergingReport]:
+    """Merge tokens inside a ``with`` block; takes what :func:`apply_token_merging` takes, and yields its report."""
+    report = apply_token_merging(pipe, config, **options)
+    try:
+        yield report
+    finally:
+        remove_token_merging(pipe)
+
+
+def merging_report(pipe: Any) -> TokenMergingReport:
+    """The report of the merging that is on, however it was switched on; raises ValueError if it is off.
+
+    Bare processors count once their model has been called.
+    """
+    mergers = {name: mergers_on(model) for name, model in _models(pipe).items()}
+    if not any(mergers.values()):
+        raise ValueError("token merging is not applied, or its model has not been called yet")
+    return TokenMergingReport({name: found[0] for name, found in mergers.items() if found})
+
+
+def merge_with(pipe: Any, make_merger: Callable[[int, str, dict[str, str]], TokenMerger]) -> TokenMergingReport:
+    """Put processors and mergers on a pipeline's models.
+
+    Args:
+        pipe: As in :func:`apply_token_merging`.
+        make_merger: ``(train_timesteps, name, excluded layers) -> TokenMerger``, called for each model.
+    """
+    models = _models(pipe)
+    for name, model in models.items():
+        if is_merging(model):
+            raise ValueError(f"token merging is already applied to {name}: call remove_token_merging first")
+    mergers = {}
+    for name, model in models.items():
+        prefix = f"{name}." if len(models) > 1 else ""
+        merging, excluded = [], {}
+        for layer_name, layer in model.named_modules():
+            if isinstance(layer, Attention) and not layer.is_cross_attention:
+                reason = _why_excluded(layer)
+                if reason is None:
+                    merging.append(layer)
+                else:
+                    excluded[f"{prefix}{layer_name}"] = reason
+        merger = make_merger(train_timesteps(pipe), prefix, excluded)
+        if not merging:
+            warnings.warn(
+                f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3
+            )
+        for layer in merging:
+            layer.set_processor(ToMeProcessor(inner=layer.processor, merger=merger))
+        adopt(model, merger)
+        mergers[name] = merger
+    return TokenMergingReport(mergers)
+
+
+def is_merging(model: nn.Module) -> bool:
+    """True if a model carries a :class:`ToMeProcessor`."""
+    return any(isinstance(getattr(module, "processor", None), ToMeProcessor) for module in model.modules())
+
+
+def _why_excluded(layer: Attention) -> str | None:
+    """Why no processor can be wrapped around a layer's own, or ``None``."""
+    if isinstance(layer.processor, nn.Module):
+        return "its processor is a module, which must stay registered on the layer"
+    known = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}
+    extra = set(inspect.signature(layer.processor.__call__).parameters) - known
+    if extra:  # Attention hands on such arguments only to a processor whose own signature names them
+        return f"its processor takes arguments of its own ({', '.join(sorted(extra))})"
+    return None
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    """The UNet and ControlNets of a pipeline, or the model itself, by name."""
+    if not hasattr(pipe, "unet"):
+        return {"model": unet_of(pipe)}
+    models = {"unet": unet_of(pipe)}
+    controlnet = getattr(pipe, "controlnet", None)
+    nets = dict.fromkeys(getattr(controlnet, "nets", None) or [controlnet])  # one net may stand there twice
+    for index, net in enumerate(net for net in nets if isinstance(net, nn.Module)):
+        models[f"controlnet{index or ''}"] = net
+    return models

@@ -1,0 +1,110 @@
+"""The gate: leaves merging off where it does not pay, by measuring the model's own blocks."""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+
+from tomesd_plus.host.clock import moment, seconds_between
+
+REPEATS = 3
+LEAST_GAIN = 1.02  # a smaller speed-up is within the noise of a short measurement
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was measured for one kind of block.
+
+    Args:
+        whole_ms: Time of the block on all tokens, milliseconds.
+        merged_ms: Time with matching, merging and unmerging.
+    """
+
+    whole_ms: float
+    merged_ms: float
+
+    @property
+    def pays(self) -> bool:
+        """True if merging is faster by more than such a measurement's noise."""
+        return self.whole_ms >= LEAST_GAIN * self.merged_ms
+
+    def __str__(self) -> str:
+        verdict = "pays" if self.pays else "does not pay"
+        return f"merging {verdict} here ({self.merged_ms:.2f} ms, whole {self.whole_ms:.2f} ms)"
+
+
+class Gate:
+    """Measured decisions, kept on disk from one process to the next.
+
+    Args:
+        path: The file; ``tomesd_plus/gate.json`` in the user's cache folder by default.
+        refresh: Measure anew, whatever the file says.
+    """
+
+    def __init__(self, path: str | Path | None = None, refresh: bool = False) -> None:
+        self.path = Path(path) if path is not None else cache_folder() / "gate.json"
+        self.decisions: dict[str, Decision] = {} if refresh else _read(self.path)
+
+    def decide(
+        self, key: str, device: torch.device, whole: Callable[[], object], merged: Callable[[], object]
+    ) -> Decision:
+        """Look a decision up, or measure: both ways in turn, medians after a warm-up.
+
+        Args:
+            key: What the times depend on, apart from versions and machine, which are added here.
+            device: Where the block runs.
+            whole, merged: Run it in one way and the other.
+        """
+        key = f"{key} {_machine(device)}"
+        if key not in self.decisions:
+            times: dict[Callable[[], object], list[float]] = {whole: [], merged: []}
+            for _ in range(1 + REPEATS):
+                for run, measured in times.items():
+                    measured.append(_milliseconds(device, run))
+            medians = [statistics.median(measured[1:]) for measured in times.values()]
+            self.decisions[key] = Decision(*medians)
+            self._write()
+        return self.decisions[key]
+
+    def _write(self) -> None:
+        """Replace the file at once; a folder that cannot be written to only costs the next process a measurement."""
+        content = {key: asdict(decision) for key, decision in (_read(self.path) | self.decisions).items()}
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump(content, file, indent=1)
+            os.replace(file.name, self.path)
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what it has measured: ``$XDG_CACHE_HOME/tomesd_plus``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tomesd_plus"
+
+
+def _read(path: Path) -> dict[str, Decision]:
+    try:
+        return {key: Decision(**times) for key, times in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # not there, or not what we have written
+        return {}
+
+
+def _machine(device: torch.device) -> str:
+    from tomesd_plus import __version__
+
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {torch.__version__}, {diffusers.__version__}, {__version__}"
+
+
+def _milliseconds(device: torch.device, run: Callable[[], object]) -> float:
+    start = moment(device)
+    run()
+    return 1000 * seconds_between(start, moment(device))
