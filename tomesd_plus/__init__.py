@@ -10,7 +10,7 @@ from tomesd_plus.caching import (
     remove_feature_cache,
 )
 from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging, token_merging
-from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.processor import ToMeProcessor
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets import PRESETS, Preset, PresetReport, apply_preset, preset, remove_preset
@@ -22,6 +22,7 @@ from tomesd_plus.schedules import (
     Schedule,
     StepsSchedule,
 )
+from tomesd_plus.scope import generation
 from tomesd_plus.tiny import load_tiny_pipeline
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "CosineSchedule",
     "FeatureCacheConfig",
     "FeatureCacheReport",
+    "FullSteps",
     "IntervalSchedule",
     "LinearSchedule",
     "Preset",
@@ -46,6 +48,7 @@ __all__ = [
     "apply_preset",
     "apply_token_merging",
     "feature_cache",
+    "generation",
     "load_tiny_pipeline",
     "preset",
     "remove_feature_cache",

@@ -16,7 +16,7 @@ from tomesd_plus.caching import (
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.models import finest_level, unet_of
 from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging
-from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.report import TokenMergingReport
 
 
@@ -50,7 +50,7 @@ class Preset:
 # merges half of the tokens around self-attention in the layers that cached steps skip, for 1 dB where a full step
 # fewer costs 2.
 _UNDER_A_CACHE = ToMeConfig(
-    ratio=0.75, merge_cross_attention=True, merge_mlp=True, whole_every="full", plan_per="block"
+    ratio=0.75, layers=("self_attention", "cross_attention", "mlp"), full_steps="cache", plan_per="block"
 )
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
@@ -64,7 +64,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "fast": Preset(
             "the whole UNet, its inner layers merged, on every fourth step, in the last third on every fifth",
-            replace(_UNDER_A_CACHE, skipped_ratio=0.5),
+            replace(_UNDER_A_CACHE, full_steps=FullSteps("cache", ratio=0.5)),
             FeatureCacheConfig(interval=IntervalSchedule((4, 4, 5)), forecast=0.85),
         ),
     }

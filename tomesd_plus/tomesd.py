@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import MergeMode, MergePlan, make_cells
+from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.apply import merge_with, remove_token_merging
-from tomesd_plus.merging.attachment import TokenMerger, mergers_on
-from tomesd_plus.merging.config import LEVELS, ToMeConfig
+from tomesd_plus.merging.attachment import Attachment, attachments_on
+from tomesd_plus.merging.config import Layer, ToMeConfig
+from tomesd_plus.merging.generation import Call, Level
+from tomesd_plus.merging.planner import levels_of
 
 __all__ = ["apply_patch", "remove_patch"]
 
@@ -49,19 +53,20 @@ def apply_patch(
     remove_patch(model)
     if not (merge_attn or merge_crossattn or merge_mlp):
         return model
+    merged: dict[Layer, bool] = {"self_attention": merge_attn, "cross_attention": merge_crossattn, "mlp": merge_mlp}
     config = ToMeConfig(
-        ratio=dict.fromkeys(LEVELS, 0.0),  # the merger below has tomesd's own rule
+        ratio=0.0,  # the plans below have tomesd's own rule
         cell_size=(sy, sx),
         destinations="random" if use_rand else "fixed",
         metric="block_input",
-        merge_self_attention=merge_attn,
-        merge_cross_attention=merge_crossattn,
-        merge_mlp=merge_mlp,
+        layers=[layer for layer, chosen in merged.items() if chosen],
         proportional_attention=False,
     )
     merge_with(
         getattr(model, "unet", model),  # and no ControlNet
-        lambda timesteps, name, excluded: _TomesdMerger(config, ratio, max_downsample, timesteps, name, excluded),
+        lambda timesteps, name, excluded: Attachment(
+            config, timesteps, name, excluded, TomesdPlans(config, ratio, max_downsample)
+        ),
     )
     return model
 
@@ -69,43 +74,64 @@ def apply_patch(
 def remove_patch(model: Any) -> Any:
     """Undo :func:`apply_patch`; does nothing if there is no such patch. Returns ``model``."""
     unet = getattr(model, "unet", model)
-    if any(isinstance(merger, _TomesdMerger) for merger in mergers_on(unet)):
+    if any(isinstance(attachment.plans, TomesdPlans) for attachment in attachments_on(unet)):
         remove_token_merging(unet)
     return model
 
 
-class _TomesdMerger(TokenMerger):
-    """Levels, ratio and random numbers as tomesd has them."""
+class _Draws(ThreadLocal):
+    """Where a thread's random numbers come from, for as long as the patch is on."""
 
-    def __init__(self, config: ToMeConfig, ratio: float, max_downsample: int, *base: Any) -> None:
-        super().__init__(config, *base)
+    def __init__(self) -> None:
+        self.generator: torch.Generator | None = None
+
+
+class TomesdPlans:
+    """Levels, ratio and random numbers as tomesd has them.
+
+    Args:
+        config: What to merge; its ratio says nothing.
+        ratio, max_downsample: As in :func:`apply_patch`.
+    """
+
+    def __init__(self, config: ToMeConfig, ratio: float, max_downsample: int) -> None:
+        self.config = config
         self.ratio = ratio
         self.max_downsample = max_downsample
-        self.global_generator: torch.Generator | None = None
+        self.stages: dict[nn.Module, str] = {}
+        self.names: dict[nn.Module, str] = {}
+        self._draws = _Draws()
 
-    def reason(self, tokens: int, layer: Any) -> str:
-        """Why self-attention on that many tokens is left alone."""
-        return "tomesd leaves it alone: the level is beyond max_downsample, or the ratio removes nothing"
+    def lay_out(self, call: Call, device: torch.device) -> None:
+        """Tell levels apart, for the report."""
+        call.levels = levels_of(call.step, self.config, {}, None, device)
 
-    def plan(self, hidden_states: Tensor, layer: Any) -> MergePlan | None:
-        if self.step is None:
-            return None
-        tokens = hidden_states.shape[1]
-        original_height, original_width = self.step.height, self.step.width
-        downsample = math.ceil(math.sqrt(original_height * original_width // tokens))
+    def merges_at(self, level: Level | None) -> bool:
+        """Tomesd knows no full steps, on which this would matter."""
+        return False
+
+    def skipped(self, call: Call, layer: nn.Module) -> bool:
+        """Likewise."""
+        return False
+
+    def plan(self, call: Call, hidden_states: Tensor, layer: nn.Module) -> MergePlan | Reason:
+        """The plan for a block's input (batch, tokens, channels), or why there is none."""
+        alone = Reason(Why.tomesd)
+        tokens, latents = hidden_states.shape[1], call.step
+        downsample = math.ceil(math.sqrt(latents.height * latents.width // tokens))
         if downsample > self.max_downsample:
-            return None
-        height, width = math.ceil(original_height / downsample), math.ceil(original_width / downsample)
-        if self.global_generator is None:
-            self.global_generator = _copy_of_global_generator(hidden_states.device)
+            return alone
+        height, width = math.ceil(latents.height / downsample), math.ceil(latents.width / downsample)
+        if self._draws.generator is None:
+            self._draws.generator = _copy_of_global_generator(hidden_states.device)
         removed = int(tokens * self.ratio)
         cell_height, cell_width = self.config.cell_size
         cells = (height // cell_height) * (width // cell_width)
         if removed <= 0 or cells in (0, tokens) or height * width != tokens:
-            return None
+            return alone
         random = self.config.destinations == "random" and hidden_states.shape[0] % 2 == 0
         destination = draw_destinations(
-            height, width, self.config.cell_size, self.global_generator if random else None, hidden_states.device
+            height, width, self.config.cell_size, self._draws.generator if random else None, hidden_states.device
         )
         return bipartite_match(hidden_states.detach(), destination, removed)
 

@@ -1,9 +1,11 @@
 """When the whole UNet runs, and which of its layers always do."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from tomesd_plus.schedules.intervals import IntervalSchedule
+from tomesd_plus.schedules import IntervalSchedule
+
+Branch = int | Literal["self_attention"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class FeatureCacheConfig:
             once (Heun and PNDM have such).
         branch: How many layers run on cached steps, as DeepCache counts: ``3 · block + layer``, from the outside. With
             0 the last layer of the last up block runs alone: fastest. Each more is slower and closer.
+            ``"self_attention"``: all run but self-attention at the finest level that has it, the costliest one, whose
+            outputs are taken again (pyramid attention broadcast, https://arxiv.org/abs/2408.12588). Keeps one output
+            of each such layer.
         full_steps: The full steps themselves, counted from 0 at the start of a generation; ``interval`` is ignored.
         threshold: Make it adaptive: a step is full once the output of ``conv_in``, the cheapest early feature, has
             changed by more than this share since the last full step (mean absolute change over mean absolute value,
@@ -35,7 +40,7 @@ class FeatureCacheConfig:
     """
 
     interval: int | IntervalSchedule = 3
-    branch: int = 0
+    branch: Branch = 0
     full_steps: tuple[int, ...] | None = None
     threshold: float | None = None
     forecast: float = 0.0
@@ -45,8 +50,8 @@ class FeatureCacheConfig:
             raise ValueError(
                 f"interval must be a whole number of at least 1, or an IntervalSchedule, not {self.interval!r}"
             )
-        if not _whole(self.branch, 0):
-            raise ValueError(f"branch must be a whole number of at least 0, not {self.branch!r}")
+        if self.branch != "self_attention" and not _whole(self.branch, 0):
+            raise ValueError(f"branch must be 'self_attention' or a whole number of at least 0, not {self.branch!r}")
         if self.full_steps is not None:
             object.__setattr__(self, "full_steps", tuple(self.full_steps))
             if not all(_whole(step, 0) for step in self.full_steps):

@@ -1,35 +1,6 @@
-"""What the cache did: which steps were full, and why."""
+"""What a feature cache did: which steps were full, and why."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tomesd_plus.caching.cache import FeatureCache
-
-
-@dataclass(frozen=True)
-class CacheStep:
-    """One call of the UNet in the latest generation.
-
-    Args:
-        index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
-        noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
-        reason: Why it was full; ``None`` if it was cached.
-        change: Of the early feature since the last full step, as a share; ``None`` unless the choice depended on it.
-        ahead: How far it followed the trend of the last two full steps, as a share of the way between them; 0 for
-            full steps, and for those that took what the last full step had left as it was.
-    """
-
-    index: int | None
-    noise_level: float
-    reason: str | None
-    change: float | None = None
-    ahead: float = 0.0
-
-    @property
-    def full(self) -> bool:
-        """True if all layers ran."""
-        return self.reason is not None
+from tomesd_plus.caching.cache import CacheRecord, CacheStep, FeatureCache
 
 
 class FeatureCacheReport:
@@ -39,13 +10,13 @@ class FeatureCacheReport:
         cache: The cache of the pipeline's UNet.
     """
 
-    def __init__(self, cache: "FeatureCache") -> None:
+    def __init__(self, cache: FeatureCache) -> None:
         self._cache = cache
 
     @property
     def steps(self) -> list[CacheStep]:
         """The UNet's calls, in order."""
-        return list(self._cache.steps)
+        return list(self._record.steps)
 
     @property
     def full(self) -> int:
@@ -64,8 +35,12 @@ class FeatureCacheReport:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory kept between steps: a feature map, or two for a forecast; the early feature if that is watched."""
-        return self._cache.kept_bytes
+        """Memory kept between steps: the boundary's outputs, twice for a forecast; the early feature if watched."""
+        return self._record.kept_bytes
+
+    @property
+    def _record(self) -> CacheRecord:
+        return self._cache.record.value or CacheRecord()
 
     def __str__(self) -> str:
         if not self.steps:

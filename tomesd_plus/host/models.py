@@ -2,16 +2,9 @@
 
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 Owner = TypeVar("Owner")
-
-
-def sample_and_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The first two arguments of a UNet's or ControlNet's call, by position or by name."""
-    sample = args[0] if args else kwargs["sample"]
-    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-    return sample, timestep
 
 
 def train_timesteps(pipe: Any) -> int:
@@ -35,6 +28,18 @@ def unet_of(pipe: Any) -> nn.Module:
     return unet
 
 
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """The UNet and ControlNets of a pipeline, or the model itself, by name."""
+    if not hasattr(pipe, "unet"):
+        return {"model": unet_of(pipe)}
+    models = {"unet": unet_of(pipe)}
+    controlnet = getattr(pipe, "controlnet", None)
+    nets = dict.fromkeys(getattr(controlnet, "nets", None) or [controlnet])  # one net may stand there twice
+    for index, net in enumerate(net for net in nets if isinstance(net, nn.Module)):
+        models[f"controlnet{index or ''}"] = net
+    return models
+
+
 def attention_levels(unet: nn.Module) -> tuple[int, ...]:
     """The downsamples at which an SD UNet has self-attention, finest first: SDXL has none at 1."""
     down_blocks = list(getattr(unet, "down_blocks", ()))
@@ -47,6 +52,20 @@ def attention_levels(unet: nn.Module) -> tuple[int, ...]:
 def finest_level(unet: nn.Module) -> int:
     """The first of :func:`attention_levels`; 1 if there is none."""
     return next(iter(attention_levels(unet)), 1)
+
+
+def self_attention_at(unet: nn.Module, downsample: int | None = None) -> dict[str, nn.Module]:
+    """The self-attention layers of an SD UNet's transformer blocks at one level, by name; the finest by default."""
+    downsample = finest_level(unet) if downsample is None else downsample
+    down_blocks, up_blocks = list(getattr(unet, "down_blocks", ())), list(getattr(unet, "up_blocks", ()))
+    level = downsample.bit_length() - 1
+    prefixes = [f"down_blocks.{level}.", f"up_blocks.{len(up_blocks) - 1 - level}."]
+    prefixes += ["mid_block."] if level == len(down_blocks) - 1 else []
+    return {
+        name: layer
+        for name, layer in unet.named_modules()
+        if name.endswith(".attn1") and name.startswith(tuple(prefixes))
+    }
 
 
 def owners_of_hooks(model: nn.Module, kind: type[Owner]) -> list[Owner]:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 MOST_CALLS = 4
-"""A step may call the model more than once, with each guidance branch by itself. More calls may be of tiles or views,
-which need not come in the same order at every step: what one of them leaves is of no use to another."""
+"""A step may call the model more than once, with each guidance branch by itself; more calls are of tiles or views."""
 
 Hook = TypeVar("Hook", bound=Callable[..., None])
 
@@ -31,6 +30,9 @@ class Step:
         batch: Batch size, both guidance branches counted.
         number: Of the step in its generation, from 0; calls at one timestep are one step.
         call: Of this call among those at the step's place in the schedule, from 0: a guider may call once a branch.
+        ambiguous: True from the step on in which a generation has more than :data:`MOST_CALLS` calls at one place in
+            the schedule: tiles or views need not come in the same order at every step, so what one of them leaves is
+            of no use to another. Nothing is then carried from one call to the next.
         new_generation: True if this is the first call of a generation.
     """
 
@@ -42,6 +44,7 @@ class Step:
     batch: int
     number: int
     call: int
+    ambiguous: bool
     new_generation: bool
 
     def same_size(self, other: "Step") -> bool:
@@ -57,6 +60,7 @@ class StepTracker:
 
     Args:
         train_timesteps: Timesteps of training; the timestep ``train_timesteps - 1`` is noise level 1.
+        explicit: All calls are of one generation: its beginning was said, so none is guessed from the timesteps.
     """
 
     _storage: Tensor | None  # the scheduler's timesteps of the generation under way
@@ -67,10 +71,19 @@ class StepTracker:
     _last_index: int | None
     _number: int
     _call: int
+    _ambiguous: bool
 
-    def __init__(self, train_timesteps: int = 1000) -> None:
+    def __init__(self, train_timesteps: int = 1000, explicit: bool = False) -> None:
         self.train_timesteps = train_timesteps
-        self._forget()
+        self.explicit = explicit
+        self._storage = None
+        self._version = None
+        self._values = []
+        self._index = None
+        self._last = None
+        self._last_index = None
+        self._number = self._call = 0
+        self._ambiguous = False
 
     def observe(self, sample: Tensor, timestep: Tensor | float | int) -> Step:
         """Read a call's latents (batch, channels, height, width) and timestep (a number, 0-d, or one a sample)."""
@@ -82,16 +95,19 @@ class StepTracker:
             new = self._last is None or value > self._last
             if isinstance(timestep, Tensor) and timestep.numel() == 1:
                 new = new or value == self._last  # the one timestep of a schedule of one step, again
+        new = self._last is None if self.explicit else new
         if new:
             self._number = self._call = 0
+            self._ambiguous = False
         elif value != self._last:
             self._number, self._call = self._number + 1, 0
         else:
             self._call = self._call + 1 if index == self._last_index else 0
         self._last, self._last_index = value, index
+        self._ambiguous = self._ambiguous or self._call >= MOST_CALLS
         noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
         batch, _, height, width = sample.shape
-        return Step(index, value, noise_level, height, width, batch, self._number, self._call, new)
+        return Step(index, value, noise_level, height, width, batch, self._number, self._call, self._ambiguous, new)
 
     def _observe_view(self, timestep: Tensor) -> tuple[int, float, bool]:
         index = int(timestep.storage_offset())
@@ -106,22 +122,6 @@ class StepTracker:
         new = new or self._index is None or index < self._index
         self._index = index
         return index, self._values[index], new
-
-    def _forget(self) -> None:
-        self._storage = None
-        self._version = None
-        self._values = []
-        self._index = None
-        self._last = None
-        self._last_index = None
-        self._number = self._call = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"train_timesteps": self.train_timesteps}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.train_timesteps = state["train_timesteps"]
-        self._forget()
 
 
 def _is_one_of_many(timestep: Tensor) -> bool:

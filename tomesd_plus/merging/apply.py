@@ -2,25 +2,26 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from tomesd_plus.host.models import train_timesteps, unet_of
-from tomesd_plus.merging.attachment import TokenMerger, mergers_on
-from tomesd_plus.merging.config import Ratio, ToMeConfig
+from tomesd_plus.host.models import models_of, train_timesteps
+from tomesd_plus.merging.answers import Reason, Why
+from tomesd_plus.merging.attachment import Attachment, attachments_on
+from tomesd_plus.merging.config import Ratios, ToMeConfig
 from tomesd_plus.merging.processor import ToMeProcessor, adopt
-from tomesd_plus.merging.report import TokenMergingReport
+from tomesd_plus.merging.report import ModelReport, TokenMergingReport
 
 
 def apply_token_merging(
     pipe: Any,
-    config: ToMeConfig | Ratio | Mapping[int, Ratio] | None = None,
+    config: ToMeConfig | Ratios | None = None,
     *,
-    ratio: Ratio | Mapping[int, Ratio] | None = None,
+    ratio: Ratios | None = None,
     **options: Any,
 ) -> TokenMergingReport:
     """Merge tokens in a pipeline's UNet and ControlNets, around the attention processors that are there.
@@ -53,7 +54,7 @@ def apply_token_merging(
     if config is not None and options:
         raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
     config = config or ToMeConfig(**options)
-    return merge_with(pipe, lambda timesteps, name, excluded: TokenMerger(config, timesteps, name, excluded))
+    return merge_with(pipe, lambda timesteps, name, excluded: Attachment(config, timesteps, name, excluded))
 
 
 def remove_token_merging(pipe: Any) -> None:
@@ -63,10 +64,10 @@ def remove_token_merging(pipe: Any) -> None:
     ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
     """
     found = False
-    for model in _models(pipe).values():
-        for merger in mergers_on(model):  # also those whose processors were replaced since
+    for model in models_of(pipe).values():
+        for attachment in attachments_on(model):  # also those whose processors were replaced since
             found = True
-            merger.detach()
+            attachment.detach()
         for module in model.modules():
             processor = getattr(module, "processor", None)
             if isinstance(processor, ToMeProcessor):
@@ -78,7 +79,7 @@ def remove_token_merging(pipe: Any) -> None:
 
 @contextmanager
 def token_merging(
-    pipe: Any, config: ToMeConfig | Ratio | Mapping[int, Ratio] | None = None, **options: Any
+    pipe: Any, config: ToMeConfig | Ratios | None = None, **options: Any
 ) -> Iterator[TokenMergingReport]:
     """Merge tokens inside a ``with`` block; takes what :func:`apply_token_merging` takes, and yields its report."""
     report = apply_token_merging(pipe, config, **options)
@@ -93,27 +94,28 @@ def merging_report(pipe: Any) -> TokenMergingReport:
 
     Bare processors count once their model has been called.
     """
-    mergers = {name: mergers_on(model) for name, model in _models(pipe).items()}
-    if not any(mergers.values()):
+    found = {name: attachments_on(model) for name, model in models_of(pipe).items()}
+    if not any(found.values()):
         raise ValueError("token merging is not applied, or its model has not been called yet")
-    return TokenMergingReport({name: found[0] for name, found in mergers.items() if found})
+    return _report({name: attachments[0] for name, attachments in found.items() if attachments})
 
 
-def merge_with(pipe: Any, make_merger: Callable[[int, str, dict[str, str]], TokenMerger]) -> TokenMergingReport:
-    """Put processors and mergers on a pipeline's models.
+def merge_with(pipe: Any, make: Callable[[int, str, dict[str, Reason]], Attachment]) -> TokenMergingReport:
+    """Put processors and attachments on a pipeline's models.
 
     Args:
         pipe: As in :func:`apply_token_merging`.
-        make_merger: ``(train_timesteps, name, excluded layers) -> TokenMerger``, called for each model.
+        make: ``(train_timesteps, name, excluded layers) -> Attachment``, called for each model.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     for name, model in models.items():
         if is_merging(model):
             raise ValueError(f"token merging is already applied to {name}: call remove_token_merging first")
-    mergers = {}
+    attachments = {}
     for name, model in models.items():
         prefix = f"{name}." if len(models) > 1 else ""
-        merging, excluded = [], {}
+        merging: list[Attention] = []
+        excluded: dict[str, Reason] = {}
         for layer_name, layer in model.named_modules():
             if isinstance(layer, Attention) and not layer.is_cross_attention:
                 reason = _why_excluded(layer)
@@ -121,16 +123,16 @@ def merge_with(pipe: Any, make_merger: Callable[[int, str, dict[str, str]], Toke
                     merging.append(layer)
                 else:
                     excluded[f"{prefix}{layer_name}"] = reason
-        merger = make_merger(train_timesteps(pipe), prefix, excluded)
+        attachment = make(train_timesteps(pipe), prefix, excluded)
         if not merging:
             warnings.warn(
                 f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3
             )
         for layer in merging:
-            layer.set_processor(ToMeProcessor(inner=layer.processor, merger=merger))
-        adopt(model, merger)
-        mergers[name] = merger
-    return TokenMergingReport(mergers)
+            layer.set_processor(ToMeProcessor(inner=layer.processor, attachment=attachment))
+        adopt(model, attachment)
+        attachments[name] = attachment
+    return _report(attachments)
 
 
 def is_merging(model: nn.Module) -> bool:
@@ -138,24 +140,18 @@ def is_merging(model: nn.Module) -> bool:
     return any(isinstance(getattr(module, "processor", None), ToMeProcessor) for module in model.modules())
 
 
-def _why_excluded(layer: Attention) -> str | None:
+def _report(attachments: dict[str, Attachment]) -> TokenMergingReport:
+    return TokenMergingReport(
+        {name: ModelReport(each.record, each.blocks.decisions) for name, each in attachments.items()}
+    )
+
+
+def _why_excluded(layer: Attention) -> Reason | None:
     """Why no processor can be wrapped around a layer's own, or ``None``."""
     if isinstance(layer.processor, nn.Module):
-        return "its processor is a module, which must stay registered on the layer"
+        return Reason(Why.module_processor)
     known = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}
     extra = set(inspect.signature(layer.processor.__call__).parameters) - known
     if extra:  # Attention hands on such arguments only to a processor whose own signature names them
-        return f"its processor takes arguments of its own ({', '.join(sorted(extra))})"
+        return Reason(Why.own_arguments, (", ".join(sorted(extra)),))
     return None
-
-
-def _models(pipe: Any) -> dict[str, nn.Module]:
-    """The UNet and ControlNets of a pipeline, or the model itself, by name."""
-    if not hasattr(pipe, "unet"):
-        return {"model": unet_of(pipe)}
-    models = {"unet": unet_of(pipe)}
-    controlnet = getattr(pipe, "controlnet", None)
-    nets = dict.fromkeys(getattr(controlnet, "nets", None) or [controlnet])  # one net may stand there twice
-    for index, net in enumerate(net for net in nets if isinstance(net, nn.Module)):
-        models[f"controlnet{index or ''}"] = net
-    return models

@@ -1,68 +1,56 @@
-"""What the layers of one model share while it runs: the step, its plans, and the record of what was merged."""
+"""Merging as it is attached to one model: its hooks, the layers' names, and what has been said of it."""
 
-import hashlib
 import warnings
 import weakref
-from collections import deque
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
-from tomesd_plus.host.models import owners_of_hooks, sample_and_timestep
-from tomesd_plus.host.step import Step, StepTracker, outside_graphs
-from tomesd_plus.matching import MergePlan
-from tomesd_plus.merging.blocks import BlockMerging
+from tomesd_plus.caching.cache import feature_cache_on
+from tomesd_plus.host.arguments import sample_and_timestep
+from tomesd_plus.host.models import owners_of_hooks
+from tomesd_plus.host.step import StepTracker, outside_graphs
+from tomesd_plus.host.transient import Transient
+from tomesd_plus.merging.answers import KeptOutputs, Reason
+from tomesd_plus.merging.blocks import BlockHooks
 from tomesd_plus.merging.config import ToMeConfig
-from tomesd_plus.merging.detail import WHOLE_STEP, DetailKeeper
-from tomesd_plus.merging.levels import Level, levels_of
+from tomesd_plus.merging.decider import KEPT, Decider, Plans
+from tomesd_plus.merging.generation import BlockState, Call, Current, Generation, LayerRecord, Record, StepRecord
 from tomesd_plus.merging.planner import Planner
-from tomesd_plus.merging.reasons import why_idle
-from tomesd_plus.merging.report import LayerRecord, StepRecord
+from tomesd_plus.merging.report import why_nothing_merged
 
 
-class TokenMerger:
-    """Makes and keeps the plans of one model. Its bound methods are the hooks on the model; they copy and pickle.
+class Attachment:
+    """Merging on one model; its bound methods are hooks. It copies and pickles, without a generation's state.
 
     Args:
         config: What to merge.
         train_timesteps: Timesteps of the model's training, for the noise level.
         name: Stands before layer names in the report.
-        excluded: Layers that no processor of this merger could be put on, and why; for the report.
+        excluded: Layers that no processor could be put on, and why; for the report.
+        plans: By which plans tokens are merged; :class:`Planner` by default.
     """
-
-    step: Step | None  # the model's call under way, or the latest
-    running: bool  # between the model's pre-hook and its hook
-    levels: dict[int, Level]  # of this step, by number of tokens
-    cache: FeatureCache | None  # on the same model
-    _ran: set[int]  # the levels at which a layer has run in this step
 
     def __init__(
         self,
         config: ToMeConfig,
         train_timesteps: int = 1000,
         name: str = "",
-        excluded: dict[str, str] | None = None,
+        excluded: dict[str, Reason] | None = None,
+        plans: Plans | None = None,
     ) -> None:
         self.config = config
-        self.name = name
+        self.train_timesteps = train_timesteps
         self.excluded = excluded or {}
-        self.tracker = StepTracker(train_timesteps)
-        self.records: dict[str, LayerRecord] = {}
-        self.steps: deque[StepRecord] = deque(maxlen=1000)  # a caller may never begin a new generation
+        self.plans = plans or Planner(config)
+        self.decider = Decider(config, self.plans, name)
+        self.blocks = BlockHooks(self.decider)
         self.attentions: list[nn.Module] = []
-        self.planner = Planner(config)
-        self.details = DetailKeeper(config.whole_every, config.mode)
-        self.blocks = BlockMerging(self)
-        self._merged_levels = {*config.schedules, *config.cached_schedules}
+        self.record: Transient[Record] = Transient()  # of the latest generation, in any thread
         self._handles: list[Any] = []
-        self._names: dict[nn.Module, str] = {}
-        self._lost: tuple[weakref.ref[nn.Module], list[nn.Module]] | None = None  # model and layers before a detour
-        self._warned = False
-        self._reset()
-
-    # Installing -------------------------------------------------------------------------------------------------
+        self._model: Transient[weakref.ref[nn.Module]] = Transient()  # the one that its processors were lost on
+        self._keeping: list[nn.Module] = []  # the layers that may keep an output
+        self._said = False
 
     @property
     def attached(self) -> bool:
@@ -74,227 +62,146 @@ class TokenMerger:
 
         Args:
             model: A UNet or ControlNet.
-            attentions: Its attention layers whose processors use this merger. Once none does, the hooks go away.
+            attentions: Its attention layers whose processors use this. Once none does, the hooks go away.
         """
+        self._model.value = None
         self.attentions = attentions
-        self._names = {module: f"{self.name}{name}" for name, module in model.named_modules()}
-        self.details.attach(model)
-        self.planner.stages = {module: name.partition(".attentions.")[0] for name, module in model.named_modules()}
+        self.plans.names = {module: name for name, module in model.named_modules()}
+        self.plans.stages = {module: name.partition(".attentions.")[0] for module, name in self.plans.names.items()}
+        if self.config.full_steps is not None:
+            self._keeping = [*attentions, *self.blocks.layers(model)]
+            for layer in self._keeping:
+                setattr(layer, KEPT, KeptOutputs())
         self._handles = [
-            model.register_forward_pre_hook(self.begin_step, with_kwargs=True),
-            model.register_forward_hook(self.end_step, always_call=True),
+            model.register_forward_pre_hook(self.begin_call, with_kwargs=True),
+            model.register_forward_hook(self.end_call, always_call=True),
             *self.blocks.attach(model),
         ]
 
     def detach(self) -> None:
-        """Take the hooks off again. The records stay."""
+        """Take everything off again. The record stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._names.clear()
-        self.planner.stages = {}
+        for layer in self._keeping:
+            delattr(layer, KEPT)
+        self._keeping = []
+        self.plans.names, self.plans.stages = {}, {}
         self.attentions = []
-        self._lost = None
-        self.planner.forget()
-        self.details.reset()
-        self._reset()
-
-    def _attach_again(self, model: "weakref.ref[nn.Module]", attentions: list[nn.Module]) -> None:
-        """Processors that were replaced for a while are back, as after PAG: merge again from the next call on."""
-        self._lost = None
-        if (found := model()) is not None:
-            self.attach(found, attentions)
+        self.decider.current = Current()
+        self.decider.latest.value = self._model.value = None
+        if self.record.value is not None:
+            self.record.value.kept_bytes = 0
 
     # The model's hooks ------------------------------------------------------------------------------------------
 
     @outside_graphs
-    def begin_step(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: read the step, lay out its levels, drop plans that no longer hold."""
-        if not any(getattr(attention.processor, "merger", None) is self for attention in self.attentions):
-            lost = weakref.ref(model), self.attentions
+    def begin_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: read the step, and lay out what is to be done."""
+        if not any(getattr(attention.processor, "attachment", None) is self for attention in self.attentions):
+            attentions = self.attentions
             self.detach()  # the processors were replaced: nothing is left behind
-            self._lost = lost
+            self.attentions, self._model.value = attentions, weakref.ref(model)
             return
-        sample, timestep = sample_and_timestep(args, kwargs)
-        before = self.step
-        self._reset()
-        self.step = step = self.tracker.observe(sample, timestep)
-        self.running = True
+        sample, timestep = sample_and_timestep(model, args, kwargs)
+        current = self.decider.current
+        generation = current.generation or self.new_generation()
+        step = generation.tracker.observe(sample, timestep)
         if step.new_generation:
-            self.records = {name: LayerRecord(name, reason=reason) for name, reason in self.excluded.items()}
-            self.steps.clear()
-        self.steps.append(StepRecord(step.index, step.noise_level))
-        self.cache = feature_cache_on(model)
-        if self.cache is not None and self.cache.mode == "undecided":
-            self.cache.when_decided.append(lambda cached: self._lay_out(step, before, cached, sample.device))
-        else:
-            cached = None if self.cache is None else self.cache.mode == "cached"
-            self._lay_out(step, before, cached, sample.device)
+            generation = Generation(generation.tracker)
+            record = generation.record
+            record.layers = {name: LayerRecord(name, reason=reason) for name, reason in self.excluded.items()}
+            self._drop_kept(range(len(KeptOutputs().outputs)))
+        current.generation, self.record.value = generation, generation.record
+        generation.record.steps.append(StepRecord(step.index, step.noise_level))
+        current.call = self.decider.latest.value = call = Call(step, record=generation.record)
+        cache = feature_cache_on(model)
 
-    def _lay_out(self, step: Step, before: Step | None, cached: bool | None, device: torch.device) -> None:
-        """Make the step's levels, and drop what does not hold on; a feature cache has told whether it is cached."""
-        self.planner.begin_step(step, before, bool(cached))
-        self.details.begin_step(step, cached)
-        schedules = self.config.cached_schedules if cached else self.config.schedules
-        if self.details.whole:  # no cells are drawn, unless a skipped ratio wants them
-            schedules = self.config.skipped_schedules
-        generator = None
-        if self.config.destinations == "random":
-            # By the noise level, not by counting: the same step draws the same cells, whatever ran before it.
-            seed = hashlib.sha256(f"{self.config.seed} {step.noise_level:.6f}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
-        self.levels = levels_of(step, self.config, schedules, generator, device)
+        def settle(cached: bool | None) -> None:
+            call.cached = cached
+            self._drop_kept(generation.settle(call, self.config))
+            self.plans.lay_out(call, sample.device)
+
+        if cache is None:
+            settle(None)
+        else:
+            call.skips = cache.skips
+            cache.when_decided(settle)
 
     @outside_graphs
-    def end_step(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the model, also after one that failed: say so once if nothing at all was merged.
-
-        Step and plans stay until the next call: gradient checkpointing runs the blocks once more, in backward.
-        """
-        if output is not None and self.step is not None and not self._warned:  # ``None`` after a failure
-            self._warn_if_idle(self.step)
-        self.running = False
-        self.blocks.reset()
-
-    # For the processors -----------------------------------------------------------------------------------------
-
-    def plan_for(self, attention: nn.Module, hidden_states: Tensor) -> MergePlan | None:
-        """The plan of a self-attention layer's input (batch, tokens, channels); ``None`` to leave it alone.
-
-        Inside a block that is merged as a whole it is the plan by which the input has been merged already.
-        """
-        if not self._is_mine(attention):
-            return None
-        if self.blocks.inside:
-            plan = self.blocks.plan
-            return plan if plan is not None and plan.kept.shape == hidden_states.shape[:2] else None
-        if self.config.metric == "block_input":
-            plan = self.blocks.plan
-            plan = plan if plan is not None and plan.fits(hidden_states) else None
-        else:
-            plan = self.plan(hidden_states, attention)
-            if plan is not None:  # else it may be an attention beside the block's own, which has its plan
-                self.blocks.plan = plan
-        if not self.config.merge_self_attention or self.config.merge_block:
-            return None
-        reason = self.reason(hidden_states.shape[1], attention) if plan is None else None
-        self.record(attention, hidden_states.shape[1], plan.removed if plan else 0, reason)
-        return plan
-
-    def keep_detail(self, layer: nn.Module, output: Tensor) -> None:
-        """On a whole step keep the output of a layer that other steps merge, (batch, tokens, channels)."""
-        whole = self.active and self.details.whole and self.merges_at(output.shape[1])
-        if whole and not self._is_skipped(layer):
-            self.details.keep(layer, output)
-
-    def merges_at(self, tokens: int) -> bool:
-        """True if layers of so many tokens are merged on some steps."""
-        level = self.levels.get(tokens)
-        return level is not None and level.downsample in self._merged_levels
-
-    def _is_skipped(self, layer: nn.Module) -> bool:
-        """True if a layer does not run on the steps between; a graph that knew its name would serve no other layer."""
-        if self.details.every != "full" or self.cache is None or torch.compiler.is_compiling():
-            return False
-        return self.cache.skips(self._names.get(layer, "").removeprefix(self.name))
-
-    def stays_whole(self, layer: nn.Module) -> bool:
-        """True on whole steps, but for a layer whose self-attention the configuration merges there."""
-        return self.details.whole and (self.config.skipped_ratio is None or not self._is_skipped(layer))
-
-    def reused(self, attention: nn.Module, hidden_states: Tensor) -> Tensor | None:
-        """What the layer gave at the last whole step, if that is to be taken again, (batch, tokens, channels)."""
-        if not self._is_mine(attention):
-            return None
-        tokens = hidden_states.shape[1]
-        level = self.levels.get(tokens)
-        merged = level is not None and level.cells is not None
-        output = self.details.kept(attention, hidden_states) if merged else None
-        missing = merged and not self.details.whole
-        nothing = "there is no output of a whole step" if missing else self.reason(tokens, attention)
-        self.record(attention, tokens, 0, nothing if output is None else "its last whole output was taken again")
-        return output
-
-    def record(self, layer: nn.Module, tokens: int, removed: int, reason: str | None = None) -> None:
-        """Note what was done to a layer in this step; compiled layers leave no notes."""
-        if self.step is None or not self.running or self.blocks.measuring or torch.compiler.is_compiling():
+    def end_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the model, also after one that failed: say so once if nothing at all was merged."""
+        call = self.decider.current.call
+        if call is None or call.record is None or not call.running:
             return
-        name = self._names.get(layer, type(layer).__name__)
-        record = self.records.setdefault(name, LayerRecord(name))
-        level = self.levels.get(tokens)
-        record.downsample = level.downsample if level else None
-        record.calls += 1
-        record.tokens += tokens
-        record.removed += removed
-        record.reason = reason
-        if level:
-            self._ran.add(level.downsample)
-        if removed and level:
-            self.steps[-1].removed[level.downsample] = removed / tokens
+        if output is not None:  # ``None`` after a failure
+            self._say_if_nothing_merged(call, call.record)
+        call.running, call.block = False, BlockState()
+        levels = {level.downsample: level for level in call.levels.values()}
+        call.record.plans = {
+            key[0]: (plan, levels[key[0]].height, levels[key[0]].width) for key, plan in call.plans.items()
+        }
+        if call.full:
+            call.record.kept_bytes = sum(map(_bytes, self._keeping))
 
-    def _is_mine(self, attention: nn.Module) -> bool:
-        """True in a call of the model that the merger serves; else see whether that model has come back."""
-        if not self.active:
-            if self._lost is not None:
-                self._attach_again(*self._lost)
-            self._warn_if_stranger(attention)
-        return self.active
+    # Generations ------------------------------------------------------------------------------------------------
 
-    # Planning ---------------------------------------------------------------------------------------------------
+    def new_generation(self, explicit: bool = False) -> Generation:
+        """One that has not begun; ``explicit`` if its beginning was said, so that no other is guessed in it."""
+        return Generation(StepTracker(self.train_timesteps, explicit))
 
-    @property
-    def active(self) -> bool:
-        """True in the model's call, and when a checkpointed block of it is run once more for gradients."""
-        return self.step is not None and (self.running or torch.is_grad_enabled())
+    def swap_generation(self, other: Any) -> Any:
+        """Put another generation in this thread's place, as this method has returned it; ``None``: a new one.
 
-    def plan(self, hidden_states: Tensor, layer: nn.Module) -> MergePlan | None:
-        level = self.levels.get(hidden_states.shape[1])
-        if level is None or level.cells is None or self.blocks.declined is not None or self.stays_whole(layer):
-            return None
-        return self.planner.plan(hidden_states, level, layer)
+        Returns:
+            What was there before: a generation and the outputs that its full steps have kept.
+        """
+        current = self.decider.current
+        before = current.generation, current.call, [_kept(layer) for layer in self._keeping]
+        fresh = self.new_generation(explicit=True), None, [KeptOutputs().outputs for _ in self._keeping]
+        current.generation, current.call, kept = other or fresh
+        for layer, outputs in zip(self._keeping, kept, strict=True):
+            getattr(layer, KEPT).outputs = outputs
+        return before
+
+    def _drop_kept(self, places: Any) -> None:
+        for place in places:
+            for layer in self._keeping:
+                _kept(layer)[place] = None
 
     # Telling the user -------------------------------------------------------------------------------------------
 
-    def reason(self, tokens: int, layer: nn.Module) -> str:
-        assert self.step is not None
-        level = self.levels.get(tokens)
-        if level is None:
-            return f"{tokens} tokens fit no level of {self.step.height} × {self.step.width} latents"
-        if self.stays_whole(layer) and self.merges_at(tokens):
-            return WHOLE_STEP
-        if level.reason is None and self.blocks.declined is not None:
-            return str(self.blocks.declined)
-        return level.reason or "too few tokens are alike"
-
-    def _warn_if_idle(self, step: Step) -> None:
-        if self.details.whole or self.config.reuse_attention or self.blocks.gate is not None:
-            return  # there is a good reason
-        why = why_idle(self.records.values(), self.levels.values(), self.config, step.noise_level, self._ran)
-        if why is not None:
-            self._warned = True
-            warnings.warn(f"Token merging has merged nothing: {why}.", stacklevel=2)
-
-    def _warn_if_stranger(self, attention: nn.Module) -> None:
-        if self.attached and attention not in self._names and not self._warned:
-            self._warned = True
+    def came_back(self, attention: nn.Module) -> None:
+        """A processor is called outside of a call of the model: see whether it is back on a model it was lost on."""
+        found = self._model.value() if self._model.value is not None else None
+        if found is not None:
+            self.attach(found, self.attentions)  # as after PAG: merge again from the next call on
+        elif self.attached and attention not in self.plans.names and not self._said:
+            self._said = True
             warnings.warn(
                 "A ToMeProcessor serves one model only, and this one serves another: give each model its own. "
                 "Nothing is merged here.",
                 stacklevel=2,
             )
 
-    def _reset(self) -> None:
-        self.step = None
-        self.running = False
-        self.levels = {}
-        self.cache = None
-        self._ran = set()
-        self.blocks.reset()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "step": None, "running": False, "levels": {}, "cache": None, "_lost": None}
+    def _say_if_nothing_merged(self, call: Call, record: Record) -> None:
+        if self._said or call.full or self.blocks.gate is not None:
+            return  # there is a good reason
+        why = why_nothing_merged(record, call.levels.values(), self.config, call.step.noise_level, call.ran)
+        if why is not None:
+            self._said = True
+            warnings.warn(f"Token merging has merged nothing: {why}.", stacklevel=2)
 
 
-def mergers_on(model: nn.Module) -> list[TokenMerger]:
-    """The mergers whose hooks are on a model."""
-    return owners_of_hooks(model, TokenMerger)
+def attachments_on(model: nn.Module) -> list[Attachment]:
+    """The attachments whose hooks are on a model."""
+    return owners_of_hooks(model, Attachment)
+
+
+def _kept(layer: nn.Module) -> list[Any]:
+    kept: KeptOutputs = getattr(layer, KEPT)
+    return kept.outputs
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(output.untyped_storage().nbytes() for output in _kept(layer) if output is not None)

@@ -1,199 +1,222 @@
-"""What merging does around transformer blocks: the hooks on blocks and on the layers inside them."""
+"""The hooks on transformer blocks and on the layers inside them, and the gate's measurements of blocks."""
 
-from copy import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from tomesd_plus.matching import MergePlan
-from tomesd_plus.merging.config import ToMeConfig
-from tomesd_plus.merging.detail import WHOLE_STEP
+from tomesd_plus.host.arguments import argument, positions, with_first
+from tomesd_plus.host.transient import Transient, TransientDict
+from tomesd_plus.merging.answers import Leave, Merge, Reason, Why
+from tomesd_plus.merging.config import Layer, ToMeConfig
+from tomesd_plus.merging.decider import Decider
 from tomesd_plus.merging.gate import Decision, Gate
-from tomesd_plus.merging.levels import Level
+from tomesd_plus.merging.generation import BlockState, Call, Level
 from tomesd_plus.schedules import AdaptiveRatio
 
-if TYPE_CHECKING:
-    from tomesd_plus.merging.attachment import TokenMerger
+_MEASURING = threading.Lock()  # one measurement at a time: another thread's work would count
 
 
-class BlockMerging:
+class BlockHooks:
     """The hooks on a model's transformer blocks; they copy and pickle.
 
     Args:
-        merger: The merger of the model.
+        decider: Of the model.
     """
 
-    plan: MergePlan | None  # that of the block under way
-    inside: bool  # True if all layers of the block under way run on merged tokens
-    declined: Decision | None  # why the block under way is left alone
-    measuring: bool  # while the gate runs a block
-    _merged_layer: nn.Module | None  # between its pre-hook and its hook
-    _entered: tuple[Tensor, Tensor | None] | None  # a block's input before and after merging, if it is merged
-    decisions: dict[tuple[Any, ...], Decision]  # the gate's, by input's shape, …, number of tokens removed
-
-    def __init__(self, merger: "TokenMerger") -> None:
-        self.merger = merger
-        config = merger.config
-        self.gate = None if config.levels == "all" else Gate(refresh=config.levels == "remeasure")
-        self.decisions = {}
-        self.reset()
+    def __init__(self, decider: Decider) -> None:
+        self.decider = decider
+        config = decider.config
+        self.gate = None if config.gate == "off" else Gate(refresh=config.gate == "remeasure")
+        self.decisions: TransientDict[tuple[Any, ...], Decision] = TransientDict()
+        self._places: dict[str, int] = {}  # of a block's arguments
+        self._calls: Transient[WeakTensorKeyDictionary] = Transient()
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Put the hooks that the configuration needs on a model; returns their handles."""
-        config, handles = self.merger.config, []
-        around = config.merge_cross_attention or config.merge_mlp
-        if config.metric != "block_input" and not around and self.gate is None:
-            return []
-        for block in model.modules():
-            if not isinstance(block, BasicTransformerBlock):
-                continue
+        config, handles = self.decider.config, []
+        for block in _blocks(model):
+            self._places = positions(type(block))
             handles.append(block.register_forward_pre_hook(self.enter, with_kwargs=True))
-            if config.merge_block:
+            if config.metric == "block_input":
                 handles.append(block.register_forward_hook(self.leave))
-                continue
-            layers = [block.attn2] if config.merge_cross_attention and block.attn2 is not None else []
-            for layer in [*layers, block.ff] if config.merge_mlp else layers:
-                handles.append(layer.register_forward_pre_hook(self.merge_input, with_kwargs=True))
-                handles.append(layer.register_forward_hook(self.unmerge_output))
+        for layer in self.layers(model) if config.layers != "block" else []:
+            hooks = LayerHooks(self.decider, "cross_attention" if isinstance(layer, Attention) else "mlp")
+            handles.append(layer.register_forward_pre_hook(hooks.merge_input, with_kwargs=True))
+            handles.append(layer.register_forward_hook(hooks.unmerge_output))
         return handles
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers beside self-attention that run on merged tokens: blocks, or their cross-attentions and MLPs."""
+        config, blocks = self.decider.config, _blocks(model)
+        if config.layers == "block":
+            return blocks
+        inner = {"cross_attention": "attn2", "mlp": "ff"}
+        found = [getattr(block, name) for block in blocks for role, name in inner.items() if role in config.layers]
+        return [layer for layer in found if layer is not None]
 
     def enter(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a block: forget the last one's plan; match on the raw input, and merge it, if so wanted."""
-        merger, config = self.merger, self.merger.config
-        self.plan, self.inside, self._entered = None, False, None
-        if self.gate is not None and not self.measuring:
-            self.declined = self._measured(self.gate, block, args, kwargs)
-        if config.metric != "block_input" or not merger.active:
+        """Before a block: forget the last one's state; match on the raw input, and merge it, if so wanted."""
+        hidden_states = argument(self._places, args, kwargs, "hidden_states")
+        self._find_call(hidden_states)
+        call = self.decider.call()
+        if call is None:
             return None
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.plan = merger.plan(hidden_states, block)
-        if not config.merge_block:
+        call.block = BlockState()
+        if self.gate is not None:
+            call.block.declined = self._declined(self.gate, call, block, args, kwargs)
+        if self.decider.config.metric != "block_input":
             return None
-        reason = self._why_not_whole(block, args, kwargs)
-        if self.plan is None or reason is not None:
-            merger.record(block, hidden_states.shape[1], 0, reason or merger.reason(hidden_states.shape[1], block))
-            self.plan = None
-            self._entered = (hidden_states, None) if reason is None and merger.details.whole else None
-            return None
-        merger.record(block, hidden_states.shape[1], self.plan.removed)
-        merged = self.plan.merge(hidden_states, config.mode)
-        self.inside, self._entered = True, (hidden_states, merged)
-        return ((merged, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": merged})
+        obstacle = self._obstacle(block, args, kwargs) if self.decider.config.layers == "block" else None
+        answer = self.decider.ask(block, "block", hidden_states, obstacle)
+        merged = answer.merge(hidden_states) if isinstance(answer, Merge) else None
+        call.block.entered = (answer, hidden_states, merged)
+        return None if merged is None else with_first(args, kwargs, "hidden_states", merged)
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After it: what the block has added to a merged token is added to all tokens that it stands for."""
-        if self._entered is None:
+        call = self.decider.call()
+        if call is None or call.block.entered is None:
             return None
-        hidden_states, merged = self._entered
-        plan, self.plan, self.inside, self._entered = self.plan, None, False, None
-        if plan is None or merged is None:
-            self.merger.keep_detail(block, output - hidden_states)
-            return None
-        return hidden_states + self.merger.details.unmerge(block, plan, output - merged)
+        answer, hidden_states, merged = call.block.entered
+        call.block = BlockState()
+        if isinstance(answer, Merge) and merged is not None:
+            return hidden_states + answer.unmerge(output - merged)
+        if isinstance(answer, Leave) and answer.keep_in is not None:
+            answer.done(output - hidden_states)
+        return None
 
-    def merge_input(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before cross-attention or MLP: merge the input by the block's plan."""
-        plan = None if self.merger.details.whole else self.plan  # on whole steps self-attention alone may be merged
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        if plan is None or not plan.fits(hidden_states) or kwargs.get("ip_adapter_masks") is not None:
-            reason = "its block's attention was not merged" if plan is None else "its input is not the block's tokens"
-            if self.declined is not None:
-                reason = str(self.declined)
-            if self.merger.details.whole and self.merger.merges_at(hidden_states.shape[1]):
-                reason = WHOLE_STEP
-            if kwargs.get("ip_adapter_masks") is not None:
-                reason = "it looks at places in the picture"
-            self.merger.record(layer, hidden_states.shape[1], 0, reason)
-            return None
-        self._merged_layer = layer
-        self.merger.record(layer, plan.tokens, plan.removed)
-        hidden_states = plan.merge(hidden_states, self.merger.config.mode)
-        return ((hidden_states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_states})
+    def _find_call(self, hidden_states: Tensor) -> None:
+        """Let a checkpointed block that is run again for gradients find its call, by its input.
 
-    def unmerge_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """After it: bring the output back to the block's tokens."""
-        if self._merged_layer is not layer or self.plan is None:
-            self.merger.keep_detail(layer, output)
-            return None
-        self._merged_layer = None
-        return self.merger.details.unmerge(layer, self.plan, output)
+        PyTorch gives it the very tensors of the first time, but on CUDA in another thread, and perhaps after other
+        calls of the model.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        current = self.decider.current
+        if self._calls.value is None:
+            self._calls.value = WeakTensorKeyDictionary()
+        if current.call is not None and current.call.running:
+            self._calls.value[hidden_states] = current.call
+        else:
+            # Re-entrant checkpointing gives it copies: then the latest call, in whatever thread, is the likeliest.
+            current.call = self._calls.value.get(hidden_states, current.call) or self.decider.latest.value
 
-    def _measured(self, gate: Gate, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision | None:
-        """Measure a block both ways, unless that was done before; the decision if merging does not pay."""
-        merger = self.merger
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        level = merger.levels.get(hidden_states.shape[1])
-        if not merger.active or merger.details.whole or level is None or level.cells is None:
-            return None
-        if torch.compiler.is_compiling():
+    def _obstacle(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
+        """Why a block cannot run on merged tokens as a whole, or ``None``."""
+        if argument(self._places, args, kwargs, "attention_mask") is not None:
+            return Reason(Why.mask)
+        extra = argument(self._places, args, kwargs, "cross_attention_kwargs") or {}
+        if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
+            return Reason(Why.places)
+        if getattr(getattr(block.attn1.processor, "attachment", None), "decider", None) is not self.decider:
+            return Reason(Why.attention_left_alone)
+        return None
+
+    # The gate ---------------------------------------------------------------------------------------------------
+
+    def _declined(
+        self, gate: Gate, call: Call, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Reason | None:
+        """Why merging is left off in a block; it is measured both ways, unless that was done before."""
+        if call.trial is not None:
+            return call.trial.declined
+        hidden_states = argument(self._places, args, kwargs, "hidden_states")
+        level = call.levels.get(hidden_states.shape[1])
+        if call.full or level is None or level.cells is None or torch.compiler.is_compiling():
             return None
         judged = _judged(level)
         states = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
         kind = (*states, block.attn1.heads, _kernel_of(block.attn1), level.height, judged)
         if kind not in self.decisions:
-            self.decisions[kind] = self._measure(gate, block, args, kwargs, judged)
+            with _MEASURING:
+                self.decisions[kind] = self._measure(gate, call, block, args, kwargs, judged)
         decision = self.decisions[kind]
-        return None if decision.pays else decision
+        return None if decision.pays else Reason(Why.does_not_pay, (decision,))
 
-    def _measure(self, gate: Gate, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], judged: int) -> Decision:
+    def _measure(
+        self, gate: Gate, call: Call, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], judged: int
+    ) -> Decision:
         """Run a block both ways, with so many tokens removed in the one, unless the gate knows the result."""
-        merger = self.merger
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        tokens = hidden_states.shape[1]
-        level = merger.levels[tokens]
+        hidden_states = argument(self._places, args, kwargs, "hidden_states")
+        level = call.levels[hidden_states.shape[1]]
+        levels = call.levels | {hidden_states.shape[1]: replace(level, removed=judged, ratio=None)}
 
         @torch.no_grad()
-        def run(declined: Decision | None) -> None:
-            self.declined = declined
-            merger.planner.forget()
-            inputs, keywords = self.enter(block, args, kwargs) or (args, kwargs)
-            output = block.forward(*inputs, **keywords)
-            if merger.config.merge_block:
-                self.leave(block, inputs, output)
+        def run(declined: Reason | None) -> None:
+            trial = replace(
+                call, levels=levels, plans={}, too_few={}, record=None, ran=set(), trial=BlockState(declined=declined)
+            )
+            with self._instead(trial):
+                inputs, keywords = self.enter(block, args, kwargs) or (args, kwargs)
+                self.leave(block, inputs, block.forward(*inputs, **keywords))
 
-        planner, levels, self.measuring = merger.planner, merger.levels, True
-        merger.planner = copy(planner)
-        merger.levels = levels | {tokens: replace(level, removed=judged, ratio=None)}
+        key = _kind_of(block, hidden_states, level, judged, self.decider.config)
+        off = Reason(Why.does_not_pay, ("measuring",))
+        return gate.decide(key, hidden_states.device, lambda: run(off), lambda: run(None))
+
+    @contextmanager
+    def _instead(self, call: Call) -> Iterator[None]:
+        """Let a call of the gate's own be this thread's for a while."""
+        current, before = self.decider.current, self.decider.current.call
+        current.call = call
         try:
-            key = _kind_of(block, hidden_states, level, judged, merger.config)
-            return gate.decide(key, hidden_states.device, lambda: run(_CLOSED), lambda: run(None))
+            yield
         finally:
-            self.reset()
-            merger.planner, merger.levels = planner, levels
+            current.call = before
 
-    def _why_not_whole(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why a block cannot run on merged tokens as a whole, or ``None``."""
-        if (args[1] if len(args) > 1 else kwargs.get("attention_mask")) is not None:
-            return "it has an attention mask"
-        extra = (args[5] if len(args) > 5 else kwargs.get("cross_attention_kwargs")) or {}
-        if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
-            return "it looks at places in the picture"
-        if getattr(block.attn1.processor, "merger", None) is not self.merger:
-            return "its self-attention is left alone"
+
+class LayerHooks:
+    """The hooks around a block's cross-attention or MLP.
+
+    Args:
+        decider: Of the model.
+        role: Which of the two.
+    """
+
+    def __init__(self, decider: Decider, role: Layer) -> None:
+        self.decider = decider
+        self.role = role
+
+    def merge_input(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the layer: merge its input by the block's plan."""
+        call = self.decider.call()
+        if call is None:
+            return None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        obstacle = Reason(Why.places) if kwargs.get("ip_adapter_masks") is not None else None
+        call.block.layer = answer = self.decider.ask(layer, self.role, hidden_states, obstacle)
+        if not isinstance(answer, Merge):
+            return None
+        return with_first(args, kwargs, "hidden_states", answer.merge(hidden_states))
+
+    def unmerge_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After it: bring the output back to the block's tokens."""
+        call = self.decider.call()
+        if call is None:
+            return None
+        answer, call.block.layer = call.block.layer, None
+        if isinstance(answer, Merge):
+            return answer.unmerge(output)
+        if isinstance(answer, Leave):
+            answer.done(output)
         return None
 
-    def reset(self) -> None:
-        """Forget the block under way."""
-        self.plan = None
-        self.inside = False
-        self.declined = None
-        self.measuring = False
-        self._merged_layer = None
-        self._entered = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        nothing = dict.fromkeys(("plan", "declined", "_merged_layer", "_entered"))
-        return {**self.__dict__, **nothing, "inside": False, "measuring": False, "decisions": {}}
-
-
-_CLOSED = Decision(0.0, 0.0)
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, BasicTransformerBlock)]
 
 
 def _judged(level: Level) -> int:
@@ -209,13 +232,15 @@ def _judged(level: Level) -> int:
     return eighths * tokens // 8 if eighths else 1 << (removed.bit_length() - 1)
 
 
+# What the time of a block does not depend on, or what stands in the key by itself.
+_NOT_OF_TIME = ("ratio", "cached_ratio", "max_downsample", "gate", "seed", "plan_per", "plan_every")
+
+
 def _kind_of(block: Any, hidden_states: Tensor, level: Level, judged: int, config: ToMeConfig) -> str:
     """All that the time of a transformer block depends on, but for machine and versions."""
     batch, _, channels = hidden_states.shape
-    options = asdict(config) | {"whole_every": config.whole_every is not None}  # what details are kept for takes time
-    for name in ("ratio", "cached_ratio", "skipped_ratio", "schedule", "more_at", "max_downsample", "levels", "seed",
-                 "plan_per", "plan_every", "reuse_attention"):  # fmt: skip
-        del options[name]
+    options = {name: value for name, value in asdict(config).items() if name not in _NOT_OF_TIME}
+    options["full_steps"] = config.full_steps is not None  # what details are kept for takes time
     return (
         f"{channels} channels, {block.attn1.heads} heads, {_kernel_of(block.attn1)}, "
         f"{level.height} × {level.width} tokens, batch {batch}, "

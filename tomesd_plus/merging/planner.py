@@ -1,92 +1,102 @@
-"""Makes the plans of one model, and keeps them for the blocks and steps that share them."""
+"""How many tokens go at each level of a step, and the plans that say which; kept for whom they are shared with."""
 
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tomesd_plus.host.step import MOST_CALLS, Step
-from tomesd_plus.matching import MergePlan, match, merge_most_similar
-from tomesd_plus.merging.config import ToMeConfig
-from tomesd_plus.merging.levels import Level
-from tomesd_plus.schedules import AdaptiveRatio
-
-Key = tuple[int, int, nn.Module | str | None, int | AdaptiveRatio]
-"""Downsample, the number of the call in its step, what shares a plan, and how many tokens are to be removed."""
+from tomesd_plus.host.step import Step
+from tomesd_plus.matching import Cells, MergePlan, make_cells, match, max_removed, merge_most_similar
+from tomesd_plus.merging.answers import Reason, Why
+from tomesd_plus.merging.config import LEVELS, ToMeConfig
+from tomesd_plus.merging.generation import Call, Level
+from tomesd_plus.schedules import AdaptiveRatio, Schedule
 
 
 class Planner:
-    """Makes a plan where none is kept that holds.
+    """Says of a layer's tokens by which plan they are to be merged, or why they are not.
+
+    Another way to say so has the same two methods: see :mod:`tomesd_plus.tomesd`.
 
     Args:
         config: What similarity is measured on, and who shares plans for how long.
     """
 
-    plans: dict[Key, MergePlan]
-    stages: dict[nn.Module, str]  # the block of the UNet that a layer is in, or its own name
-    _steps: dict[int, Step]  # the latest of each call of a step
-    _too_many: bool  # of the generation's calls are at one step: they can no longer be told apart, so no plan lasts
-    _too_few: dict[Key, torch.Size]  # where an adaptive ratio found too few tokens alike, in (batch, tokens)
-
     def __init__(self, config: ToMeConfig) -> None:
         self.config = config
-        self.stages = {}
-        self.call = 0
-        self._too_many = False
-        self.forget()
+        self.stages: dict[nn.Module, str] = {}  # the block of the UNet that a layer is in, or its own name
+        self.names: dict[nn.Module, str] = {}  # of the layers in their model
+        self._merged_levels = {*config.schedules, *config.cached_schedules}
+        self._merges_on_full_steps = bool(config.full_schedules)
 
-    def forget(self) -> None:
-        """Drop all plans."""
-        self.plans = {}
-        self._too_few = {}
-        self._steps = {}
-
-    def begin_step(self, step: Step, before: Step | None, cached: bool = False) -> None:
-        """Drop plans that do not hold for a step any more, which may be a feature cache's cached one."""
-        self.call = step.call
-        self._too_many = step.call >= MOST_CALLS or (self._too_many and not step.new_generation)
-        if before is None or step.new_generation or self._too_many or not self._lasts(step, before, cached):
-            self.forget()
-        last = self._steps.get(step.call)  # guidance branches may come as calls of their own, of unlike batch
-        if last is not None and not step.same_size(last):
-            self.plans = {key: plan for key, plan in self.plans.items() if key[1] != step.call}
-            self._too_few = {key: size for key, size in self._too_few.items() if key[1] != step.call}
-        self._steps[step.call] = step
-
-    def _lasts(self, step: Step, before: Step, cached: bool) -> bool:
-        every = self.config.plan_every
-        if every == "full":
-            return cached or (step.number == before.number and step.call > before.call)
-        return every > 1 and step.number // every == before.number // every
-
-    def plan(self, hidden_states: Tensor, level: Level, layer: nn.Module) -> MergePlan | None:
-        """The plan for a layer's input.
+    def lay_out(self, call: Call, device: torch.device) -> None:
+        """Before a call's first layer: decide what may be removed at each level.
 
         Args:
-            hidden_states: (batch, tokens, channels).
-            level: Its level, with something to remove.
-            layer: The attention layer or transformer block.
-
-        Returns:
-            ``None`` if an adaptive ratio finds too few tokens alike.
+            call: Its step is known, whether it is a full one, and whether it is cached.
+            device: Of the latents.
         """
+        schedules = self.config.cached_schedules if call.cached else self.config.schedules
+        if call.full:  # no cells are drawn, unless layers that cached steps skip merge
+            schedules = self.config.full_schedules
+        generator = None
+        if self.config.destinations == "random":
+            # By the noise level, not by counting: the same step draws the same cells, whatever ran before it.
+            seed = hashlib.sha256(f"{self.config.seed} {call.step.noise_level:.6f}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big"))
+        call.levels = levels_of(call.step, self.config, schedules, generator, device)
+
+    def plan(self, call: Call, hidden_states: Tensor, layer: nn.Module) -> MergePlan | Reason:
+        """The plan for a layer's input, or why there is none.
+
+        Args:
+            call: The model's call.
+            hidden_states: (batch, tokens, channels).
+            layer: The attention layer or transformer block.
+        """
+        tokens = hidden_states.shape[1]
+        level = call.levels.get(tokens)
+        if level is None:
+            return Reason(Why.no_level, (tokens, call.step.height, call.step.width))
+        if call.full and not (self._merges_on_full_steps and self.skipped(call, layer)):
+            return Reason(Why.full_step) if self.merges_at(level) else level.reason or Reason(Why.full_step)
+        if call.block.declined is not None and level.reason is None:
+            return call.block.declined
+        if level.cells is None:
+            return level.reason or Reason(Why.nothing_similar)
+        return self._kept_or_made(call, hidden_states, level, layer) or Reason(Why.nothing_similar)
+
+    def merges_at(self, level: Level | None) -> bool:
+        """True if layers are merged there on some steps."""
+        return level is not None and level.downsample in self._merged_levels
+
+    def skipped(self, call: Call, layer: nn.Module) -> bool:
+        """True if a layer does not run on cached steps; a graph that knew its name would serve no other layer."""
+        if self.config.full_every != "cache" or call.skips is None or torch.compiler.is_compiling():
+            return False
+        return call.skips(self.names.get(layer, ""))
+
+    def _kept_or_made(self, call: Call, hidden_states: Tensor, level: Level, layer: nn.Module) -> MergePlan | None:
         if torch.compiler.is_compiling() and self.config.plan_per != "level":
             return self._match(hidden_states, level, layer)  # a graph that knows its layer would serve no other
         wanted = level.ratio if isinstance(level.ratio, AdaptiveRatio) else level.removed
-        key = (level.downsample, self.call, self._shared_by(layer), wanted)
-        plan = self.plans.pop(key, None)  # and put back, so that the last is the latest
+        key = (level.downsample, call.step.call, self._shared_by(layer), wanted)
+        plan = call.plans.pop(key, None)  # and put back, so that the last is the latest
         if plan is not None and plan.fits(hidden_states):
-            self.plans[key] = plan
+            call.plans[key] = plan
             return plan
-        if self._too_few.get(key) == hidden_states.shape[:2]:
+        if call.too_few.get(key) == hidden_states.shape[:2]:
             return None
         plan = self._match(hidden_states, level, layer)
         if plan is None:
-            self._too_few[key] = hidden_states.shape[:2]
+            call.too_few[key] = hidden_states.shape[:2]
         else:
-            for other in [other for other in self.plans if other[:3] == key[:3]]:
-                del self.plans[other]  # of another ratio
-            self.plans[key] = plan
+            for other in [other for other in call.plans if other[:3] == key[:3]]:
+                del call.plans[other]  # of another ratio
+            call.plans[key] = plan
         return plan
 
     def _shared_by(self, layer: nn.Module) -> nn.Module | str | None:
@@ -111,5 +121,65 @@ class Planner:
             keys = attention.to_k(hidden_states)  # (batch, tokens, heads · channels)
             return keys.unflatten(-1, (attention.heads, -1)).mean(dim=2)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "_too_few": {}}
+
+def levels_of(
+    step: Step,
+    config: ToMeConfig,
+    schedules: Mapping[int, Schedule | AdaptiveRatio],
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> dict[int, Level]:
+    """The levels of a step by their number of tokens. Of two with the same number the finer counts.
+
+    Args:
+        step: The step.
+        config: What to merge.
+        schedules: Its schedules for the kind of step.
+        generator: For random destinations.
+        device: Where cells are wanted.
+    """
+    levels: dict[int, Level] = {}
+    for downsample in LEVELS:
+        height, width = -(-step.height // downsample), -(-step.width // downsample)
+        if height * width in levels:
+            continue
+        schedule = schedules.get(downsample)
+        most = max_removed(height, width, config.cell_size)
+        ratio, removed = 0.0, 0
+        if schedule is not None:
+            ratio = max(schedule.ratios) if isinstance(schedule, AdaptiveRatio) else schedule(step.noise_level)
+            removed = min(int(height * width * ratio), most)
+        cells = reason = None
+        if removed:
+            cells = _cells(height, width, config.cell_size, config.window, generator, device)
+        elif schedule is None:
+            reason = Reason(Why.level_off, (downsample,))
+        elif not most:
+            reason = Reason(Why.no_cell, (height, width))
+        elif ratio:
+            reason = Reason(Why.ratio_too_small, (height * width,))
+        else:
+            reason = Reason(Why.ratio_zero)
+        levels[height * width] = Level(downsample, height, width, removed, cells, schedule, reason)
+    return levels
+
+
+def _cells(
+    height: int,
+    width: int,
+    cell_size: tuple[int, int],
+    window: int | None,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Cells:
+    if generator is None:
+        return _fixed_cells(height, width, cell_size, window, device)
+    return make_cells(height, width, cell_size, window, generator, device)
+
+
+@lru_cache(maxsize=16)
+def _fixed_cells(
+    height: int, width: int, cell_size: tuple[int, int], window: int | None, device: torch.device
+) -> Cells:
+    """Those without random numbers are the same at every step."""
+    return make_cells(height, width, cell_size, window, None, device)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus.host.attention import attention
-from tomesd_plus.merging.attachment import TokenMerger, mergers_on
+from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
+from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import ToMeConfig
 
 
@@ -29,7 +30,7 @@ class ToMeProcessor:
     Args:
         config: What to merge; ``ToMeConfig()`` by default.
         inner: The processor to merge around; diffusers' scaled-dot-product one by default.
-        merger: The state shared with a model's other processors; made if not given.
+        attachment: Shared with a model's other processors; made if not given.
         options: Fields of :class:`ToMeConfig`, in place of ``config``.
 
     Raises:
@@ -45,15 +46,15 @@ class ToMeProcessor:
         config: ToMeConfig | None = None,
         *,
         inner: Any = None,
-        merger: TokenMerger | None = None,
+        attachment: Attachment | None = None,
         **options: Any,
     ) -> None:
-        if options and (config is not None or merger is not None):
+        if options and (config is not None or attachment is not None):
             raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
         self.inner = inner if inner is not None else AttnProcessor2_0()
-        self.merger = merger if merger is not None else TokenMerger(config or ToMeConfig(**options))
+        self.attachment = attachment if attachment is not None else Attachment(config or ToMeConfig(**options))
         self.default = config is None and not options
-        if merger is None:
+        if attachment is None:
             _FirstCall(self)
 
     def __call__(
@@ -67,36 +68,28 @@ class ToMeProcessor:
         **kwargs: Any,
     ) -> Tensor:
         """Attend, with fewer tokens where that is understood; takes and returns what the inner processor does."""
-        plan, understood = None, False
-        if not attn.is_cross_attention:
-            reason = _why_not(attn, hidden_states, encoder_hidden_states, attention_mask, self.merger.config)
-            if reason is None and self.merger.config.reuse_attention:
-                reused = self.merger.reused(attn, hidden_states)
-                if reused is not None:
-                    return reused
-                understood = True
-            elif reason is None:
-                plan = self.merger.plan_for(attn, hidden_states)
-                understood = True
-            else:
-                tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
-                self.merger.record(attn, tokens, 0, reason)
-        if plan is None:
-            output = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-            if understood and self.merger.config.merge_self_attention:
-                self.merger.keep_detail(attn, output)
+        others = encoder_hidden_states, attention_mask, temb, *args
+        if attn.is_cross_attention:
+            return self._attend(attn, hidden_states, *others, **kwargs)
+        attachment, config = self.attachment, self.attachment.config
+        if attachment.decider.call() is None:
+            attachment.came_back(attn)
+        obstacle = _obstacle(attn, hidden_states, encoder_hidden_states, attention_mask, config)
+        answer = attachment.decider.ask(attn, "self_attention", hidden_states, obstacle)
+        if isinstance(answer, Leave):
+            output = self._attend(attn, hidden_states, *others, **kwargs)
+            answer.done(output)
             return output
-
-        config = self.merger.config
-        sizes = plan.sizes if config.proportional_attention and not config.queries_only else None
-        if self.merger.blocks.inside:
+        weighed = config.proportional_attention and config.sides != "queries"
+        sizes = answer.plan.sizes if weighed else None
+        if isinstance(answer, AlreadyMerged):
             return self._attend(attn, hidden_states, None, None, temb, *args, sizes=sizes, **kwargs)
-        merged = plan.merge(hidden_states, config.mode)
-        if config.keys_values_only:
+        merged = answer.merge(hidden_states)
+        if config.sides == "keys_values":
             return self._attend(attn, hidden_states, merged, None, temb, *args, sizes=sizes, **kwargs)
-        key_value_states = hidden_states if config.queries_only else None
+        key_value_states = hidden_states if config.sides == "queries" else None
         output = self._attend(attn, merged, key_value_states, None, temb, *args, sizes=sizes, **kwargs)
-        return self.merger.details.unmerge(attn, plan, output)
+        return answer.unmerge(output)
 
     def _attend(
         self,
@@ -119,14 +112,14 @@ class ToMeProcessor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _FirstCall(self)  # goes by itself if the copy's merger has its model, which a half-made copy cannot tell
+        _FirstCall(self)  # goes by itself if the copy's attachment has its model, which a half-made copy cannot tell
 
 
 class _FirstCall:
     """A hook on every module's call, until the call of the model that carries the processor.
 
     ``set_attn_processor`` tells a processor nothing of its model, so the processor waits for the model's first call,
-    puts the merger's hooks on the model, and gives the merger this first call, which those hooks came too late for.
+    puts the attachment's hooks on the model, and gives it this first call, which those hooks came too late for.
     """
 
     def __init__(self, processor: ToMeProcessor) -> None:
@@ -140,19 +133,19 @@ class _FirstCall:
         if processor is None:
             self._handle.remove()
         elif self._model is not None:
-            self._read_from_inside(module, args, processor.merger)
-        elif processor.merger.attached:
+            self._read_from_inside(module, args, processor.attachment)
+        elif processor.attachment.attached:
             self._handle.remove()
         elif isinstance(module, ModelMixin) and _carries(module, processor):
-            if not adopt(module, processor.merger):
-                self._handle.remove()  # another merger took the processor over, and its hook sees this call
+            if not adopt(module, processor.attachment):
+                self._handle.remove()  # another attachment took the processor over, and its hook sees this call
             elif len(args) >= 2:
                 self._handle.remove()
-                processor.merger.begin_step(module, args, {})
+                processor.attachment.begin_call(module, args, {})
             else:
                 self._model = weakref.ref(module)
 
-    def _read_from_inside(self, module: nn.Module, args: tuple[Any, ...], merger: TokenMerger) -> None:
+    def _read_from_inside(self, module: nn.Module, args: tuple[Any, ...], attachment: Attachment) -> None:
         # Such hooks are not shown keyword arguments. A model called with some hands them on, by position, to the two
         # layers that every SD UNet and ControlNet calls first: time_proj(timestep), then conv_in(sample).
         model = self._model() if self._model is not None else None
@@ -162,34 +155,34 @@ class _FirstCall:
             self._timestep = args[0]
         elif module is getattr(model, "conv_in", None):
             self._handle.remove()
-            merger.begin_step(model, (args[0], self._timestep), {})
+            attachment.begin_call(model, (args[0], self._timestep), {})
 
 
-def adopt(model: nn.Module, merger: TokenMerger) -> bool:
-    """Hook a merger into a model and make it that of every processor there that has found no model yet.
+def adopt(model: nn.Module, attachment: Attachment) -> bool:
+    """Attach merging to a model, for every processor there that has found no model yet.
 
     Loading or unloading an IP-Adapter makes the host replace every self-attention processor by ``cls()``. Where such
-    processors are found on a model that a merger is hooked into already, that one takes them over.
+    processors are found on a model that has an attachment already, that one takes them over.
 
     Returns:
-        True if the merger was hooked in; False if one that was there before has taken its processors over.
+        True if it was attached; False if an attachment that was there before has taken its processors over.
     """
     layers = [m for m in model.modules() if isinstance(getattr(m, "processor", None), ToMeProcessor)]
     processors = {id(layer.processor): cast(ToMeProcessor, layer.processor) for layer in layers}
     remade = len(processors) == len(layers) > 1 and all(
-        p.default and not p.merger.attached for p in processors.values()
+        p.default and not p.attachment.attached for p in processors.values()
     )
-    before = mergers_on(model)
-    owner = before[0] if before and remade else merger
+    before = attachments_on(model)
+    owner = before[0] if before and remade else attachment
     for processor in processors.values():
-        if not processor.merger.attached:
-            processor.merger = owner
-    attentions = [layer for layer in layers if cast(ToMeProcessor, layer.processor).merger is owner]
-    if owner is merger:
-        merger.attach(model, attentions)
+        if not processor.attachment.attached:
+            processor.attachment = owner
+    attentions = [layer for layer in layers if cast(ToMeProcessor, layer.processor).attachment is owner]
+    if owner is attachment:
+        attachment.attach(model, attentions)
     else:
         owner.attentions = attentions
-    return owner is merger
+    return owner is attachment
 
 
 def _carries(model: nn.Module, processor: ToMeProcessor) -> bool:
@@ -208,26 +201,21 @@ def _is_plain(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | N
     )
 
 
-def _why_not(
+def _obstacle(
     attn: Attention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None,
     attention_mask: Tensor | None,
     config: ToMeConfig,
-) -> str | None:
+) -> Reason | None:
     """Why a self-attention call is not understood, and so left alone; ``None`` if it is."""
-    if hidden_states.ndim != 3:
-        return "its input is not (batch, tokens, channels)"
-    if encoder_hidden_states is not None:
-        return "it attends to other states than its own"
-    if attention_mask is not None:
-        return "it has an attention mask"
-    if attn.group_norm is not None or attn.spatial_norm is not None:
-        return "it normalizes over the picture"
-    if attn.residual_connection:
-        return "it adds its input by itself"
-    if attn.added_kv_proj_dim is not None:
-        return "it attends to text too"
-    if attn.fused_projections and (config.keys_values_only or config.queries_only):
-        return "its projections are fused, so queries and keys cannot have tokens of their own"
-    return None
+    found = {
+        Why.not_tokens: hidden_states.ndim != 3,
+        Why.other_states: encoder_hidden_states is not None,
+        Why.mask: attention_mask is not None,
+        Why.normalizes: attn.group_norm is not None or attn.spatial_norm is not None,
+        Why.residual: attn.residual_connection,
+        Why.text_too: attn.added_kv_proj_dim is not None,
+        Why.fused: attn.fused_projections and config.sides != "both",
+    }
+    return next((Reason(why) for why, true in found.items() if true), None)

@@ -1,58 +1,43 @@
 """What merging did: tokens removed per layer, level and step, and which layers were left alone and why."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tomesd_plus.merging.attachment import TokenMerger
+from tomesd_plus.host.transient import Transient
+from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.gate import Decision
+from tomesd_plus.merging.generation import LayerRecord, Level, Record, StepRecord
+from tomesd_plus.schedules import AdaptiveRatio, Schedule
 
 
-@dataclass
-class LayerRecord:
-    """A layer in the latest generation.
+@dataclass(frozen=True)
+class ModelReport:
+    """What a report reads of one model.
 
     Args:
-        name: The layer's name in its model.
-        downsample: Its level; ``None`` if its token count fits no level.
-        calls: How often it ran.
-        tokens: Tokens that it was given, over all calls, of one sample.
-        removed: Tokens that merging removed from it, likewise.
-        reason: Why its latest call was left alone; ``None`` if it was merged.
+        record: Of the latest generation, if there was one.
+        decisions: The gate's, by input's shape, …, number of tokens removed.
     """
 
-    name: str
-    downsample: int | None = None
-    calls: int = 0
-    tokens: int = 0
-    removed: int = 0
-    reason: str | None = None
-
-    @property
-    def share(self) -> float:
-        """Share of tokens removed, in [0, 1)."""
-        return self.removed / self.tokens if self.tokens else 0.0
-
-
-@dataclass
-class StepRecord:
-    """A step of the latest generation: the share of tokens that was removed at each level."""
-
-    index: int | None
-    noise_level: float
-    removed: dict[int, float] = field(default_factory=dict)
+    record: Transient[Record]
+    decisions: Mapping[tuple[object, ...], Decision]
 
 
 class TokenMergingReport:
     """A live view of what merging does to a pipeline; it always tells of the latest generation.
 
     Args:
-        mergers: The mergers of the pipeline's models, by the models' names.
+        models: Of the pipeline, by name.
     """
 
-    def __init__(self, mergers: dict[str, "TokenMerger"]) -> None:
-        self._mergers = mergers
+    def __init__(self, models: Mapping[str, ModelReport]) -> None:
+        self._models = models
+
+    @property
+    def _records(self) -> list[Record]:
+        return [model.record.value or Record() for model in self._models.values()]
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -60,12 +45,12 @@ class TokenMergingReport:
 
         With several models, names start with the model's.
         """
-        return [record for merger in self._mergers.values() for record in merger.records.values()]
+        return [layer for record in self._records for layer in record.layers.values()]
 
     @property
     def steps(self) -> list[StepRecord]:
         """The first model's steps."""
-        return list(next(iter(self._mergers.values())).steps)
+        return list(self._records[0].steps)
 
     def merge_map(self, level: int | None = None) -> Tensor | None:
         """How many tokens each token was merged with, itself counted, in the first model's latest step.
@@ -78,14 +63,12 @@ class TokenMergingReport:
             guidance is one with the prompt; ``None`` if nothing was merged there. Where blocks have plans of their
             own it shows the last block's.
         """
-        merger = next(iter(self._mergers.values()))
-        plans = {key[0]: plan for key, plan in merger.planner.plans.items()}
+        plans = self._records[0].plans
         level = min(plans, default=None) if level is None else level
         if level not in plans:
             return None
-        sizes = plans[level].sizes[-1].gather(0, plans[level].inverse[-1])
-        grid = next(grid for grid in merger.levels.values() if grid.downsample == level)
-        return sizes.reshape(grid.height, grid.width).cpu()
+        plan, height, width = plans[level]
+        return plan.sizes[-1].gather(0, plan.inverse[-1]).reshape(height, width).cpu()
 
     @property
     def removed(self) -> dict[int, float]:
@@ -98,8 +81,8 @@ class TokenMergingReport:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of the outputs that whole steps have left for the detail-keeping unmerge."""
-        return sum(merger.details.kept_bytes for merger in self._mergers.values())
+        """Memory of the outputs that full steps have left for the detail-keeping unmerge."""
+        return sum(record.kept_bytes for record in self._records)
 
     @property
     def merged(self) -> bool:
@@ -114,9 +97,39 @@ class TokenMergingReport:
             level = layer.downsample or "-"
             lines.append(f"{layer.name:<72} {level:>5} {layer.calls:>5} {layer.share:>8.1%}  {layer.reason or ''}")
         levels = ", ".join(f"{share:.1%} at level {level}" for level, share in self.removed.items())
-        for merger in self._mergers.values():
-            for (shape, *_, removed), decision in merger.blocks.decisions.items():
-                kind = " × ".join(map(str, shape))
+        for model in self._models.values():
+            for (shape, *_, removed), decision in model.decisions.items():
+                kind = " × ".join(map(str, shape))  # type: ignore[call-overload]
                 lines.append(f"Measured with {removed} tokens less in {kind} (batch, tokens, channels): {decision}.")
-        kept = f" Kept of whole steps: {self.kept_bytes / 2**20:.1f} MiB." if self.kept_bytes else ""
+        kept = f" Kept of full steps: {self.kept_bytes / 2**20:.1f} MiB." if self.kept_bytes else ""
         return "\n".join([*lines, f"Tokens removed: {levels or 'none'}.{kept}"])
+
+
+def why_nothing_merged(
+    record: Record, levels: Iterable[Level], config: ToMeConfig, noise_level: float, ran: Set[int]
+) -> str | None:
+    """Tell why nothing was merged and what to set, unless something was, or nothing was to be.
+
+    Args:
+        record: Of the generation; compiled layers leave no notes in it.
+        levels: Of the step.
+        config: What was to be merged.
+        noise_level: Of the step.
+        ran: The levels, by downsample, at which a layer has run in it: a feature cache skips some.
+    """
+    layers = list(record.layers.values())
+    if not layers or any(layer.removed for layer in layers):
+        return None
+    present = [level for level in levels if level.ratio is not None]
+    adaptive = {level.downsample for level in present if isinstance(level.ratio, AdaptiveRatio)}
+    wanted = adaptive | {
+        level.downsample for level in present if isinstance(level.ratio, Schedule) and level.ratio(noise_level) > 0
+    }
+    found = sorted({layer.downsample for layer in layers if layer.downsample})
+    if not wanted or adaptive & set(found) or (wanted & set(found) and not wanted & ran):
+        return None
+    if not found or set(found) & wanted:
+        return "; ".join(sorted({str(layer.reason) for layer in layers if layer.reason}))
+    to_do = "give ratio one of them" if isinstance(config.ratio, Mapping) else f"set max_downsample={found[0]}"
+    sdxl = " (SDXL has none at full resolution)" if found[0] == 2 else ""
+    return f"this model has self-attention at levels {found} only; {to_do}{sdxl}"

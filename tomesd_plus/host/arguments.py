@@ -1,0 +1,41 @@
+"""Arguments of a module's call by their names, however the caller has passed them."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def positions(kind: type[nn.Module]) -> dict[str, int]:
+    """Where each argument of a module class's ``forward`` stands, read off its signature.
+
+    Example:
+        >>> positions(nn.Linear)
+        {'input': 0}
+    """
+    return {name: index - 1 for index, name in enumerate(inspect.signature(kind.forward).parameters) if index}
+
+
+def argument(places: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """An argument of a call, or ``None`` if it was not given.
+
+    Args:
+        places: Of the module's class, from :func:`positions`; read before, where calls are compiled.
+        args, kwargs: As a forward pre-hook with keyword arguments is given them.
+        name: As the signature has it.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    place = places.get(name, len(args))
+    return args[place] if place < len(args) else None
+
+
+def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any) -> tuple[tuple[Any, ...], Any]:
+    """The arguments of a call with another first one, which the signature calls ``name``."""
+    return ((value, *args[1:]), kwargs) if args else (args, kwargs | {name: value})
+
+
+def sample_and_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Latents and timestep of a UNet's or ControlNet's call."""
+    places = positions(type(model))
+    return argument(places, args, kwargs, "sample"), argument(places, args, kwargs, "timestep")

@@ -1,0 +1,65 @@
+"""Say that a generation begins, where no pipeline tells."""
+
+from types import TracebackType
+from typing import Any
+
+from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
+from tomesd_plus.host.models import models_of
+from tomesd_plus.merging.attachment import Attachment, attachments_on
+
+
+class generation:
+    """A ``with`` block whose calls of the model are one generation, for loops of one's own.
+
+    Pipelines need none of this: a generation's beginning is read off the scheduler's timesteps. A loop that starts in
+    the middle of a schedule, jumps, or serves several pictures in turn tells it by this. Entered again, it goes on
+    where it was left, so one thread can hold several::
+
+        first, second = generation(pipe), generation(pipe)
+        for t in pipe.scheduler.timesteps:
+            with first:
+                ...
+            with second:
+                ...
+
+    Each thread has generations of its own in any case.
+
+    Args:
+        pipe: A diffusers pipeline, UNet or ControlNet on which merging, a feature cache or a preset is on.
+
+    Raises:
+        TypeError: ``pipe`` has no UNet.
+        RuntimeError: It is entered while it is entered already.
+
+    Example:
+        >>> from tomesd_plus import apply_feature_cache, generation, load_tiny_pipeline
+        >>> import torch
+        >>> unet = load_tiny_pipeline().unet
+        >>> report = apply_feature_cache(unet, interval=2)
+        >>> latents, text = torch.zeros(1, 4, 16, 16), torch.zeros(1, 16, unet.config.cross_attention_dim)
+        >>> with generation(unet), torch.no_grad():  # timesteps may also rise, as in DDIM inversion
+        ...     outputs = [unet(latents, t, text).sample for t in (100, 300, 500)]
+        >>> [step.full for step in report.steps]
+        [True, False, True]
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._models = models_of(pipe)
+        self._held: dict[Attachment | FeatureCache, Any] = {}  # this generation's state while it is left
+        self._outside: dict[Attachment | FeatureCache, Any] | None = None  # what was there before it was entered
+
+    def __enter__(self) -> "generation":
+        if self._outside is not None:
+            raise RuntimeError("this generation is under way already: leave its with block first")
+        owners: list[Attachment | FeatureCache] = []
+        for model in self._models.values():
+            cache = feature_cache_on(model)
+            owners += [*attachments_on(model), *([] if cache is None else [cache])]
+        self._outside = {owner: owner.swap_generation(self._held.get(owner)) for owner in owners}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        outside, self._outside = self._outside or {}, None
+        self._held = {owner: owner.swap_generation(state) for owner, state in outside.items() if owner.attached}
