@@ -193,15 +193,32 @@ class OneLayer(torch.nn.Module):
         return self.attn(x)
 
 
+class Timed(torch.nn.Module):
+    """Has a UNet's signature."""
+
+    def forward(self, sample, timestep):
+        return sample
+
+
 def merge_in(model, size=(8, 8), **options):
-    """Merge in a model that is a few attention layers or one block, at noise level 1; returns the merger."""
+    """Merge in a model that is a few attention layers or one block, at noise level 1; returns the attachment."""
     attentions = [m for m in model.modules() if isinstance(m, Attention) and not m.is_cross_attention]
     processor = ToMeProcessor(inner=attentions[0].processor, **options)
     for attn in attentions:
         attn.set_processor(processor)
-    processor.merger.attach(torch.nn.ModuleList([model]), attentions)
-    processor.merger.begin_step(model, (torch.zeros(2, 4, *size), 999), {})
-    return processor.merger
+    processor.attachment.attach(torch.nn.ModuleList([model]), attentions)
+    begin_call(processor.attachment, size)
+    return processor.attachment
+
+
+def begin_call(attachment, size=(8, 8), timestep=999):
+    """As at the beginning of a model's call with latents of a size."""
+    attachment.begin_call(Timed(), (torch.zeros(2, 4, *size), timestep), {})
+
+
+def plans_of(attachment):
+    """The plans of the latest call, by level, …"""
+    return attachment.decider.current.call.plans
 
 
 # The comparison app -------------------------------------------------------------------------------------------------

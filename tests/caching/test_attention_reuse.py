@@ -1,39 +1,41 @@
-"""Attention reuse: a layer's output of the last whole step again."""
+"""A cache whose cached steps run everything but self-attention, whose last outputs they take again."""
 
 import copy
 from itertools import pairwise
 
+import pytest
 import torch
-from conftest import INPUTS, generate
-from diffusers.models.attention_processor import AttnProcessor2_0
+from conftest import INPUTS, generate, make_pipeline
 
-from tomesd_plus import StepsSchedule, apply_token_merging, remove_token_merging
+from tomesd_plus import apply_feature_cache, apply_token_merging, remove_feature_cache
 
 
-def test_reused_attention_is_that_of_the_last_whole_step(pipe):
-    unet = pipe.unet
+def test_reused_attention_is_that_of_the_last_full_step(pipe):
+    plain = generate(pipe)
     outputs = []
-    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     attention.register_forward_hook(lambda layer, args, output: outputs.append(output.clone()))
-    report = apply_token_merging(pipe, ratio=0.5, whole_every=2, reuse_attention=True)
-    picture = generate(pipe, num_inference_steps=4)
+    report = apply_feature_cache(pipe, interval=2, branch="self_attention")
+    picture = generate(pipe)
     assert [torch.equal(a, b) for a, b in pairwise(outputs)] == [True, False, True]
-    assert not any(step.removed for step in report.steps)
-    assert torch.equal(generate(pipe, num_inference_steps=4), picture)
-    remove_token_merging(pipe)
-    assert not torch.equal(generate(pipe, num_inference_steps=4), picture)
+    assert [step.full for step in report.steps] == [True, False, True, False]
+    assert torch.equal(generate(pipe), picture) and not torch.equal(picture, plain)
+    remove_feature_cache(pipe)
+    assert torch.equal(generate(pipe), plain)
 
 
-def test_attention_is_not_reused_where_the_ratio_is_nought(pipe):
-    plain = generate(pipe, num_inference_steps=4)
-    apply_token_merging(pipe, ratio=StepsSchedule((0, 0)), whole_every=2, reuse_attention=True)
-    assert torch.equal(generate(pipe, num_inference_steps=4), plain)
+@pytest.mark.parametrize(("kind", "level"), [("sd", 0), ("sdxl", 1)])
+def test_it_is_the_finest_level_whose_attention_is_skipped(kind, level):
+    report = apply_feature_cache(make_pipeline(kind), branch="self_attention")
+    last = {f"down_blocks.{level}", f"up_blocks.{1 - level}"} | ({"mid_block"} if level else set())
+    assert {name.partition(".attentions")[0] for name in report.skipped_layers} == last
+    assert all(name.endswith("attn1") for name in report.skipped_layers)
 
 
 @torch.no_grad()
 def test_reuse_starts_anew_with_another_batch_and_size(pipe):
     unet, plain = pipe.unet, copy.deepcopy(pipe.unet)
-    report = apply_token_merging(unet, ratio=0.5, whole_every=4, reuse_attention=True)
+    apply_feature_cache(unet, interval=4, branch="self_attention")
     sample, text = INPUTS["sample"], INPUTS["encoder_hidden_states"]
     timesteps = torch.tensor([900, 890, 880, 870, 860, 850])
     shapes = [sample, sample, sample[:1], sample[:1], sample[:1, :, :8].repeat(1, 1, 1, 2), sample[:1, :, :8]]
@@ -42,15 +44,23 @@ def test_reuse_starts_anew_with_another_batch_and_size(pipe):
         arguments = latents, timestep, text[: len(latents)]
         untouched.append(torch.equal(unet(*arguments).sample, plain(*arguments).sample))
     assert untouched == [True, False, True, False, True, True]
-    assert all(layer.reason for layer in report.layers)
 
 
-def test_reuse_comes_back_with_the_processors(pipe):
-    unet = pipe.unet
-    apply_token_merging(pipe, ratio=0.5, whole_every=2, reuse_attention=True)
-    picture, processors = generate(pipe, num_inference_steps=4), unet.attn_processors
-    unet.set_attn_processor(AttnProcessor2_0())
-    generate(pipe, num_inference_steps=2)
-    unet.set_attn_processor(processors)
-    generate(pipe, num_inference_steps=2)
-    assert torch.equal(generate(pipe, num_inference_steps=4), picture)
+def test_a_forecast_follows_each_layers_trend_and_keeps_twice_as_much(pipe):
+    kept = {}
+    for forecast in (0.0, 1.0):
+        twin = copy.deepcopy(pipe)
+        report = apply_feature_cache(twin, interval=2, branch="self_attention", forecast=forecast)
+        picture = generate(twin, num_inference_steps=6)
+        kept[forecast] = report.kept_bytes, picture, len(report.skipped_layers)
+    one = 2 * 256 * 16 * 4  # bytes of an output at the first level
+    assert kept[0.0][0] == kept[0.0][2] * one and kept[1.0][0] == 2 * kept[0.0][0]
+    assert not torch.equal(kept[0.0][1], kept[1.0][1])
+
+
+def test_what_runs_on_its_full_steps_can_be_merged(pipe):
+    report = apply_token_merging(pipe, ratio=0.5)
+    apply_feature_cache(pipe, interval=2, branch="self_attention")
+    picture = generate(pipe)
+    assert [step.removed.get(1) for step in report.steps] == [0.5, None, 0.5, None]
+    assert torch.equal(generate(pipe), picture)

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from cache_tools import TEXT, denoise, kinds, noise
-from conftest import generate, make_pipeline, make_unet
+from conftest import generate, make_pipeline, make_unet, plans_of
 from diffusers import DDIMScheduler, EDMEulerScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from tomesd_plus import apply_token_merging
 from tomesd_plus.caching import apply_feature_cache
-from tomesd_plus.merging.attachment import mergers_on
+from tomesd_plus.merging.attachment import attachments_on
 
 
 def test_the_same_call_gives_the_same_picture_in_any_company(any_pipe):
@@ -101,9 +101,7 @@ def test_calls_at_one_timestep_for_ever_are_full_and_keep_little():
     assert report.kept_bytes <= 4 * 2 * 16 * 16 * 16 * 4
 
 
-@pytest.mark.parametrize(
-    "options", [{"whole_every": 2}, {"whole_every": 2, "reuse_attention": True}, {"plan_every": 4}]
-)
+@pytest.mark.parametrize("options", [{"full_steps": 2}, {"plan_every": 4}])
 def test_merging_keeps_little_of_calls_at_one_timestep_for_ever(options):
     unet = make_unet()
     report = apply_token_merging(unet, ratio=0.5, plan_per="block", **options)
@@ -111,8 +109,8 @@ def test_merging_keeps_little_of_calls_at_one_timestep_for_ever(options):
     with torch.no_grad():
         for seed in range(12):
             unet(noise(seed), 500, TEXT)
-            (merger,) = mergers_on(unet)
-            sizes.append(report.kept_bytes + 1000 * len(merger.planner.plans))
+            (attachment,) = attachments_on(unet)
+            sizes.append(report.kept_bytes + 1000 * len(plans_of(attachment)))
     assert max(sizes) > 0 and len(set(sizes[5:])) == 1 and sizes[-1] <= max(sizes[:5])
 
 
@@ -120,7 +118,7 @@ def test_merged_views_of_a_panorama_keep_nothing_of_each_other():
     """More calls a step than branches of guidance could make: each merges as if nothing had been kept."""
     plain, detailed = make_unet(), make_unet()
     apply_token_merging(plain, ratio=0.5)
-    report = apply_token_merging(detailed, ratio=0.5, whole_every=2)
+    report = apply_token_merging(detailed, ratio=0.5, full_steps=2)
     with torch.no_grad():
         for timestep in torch.tensor([900, 880, 860, 840]):
             for view in range(6):
@@ -132,7 +130,7 @@ def test_merged_views_of_a_panorama_keep_nothing_of_each_other():
 
 def test_tiles_of_unlike_size_keep_their_cadence():
     unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, whole_every=2)
+    report = apply_token_merging(unet, ratio=0.5, full_steps=2)
     with torch.no_grad():
         for timestep in torch.tensor([900, 880, 860, 840]):
             for view in range(6):
@@ -158,11 +156,11 @@ def test_views_of_a_panorama_do_not_get_each_others_plans():
 def test_a_smooth_schedule_does_not_pile_up_plans():
     unet = make_unet()
     apply_token_merging(unet, plan_every=8, plan_per="block")
-    (merger,) = mergers_on(unet)
+    (attachment,) = attachments_on(unet)
     with torch.no_grad():
         for timestep in torch.tensor([900, 800, 700, 600, 500]):
             unet(noise(), timestep, TEXT)
-            assert len(merger.planner.plans) == 3
+            assert len(plans_of(attachment)) == 3
 
 
 def test_views_of_a_panorama_do_not_get_each_others_features():

@@ -84,7 +84,7 @@ def shares(report, level):
 def test_merging_works_on_full_and_cached_steps(any_pipe):
     level = level_of(any_pipe)
     branch = 3 * (level - 1)  # so that cached steps run attention at this level
-    options = {"ratio": {level: 0.5}, "merge_mlp": True}
+    options = {"ratio": {level: 0.5}, "layers": ["self_attention", "mlp"]}
     with token_merging(any_pipe, **options) as merging:
         merged = generate(any_pipe)
         _, calls = shares(merging, level)
@@ -99,7 +99,9 @@ def test_merging_works_on_full_and_cached_steps(any_pipe):
     assert (both - cached).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("options", [{}, {"plan_per": "level"}, {"merge_mlp": True, "metric": "block_input"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"plan_per": "level"}, {"layers": ["self_attention", "mlp"], "metric": "block_input"}]
+)
 @pytest.mark.parametrize("cache_comes_first", [True, False])
 @pytest.mark.parametrize("cache_goes_first", [True, False])
 def test_either_order_of_applying_and_removing(pipe, cache_comes_first, cache_goes_first, options):
@@ -151,7 +153,7 @@ def test_merging_under_the_deep_cache_package(kind, merging_comes_first):
     pipe = pipeline(kind)
     level = level_of(pipe)
     branch = 3 * (level - 1)
-    options = {"ratio": {level: 0.5}, "merge_mlp": True}
+    options = {"ratio": {level: 0.5}, "layers": ["self_attention", "mlp"]}
     with feature_cache(pipe, interval=2, branch=branch), token_merging(pipe, **options):
         ours = generate(pipe)
     if merging_comes_first:

@@ -20,9 +20,9 @@ def test_plain_pictures_lose_more_than_busy_ones():
         if spread is None:
             x[:, 32:] = 10 * noise[:, 32:]
         layer = OneLayer(attn)
-        merger = merge_in(layer, ratio=AdaptiveRatio(similarity=0.95, ratios=(0, 0.25, 0.5, 0.75)))
+        attachment = merge_in(layer, ratio=AdaptiveRatio(similarity=0.95, ratios=(0, 0.25, 0.5, 0.75)))
         layer(x)
-        removed[name] = [record.removed / record.tokens for record in merger.records.values()]
+        removed[name] = [record.removed / record.tokens for record in attachment.record.value.layers.values()]
     assert removed == {"plain": [0.75], "half": [0.25], "busy": [0.0]}
 
 
@@ -60,16 +60,16 @@ def test_that_nothing_is_alike_is_found_out_once(plan_per, monkeypatch):
 def test_all_that_can_be_removed_is_removed_at_odd_sizes_too():
     x = torch.ones(1, 65 * 65, 16)
     layer = OneLayer(attention_layer()[0])
-    merger = merge_in(layer, size=(65, 65), ratio=AdaptiveRatio())
+    attachment = merge_in(layer, size=(65, 65), ratio=AdaptiveRatio())
     layer(x)
-    assert merger.steps[-1].removed == {1: 32 * 32 * 3 / 65**2}
+    assert attachment.record.value.steps[-1].removed == {1: 32 * 32 * 3 / 65**2}
 
 
 def test_a_cached_steps_own_ratio_needs_no_likeness():
     """A full step on which nothing was alike does not stop its cached steps, nor do their plans serve it."""
     unet = make_unet()
     apply_feature_cache(unet, interval=2)
-    report = apply_token_merging(unet, ratio=AdaptiveRatio(similarity=1.0), cached_ratio=0.5, plan_every="full")
+    report = apply_token_merging(unet, ratio=AdaptiveRatio(similarity=1.0), cached_ratio=0.5, plan_every="cache")
     with torch.no_grad():
         for timestep in torch.tensor([900, 800, 700, 600]):
             unet(**INPUTS, timestep=timestep)

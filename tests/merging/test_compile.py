@@ -7,6 +7,7 @@ import torch
 from conftest import INPUTS, make_unet
 
 from tomesd_plus import CosineSchedule, ToMeProcessor, apply_token_merging, remove_token_merging
+from tomesd_plus.merging.config import LAYERS
 
 TIMESTEPS = torch.tensor([950, 800, 650, 500, 350, 200, 50])
 PLATEAUS = CosineSchedule(0.7, 0.3).quantized(3)
@@ -49,9 +50,9 @@ def graphs_per_step(unet, compiled, graphs, eager):
     [
         ({"ratio": 0.5}, [0] * 6),
         ({"ratio": PLATEAUS}, [0, 1, 0, 0, 1, 0]),
-        ({"ratio": 0.5, "merge_mlp": True, "merge_cross_attention": True, "window": 4}, [0] * 6),
-        ({"ratio": 0.5, "merge_block": True}, [0] * 6),
-        ({"ratio": 0.5, "keys_values_only": True, "metric": "keys", "destinations": "fixed"}, [0] * 6),
+        ({"ratio": 0.5, "layers": LAYERS, "window": 4}, [0] * 6),
+        ({"ratio": 0.5, "layers": "block"}, [0] * 6),
+        ({"ratio": 0.5, "sides": "keys_values", "metric": "keys", "destinations": "fixed"}, [0] * 6),
         ({"ratio": 0.5, "plan_per": "level"}, [0] * 6),
         ({"ratio": 0.5, "plan_per": "level", "plan_every": 2}, [0] * 6),  # the later blocks have taken a plan before
     ],
@@ -97,7 +98,7 @@ def test_the_processor_by_itself_makes_its_graphs_in_two_steps():
 def test_generated_kernels_compute_the_same():
     unet, eager = make_unet(), make_unet()
     for model in (unet, eager):
-        apply_token_merging(model, ratio=0.5, plan_per="block", merge_mlp=True)
+        apply_token_merging(model, ratio=0.5, plan_per="block", layers=["self_attention", "mlp"])
     unet.compile_repeated_blocks(fullgraph=True)
     with torch.no_grad():
         for timestep in TIMESTEPS[:2]:

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import INPUTS, OneLayer, attention_layer, generate, make_unet, merge_in
+from conftest import INPUTS, OneLayer, attention_layer, begin_call, generate, make_unet, merge_in, plans_of
 
 from tomesd_plus import apply_token_merging, remove_token_merging
 
@@ -30,14 +30,14 @@ def test_the_formula():
     later = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         kept = layer(x)  # untouched
-        merger = merge_in(layer, ratio=0.5, whole_every=2, destinations="fixed")
+        attachment = merge_in(layer, ratio=0.5, full_steps=2, destinations="fixed")
         assert torch.equal(layer(x), kept)
-        merger.begin_step(layer, (torch.zeros(2, 4, 8, 8), 900), {})
+        begin_call(attachment, timestep=900)
         result = layer(later)
-        plan = next(iter(merger.planner.plans.values()))
+        plan = next(iter(plans_of(attachment).values()))
         plain_layer = OneLayer(attention_layer()[0])
         plain = merge_in(plain_layer, ratio=0.5, destinations="fixed")
-        plain.begin_step(plain_layer, (torch.zeros(2, 4, 8, 8), 900), {})
+        begin_call(plain, timestep=900)
         copied = plain_layer(later)
     expected = copied + kept - plan.unmerge(plan.merge(kept))
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
@@ -48,17 +48,17 @@ def test_the_formula():
     "options",
     [
         {},
-        {"merge_self_attention": False, "merge_mlp": True},
-        {"merge_self_attention": False, "merge_cross_attention": True},
-        {"merge_block": True},
-        {"queries_only": True},
+        {"layers": ["mlp"]},
+        {"layers": ["cross_attention"]},
+        {"layers": "block"},
+        {"sides": "queries"},
         {"mode": "prune"},
     ],
 )
 def test_whole_steps_are_untouched_and_the_others_are_closer_than_without(options):
     plain = outputs(make_unet())
     unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, whole_every=3, **options)
+    report = apply_token_merging(unet, ratio=0.5, full_steps=3, **options)
     kept = outputs(unet)
     assert [torch.equal(a, b) for a, b in zip(kept, plain)] == [True, False, False, True, False]
     assert [bool(step.removed) for step in report.steps] == [False, True, True, False, True]
@@ -72,7 +72,7 @@ def test_whole_steps_are_untouched_and_the_others_are_closer_than_without(option
 
 def test_a_generation_a_batch_and_a_size_begin_with_a_whole_step():
     unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, whole_every=3)
+    report = apply_token_merging(unet, ratio=0.5, full_steps=3)
     outputs(unet)
     outputs(unet, TIMESTEPS.clone())  # a new generation, in the middle of the cadence
     assert [bool(step.removed) for step in report.steps] == [False, True, True, False, True]
@@ -85,21 +85,21 @@ def test_a_generation_a_batch_and_a_size_begin_with_a_whole_step():
 
 def test_calls_at_one_noise_level_are_one_step():
     unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, whole_every=2)
+    report = apply_token_merging(unet, ratio=0.5, full_steps=2)
     outputs(unet, torch.tensor([900, 800, 800, 700, 700, 600]))
     assert [bool(step.removed) for step in report.steps] == [False, True, True, False, False, True]
 
 
 def test_only_layers_that_are_merged_are_kept():
     unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, whole_every=2, merge_mlp=True, max_downsample=1)
+    report = apply_token_merging(unet, ratio=0.5, full_steps=2, layers=["self_attention", "mlp"], max_downsample=1)
     outputs(unet, TIMESTEPS[:1])
     one = 2 * 256 * 16 * 4  # bytes of an output at the first level
     assert report.kept_bytes == 2 * 3 * one  # attention and MLP of its three blocks
 
 
 def test_the_same_call_gives_the_same_picture_and_copies_do_too(pipe):
-    apply_token_merging(pipe, ratio=0.5, whole_every=2)
+    apply_token_merging(pipe, ratio=0.5, full_steps=2)
     first = generate(pipe, num_inference_steps=5)
     twin, pickled = copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe.unet))
     assert torch.equal(generate(pipe, num_inference_steps=5), first)

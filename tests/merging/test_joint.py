@@ -8,12 +8,14 @@ from conftest import INPUTS, generate, make_pipeline, make_unet
 from torch._dynamo.testing import CompileCounter
 
 from tomesd_plus import (
+    FullSteps,
     ToMeConfig,
     ToMeProcessor,
     apply_feature_cache,
     apply_token_merging,
     remove_feature_cache,
 )
+from tomesd_plus.merging.config import LAYERS
 
 CACHES = {"interval": {"interval": 3}, "adaptive": {"interval": 3, "threshold": 1e9}}
 FULL = [True, False, False, True, False, False]
@@ -38,7 +40,7 @@ def test_cached_steps_have_a_ratio_of_their_own(pipe, first, cache):
 
 
 def test_the_order_of_applying_changes_no_bit(pipe):
-    options = {"ratio": 0.25, "cached_ratio": 0.5, "whole_every": "full", "plan_every": "full"}
+    options = {"ratio": 0.25, "cached_ratio": 0.5, "full_steps": "cache", "plan_every": "cache"}
     pictures = []
     for first in ("merging", "cache"):
         twin = copy.deepcopy(pipe)
@@ -50,7 +52,7 @@ def test_the_order_of_applying_changes_no_bit(pipe):
 def test_without_a_cache_the_ratio_of_cached_steps_does_nothing(pipe):
     plain = copy.deepcopy(pipe)
     apply_token_merging(plain, ratio=0.25)
-    options = {"cached_ratio": 0.75, "skipped_ratio": 0.5, "plan_every": "full", "whole_every": "full"}
+    options = {"cached_ratio": 0.75, "plan_every": "cache", "full_steps": FullSteps("cache", 0.5)}
     apply_token_merging(pipe, ratio=0.25, **options)
     assert torch.equal(generate(pipe), generate(plain))
     apply_feature_cache(pipe, interval=2)
@@ -69,7 +71,7 @@ def test_full_steps_can_be_whole(pipe, first, cache):
     untouched = near_steps(plain.unet)
     apply_token_merging(plain, ratio=0, cached_ratio=0.5)
     copied = near_steps(plain.unet)
-    report = apply_both(pipe, first, cache, ratio=0.5, whole_every="full")
+    report = apply_both(pipe, first, cache, ratio=0.5, full_steps="cache")
     kept = near_steps(pipe.unet)
     assert [bool(step.removed) for step in report.steps] == [not full for full in FULL]
     assert torch.equal(kept[3], untouched[3])
@@ -88,7 +90,7 @@ def near_steps(unet):
 
 
 def test_only_what_runs_on_cached_steps_is_kept(pipe):
-    report = apply_token_merging(pipe, ratio=0.5, whole_every="full")
+    report = apply_token_merging(pipe, ratio=0.5, full_steps="cache")
     apply_feature_cache(pipe, interval=6, branch=0)
     generate(pipe, num_inference_steps=4, height=32, width=32)
     outer = 2 * 256 * 16 * 4  # bytes of the last layer's output
@@ -99,11 +101,11 @@ def test_only_what_runs_on_cached_steps_is_kept(pipe):
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("metric", ["attention_input", "block_input"])
 def test_layers_that_cached_steps_skip_can_merge_self_attention_on_full_ones(pipe, first, cache, metric):
-    options = {"cached_ratio": 0.75, "whole_every": "full", "plan_per": "block", "metric": metric,
-               "merge_mlp": True, "merge_cross_attention": True}  # fmt: skip
+    options = {"cached_ratio": 0.75, "plan_per": "block", "metric": metric,
+               "layers": LAYERS}  # fmt: skip
     plain = copy.deepcopy(pipe)
-    whole = apply_both(plain, first, cache, ratio=0, **options)
-    report = apply_both(pipe, first, cache, ratio=0, skipped_ratio=0.25, **options)
+    whole = apply_both(plain, first, cache, ratio=0, full_steps="cache", **options)
+    report = apply_both(pipe, first, cache, ratio=0, full_steps=FullSteps("cache", 0.25), **options)
     differ = [not torch.equal(a, b) for a, b in zip(near_steps(pipe.unet), near_steps(plain.unet), strict=True)]
     assert differ == [True] * 6  # cached steps take what the full ones have left
     assert [step.removed[1] for step in report.steps] == [0.25 if full else 0.75 for full in FULL]
@@ -112,10 +114,14 @@ def test_layers_that_cached_steps_skip_can_merge_self_attention_on_full_ones(pip
     for layer in report.layers:
         last, attention = layer.name.startswith("up_blocks.1.attentions.1"), layer.name.endswith("attn1")
         if layer.downsample != 1:
-            assert "level 2" in layer.reason if attention else layer.reason == "its block's attention was not merged"
+            assert (
+                "level 2" in str(layer.reason)
+                if attention
+                else str(layer.reason) == "its block's attention was not merged"
+            )
         else:
             assert (layer.calls, layer.share) == ((6, 0.5) if last else (2, 0.25 if attention else 0)), layer.name
-            assert layer.reason == (None if last or attention else "the step is a whole one"), layer.name
+            assert str(layer.reason) == ("None" if last or attention else "the step is a full one"), layer.name
 
 
 def matchings(monkeypatch):
@@ -129,8 +135,8 @@ def matchings(monkeypatch):
 
 @pytest.mark.parametrize(("options", "expected"), [
     ({}, [2, 1, 1, 2, 1, 1]),  # two stages have layers at the level, and one of them runs on cached steps
-    ({"plan_every": "full"}, [2, 0, 0, 2, 0, 0]),
-    ({"plan_every": "full", "cached_ratio": 0.25}, [2, 1, 0, 2, 1, 0]),
+    ({"plan_every": "cache"}, [2, 0, 0, 2, 0, 0]),
+    ({"plan_every": "cache", "cached_ratio": 0.25}, [2, 1, 0, 2, 1, 0]),
 ])  # fmt: skip
 def test_cached_steps_take_the_plans_of_the_full_step(pipe, monkeypatch, options, expected):
     apply_token_merging(pipe, ratio=0.5, **options)
@@ -148,7 +154,7 @@ def test_cached_steps_take_the_plans_of_the_full_step(pipe, monkeypatch, options
 
 def test_each_guidance_branch_keeps_its_own_plans(pipe, monkeypatch):
     unet = pipe.unet
-    apply_token_merging(unet, ratio=0.5, plan_every="full")
+    apply_token_merging(unet, ratio=0.5, plan_every="cache")
     apply_feature_cache(unet, interval=3)
     count = matchings(monkeypatch)
     per_step = []
@@ -163,18 +169,17 @@ def test_each_guidance_branch_keeps_its_own_plans(pipe, monkeypatch):
 
 
 def test_compiled_layers_know_the_kind_of_step_too(pipe):
-    apply_both(pipe, "merging", CACHES["interval"], ratio=0.25, cached_ratio=0.75, whole_every="full")
+    apply_both(pipe, "merging", CACHES["interval"], ratio=0.25, cached_ratio=0.75, full_steps="cache")
     eager = generate(pipe, num_inference_steps=3)
     torch.compiler.reset()
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.allclose(generate(pipe, num_inference_steps=3), eager, atol=1e-5)
 
 
-def test_compiled_layers_stay_whole_on_full_steps(pipe):
+def test_compiled_layers_run_on_all_tokens_on_full_steps(pipe):
     plain = copy.deepcopy(pipe)
-    options = {"ratio": 0.25, "schedule": "constant", "whole_every": "full"}
-    apply_both(plain, "merging", CACHES["interval"], **options)
-    apply_both(pipe, "merging", CACHES["interval"], skipped_ratio=0.5, **options)
+    apply_both(plain, "merging", CACHES["interval"], ratio=0.25, full_steps="cache")
+    apply_both(pipe, "merging", CACHES["interval"], ratio=0.25, full_steps=FullSteps("cache", 0.5))
     assert not torch.equal(generate(pipe, num_inference_steps=3), expected := generate(plain, num_inference_steps=3))
     torch.compiler.reset()
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -184,7 +189,7 @@ def test_compiled_layers_stay_whole_on_full_steps(pipe):
 def test_branches_of_unlike_batch_keep_details_and_plans_of_their_own(pipe, monkeypatch):
     """One call a branch, of two samples and of one: neither takes the other for a change of size."""
     unet, plain = pipe.unet, copy.deepcopy(pipe.unet)
-    apply_token_merging(unet, ratio=0.5, whole_every=3, plan_every=3)
+    apply_token_merging(unet, ratio=0.5, full_steps=3, plan_every=3)
     count = matchings(monkeypatch)
     per_step, errors = [], []
     with torch.no_grad():
@@ -203,22 +208,22 @@ def test_two_mergers_with_an_adaptive_cache(pipe):
     other = ToMeProcessor(ratio=0.25)
     pipe.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].attn1.set_processor(other)
     apply_feature_cache(pipe, interval=3, threshold=1e9, branch=2)
-    for _ in range(2):  # the second merger finds its model at its first call
+    for _ in range(2):  # the second attachment finds its model at its first call
         generate(pipe, num_inference_steps=4)
     assert all(step.removed.get(1) == 0.5 for step in report.steps)
-    assert [step.removed.get(1) for step in other.merger.steps] == [0.25] * 4
+    assert [step.removed.get(1) for step in other.attachment.record.value.steps] == [0.25] * 4
 
 
 def test_a_controlnet_has_no_cached_steps_and_keeps_nothing_for_them():
     pipe = make_pipeline("controlnet")
-    report = apply_token_merging(pipe, ratio=0.5, whole_every="full")
+    report = apply_token_merging(pipe, ratio=0.5, full_steps="cache")
     apply_feature_cache(pipe, interval=6, branch=0)
     generate(pipe, num_inference_steps=4, image=torch.zeros(1, 3, 32, 32), height=32, width=32)
     assert report.kept_bytes == 2 * 256 * 16 * 4  # the UNet's last layer
 
 
 def test_another_models_layers_keep_nothing(pipe):
-    processor = ToMeProcessor(ratio=0.5, whole_every="full")
+    processor = ToMeProcessor(ratio=0.5, full_steps="cache")
     stranger = copy.deepcopy(pipe)
     pipe.unet.set_attn_processor(processor)
     apply_feature_cache(pipe, interval=3)
@@ -234,7 +239,7 @@ def test_a_compiled_preset_makes_as_many_graphs_however_many_layers_there_are():
     for layers in (1, 3):
         torch.compiler.reset()
         unet = make_unet(layers_per_block=layers)
-        apply_token_merging(unet, ratio=0.5, whole_every=3, merge_mlp=True, merge_cross_attention=True)
+        apply_token_merging(unet, ratio=0.5, full_steps=3, layers=LAYERS)
         unet.compile_repeated_blocks(fullgraph=True, backend=(counter := CompileCounter()))
         near_steps(unet)
         counts.append(counter.frame_count)
@@ -242,22 +247,23 @@ def test_a_compiled_preset_makes_as_many_graphs_however_many_layers_there_are():
 
 
 @pytest.mark.parametrize("options", [
-    {"plan_every": 0}, {"plan_every": "cached"}, {"whole_every": 1}, {"whole_every": "cached"},
-    {"cached_ratio": {3: 0.5}}, {"reuse_attention": True},
-    {"skipped_ratio": 0.5}, {"skipped_ratio": {3: 0.5}, "whole_every": "full"},
-    {"skipped_ratio": 0.5, "whole_every": 2}, {"skipped_ratio": 0.5, "whole_every": "full", "merge_block": True},
-    {"skipped_ratio": 0.5, "whole_every": "full", "levels": "auto"},
-    {"skipped_ratio": 0.5, "whole_every": "full", "merge_self_attention": False, "merge_mlp": True},
-    {"skipped_ratio": 0.5, "whole_every": "full", "reuse_attention": True},
-    {"reuse_attention": True, "whole_every": 2, "merge_mlp": True},
-    {"reuse_attention": True, "whole_every": 2, "levels": "auto"},
+    {"plan_every": 0}, {"plan_every": "cached"}, {"full_steps": 1}, {"full_steps": "cached"},
+    {"cached_ratio": {3: 0.5}}, {"full_steps": FullSteps("cache", {3: 0.5})},
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ToMeConfig(**options)
 
 
-@pytest.mark.parametrize("options", [{"cached_ratio": 0.9}, {"skipped_ratio": 0.9, "whole_every": "full"}])
+@pytest.mark.parametrize("options", [{"layers": "block"}, {"layers": ["mlp"]}, {"gate": "on"}])
+def test_a_ratio_on_full_steps_needs_self_attention_and_no_gate(options):
+    with pytest.raises(ValueError, match="a ratio on full steps"):
+        ToMeConfig(full_steps=FullSteps("cache", 0.5), **options)
+    with pytest.raises(ValueError, match="every='cache'"):
+        FullSteps(2, 0.5)
+
+
+@pytest.mark.parametrize("options", [{"cached_ratio": 0.9}, {"full_steps": FullSteps("cache", 0.9)}])
 def test_cells_bound_the_ratios_under_a_cache_too(options):
     with pytest.raises(ValueError, match="more than cells"):
         ToMeConfig(**options)

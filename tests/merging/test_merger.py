@@ -1,4 +1,4 @@
-"""What the layers of one model share: gradients, layers left alone, models changed under the merger's feet."""
+"""What the layers of one model share: gradients, layers left alone, models changed under the attachment's feet."""
 
 import warnings
 
@@ -17,19 +17,26 @@ from tomesd_plus import (
     apply_token_merging,
     remove_token_merging,
 )
-from tomesd_plus.merging.attachment import mergers_on
+from tomesd_plus.merging.attachment import attachments_on
 
 
 def test_gradients_in_training_mode():
     unet = make_unet().train()
-    report = apply_token_merging(unet, ratio=0.5, merge_mlp=True)
+    report = apply_token_merging(unet, ratio=0.5, layers=["self_attention", "mlp"])
     unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 7, 16)).sample.square().mean().backward()
     assert report.merged
     assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"metric": "keys", "merge_mlp": True}, {"merge_block": True}, {"whole_every": 2}, {"window": None}]
+    "options",
+    [
+        {},
+        {"metric": "keys", "layers": ["self_attention", "mlp"]},
+        {"layers": "block"},
+        {"full_steps": 2},
+        {"window": None},
+    ],
 )
 def test_only_a_generations_first_step_reads_from_the_device(options):
     """What would make the host wait for a GPU: a number's value, or how many entries are not zero."""
@@ -58,7 +65,7 @@ def test_gradient_checkpointing_runs_the_same_plans_again():
     gradients = []
     for checkpointing in (False, True):
         unet = make_unet().train()
-        report = apply_token_merging(unet, ratio=0.5, merge_mlp=True)
+        report = apply_token_merging(unet, ratio=0.5, layers=["self_attention", "mlp"])
         if checkpointing:
             unet.enable_gradient_checkpointing()
         sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -91,7 +98,7 @@ def test_masks_are_left_alone_and_reported():
     unet(**inputs)
     assert report.merged and torch.equal(seen[0], seen[1])
     assert torch.equal(outputs[0], outputs[1])
-    assert report.layers[0].reason == "it has an attention mask" and not report.layers[0].removed
+    assert str(report.layers[0].reason) == "it has an attention mask" and not report.layers[0].removed
 
 
 def test_layers_whose_processors_cannot_be_wrapped_are_left_alone_and_reported():
@@ -105,7 +112,7 @@ def test_layers_whose_processors_cannot_be_wrapped_are_left_alone_and_reported()
     unet.get_submodule(name).set_processor(WithArguments())
     report = apply_token_merging(unet, ratio=0.5)
     unet(*inputs)
-    reasons = {layer.name: layer.reason for layer in report.layers}
+    reasons = {layer.name: str(layer.reason) for layer in report.layers}
     assert report.merged and "arguments of its own (strength)" in reasons[name]
     assert type(unet.get_submodule(name).processor) is WithArguments
 
@@ -117,7 +124,7 @@ def test_chunked_feed_forward_is_not_lengthened():
     for block in [*unet.down_blocks[0].modules(), *unet.up_blocks[1].modules()]:  # where there are 256 tokens
         if isinstance(block, BasicTransformerBlock):
             block.set_chunk_feed_forward(128, dim=1)
-    report = apply_token_merging(unet, ratio=0.5, merge_mlp=True, max_downsample=1)
+    report = apply_token_merging(unet, ratio=0.5, layers=["self_attention", "mlp"], max_downsample=1)
     assert unet(sample, 500, text).sample.shape == sample.shape and report.merged
 
 
@@ -153,15 +160,16 @@ def test_processors_that_the_host_makes_anew_keep_the_configuration(pipe):
 
 def test_an_error_in_the_middle_of_a_call_leaves_nothing_running():
     unet = make_unet()
-    apply_token_merging(unet, ratio=0.5, merge_block=True)
+    apply_token_merging(unet, ratio=0.5, layers="block")
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     x, text = torch.randn(2, 256, 16), torch.randn(2, 7, 16)
     failing = block.ff.register_forward_pre_hook(lambda layer, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         unet(torch.randn(2, 4, 16, 16), 500, text)
     failing.remove()
-    (merger,) = mergers_on(unet)
-    assert not merger.running and merger.blocks._entered is None  # no activation is held
+    (attachment,) = attachments_on(unet)
+    call = attachment.decider.current.call
+    assert not call.running and call.block.entered is None  # no activation is held
     with torch.no_grad():
         by_itself = block(x, encoder_hidden_states=text)
         remove_token_merging(unet)
@@ -173,7 +181,7 @@ def test_whole_blocks_are_left_alone_where_places_matter_with_checkpointing_too(
         unet = make_unet(attention_type="gated").train(checkpointing)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        report = apply_token_merging(unet, ratio=0.5, merge_block=True)
+        report = apply_token_merging(unet, ratio=0.5, layers="block")
         gligen = {
             "boxes": torch.rand(2, 3, 4),
             "positive_embeddings": torch.randn(2, 3, 16),
@@ -191,7 +199,7 @@ def test_a_compiled_model_is_freed_of_its_hooks_at_once(pipe):
     assert not unet._forward_pre_hooks and not unet._forward_hooks
 
 
-@pytest.mark.parametrize("options", [{"keys_values_only": True}, {"queries_only": True}])
+@pytest.mark.parametrize("options", [{"sides": "keys_values"}, {"sides": "queries"}])
 def test_fused_projections_are_left_alone_where_queries_and_keys_differ(options):
     unet = make_unet()
     unet.fuse_qkv_projections()
@@ -235,6 +243,6 @@ def test_each_of_several_calls_a_step_keeps_its_own_plans_and_details():
         for outputs, branches in ((together, [(0, 1)]), (alone, [(0,), (1,)])):
             for chosen in branches:
                 unet = make_unet()
-                apply_token_merging(unet, ratio=0.5, plan_every=3, whole_every=3, destinations="fixed")
+                apply_token_merging(unet, ratio=0.5, plan_every=3, full_steps=3, destinations="fixed")
                 outputs += [unet(samples[i], t, text).sample for t in timesteps for i in chosen]
     assert all(torch.equal(together[2 * k + i], alone[3 * i + k]) for k in range(3) for i in (0, 1))

@@ -48,13 +48,13 @@ def test_saving_and_loading_a_merging_pipeline(pipe, tmp_path):
 
 @pytest.mark.parametrize("merging_comes_first", [True, False])
 def test_the_hosts_offloading(pipe, merging_comes_first):
-    with token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3):
+    with token_merging(pipe, ratio=0.5, layers=["self_attention", "mlp"], full_steps=3):
         expected = generate(pipe)
     if merging_comes_first:
-        report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
+        report = apply_token_merging(pipe, ratio=0.5, layers=["self_attention", "mlp"], full_steps=3)
         pipe.enable_model_cpu_offload(device="cpu")
     else:
         accelerate.cpu_offload(pipe.unet, execution_device="cpu")  # as sequential offloading does
-        report = apply_token_merging(pipe, ratio=0.5, merge_mlp=True, whole_every=3)
+        report = apply_token_merging(pipe, ratio=0.5, layers=["self_attention", "mlp"], full_steps=3)
     for _ in range(2):  # the host offloads anew after each call
         assert torch.equal(generate(pipe), expected) and report.merged

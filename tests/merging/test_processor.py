@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from conftest import INPUTS, OneLayer, attention_layer, generate, level_of, make_pipeline, make_unet, merge_in
+from conftest import (
+    INPUTS,
+    OneLayer,
+    attention_layer,
+    generate,
+    level_of,
+    make_pipeline,
+    make_unet,
+    merge_in,
+    plans_of,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.modules import module as torch_module
 
@@ -13,7 +23,7 @@ from tomesd_plus import LinearSchedule, TokenMergingReport, ToMeProcessor, apply
 
 
 def report_of(processor):
-    return TokenMergingReport({"model": processor.merger})
+    return TokenMergingReport({"model": processor.attachment})
 
 
 def test_one_line_gives_what_apply_gives_from_the_first_step_on(any_pipe):
@@ -100,7 +110,7 @@ def test_a_processor_without_arguments_for_each_layer_makes_one_plan():
     unet = make_unet()
     unet.set_attn_processor({name: ToMeProcessor() for name in unet.attn_processors})
     unet(**INPUTS, timestep=700)
-    assert len({id(processor.merger) for processor in unet.attn_processors.values()}) == 1
+    assert len({id(processor.attachment) for processor in unet.attn_processors.values()}) == 1
 
 
 def test_config_and_options_exclude_each_other():
@@ -118,22 +128,22 @@ OPTIONS = [
     {"destinations": "fixed"},
     {"metric": "block_input"},
     {"metric": "keys"},
-    {"merge_cross_attention": True},
-    {"merge_mlp": True},
-    {"merge_self_attention": False, "merge_mlp": True},
-    {"merge_self_attention": False, "merge_cross_attention": True},
+    {"layers": ["self_attention", "cross_attention"]},
+    {"layers": ["self_attention", "mlp"]},
+    {"layers": ["mlp"]},
+    {"layers": ["cross_attention"]},
     {"mode": "prune"},
-    {"keys_values_only": True},
-    {"keys_values_only": True, "mode": "prune"},
+    {"sides": "keys_values"},
+    {"sides": "keys_values", "mode": "prune"},
     {"proportional_attention": False},
-    {"proportional_attention": False, "keys_values_only": True},
+    {"proportional_attention": False, "sides": "keys_values"},
     {"plan_per": "block"},
     {"plan_per": "level"},
     {"window": 1},
     {"window": 3},
-    {"queries_only": True},
-    {"merge_block": True},
-    {"merge_block": True, "proportional_attention": False},
+    {"sides": "queries"},
+    {"layers": "block"},
+    {"layers": "block", "proportional_attention": False},
     {"seed": 7},
 ]
 
@@ -164,11 +174,11 @@ def test_every_option_does_something_of_its_own(bare):
     ("options", "layers"),
     [
         ({}, {"attn1"}),
-        ({"merge_cross_attention": True}, {"attn1", "attn2"}),
-        ({"merge_mlp": True, "metric": "block_input"}, {"attn1", "ff"}),
-        ({"merge_self_attention": False, "merge_mlp": True}, {"ff"}),
-        ({"keys_values_only": True}, {"attn1"}),
-        ({"queries_only": True}, {"attn1"}),
+        ({"layers": ["self_attention", "cross_attention"]}, {"attn1", "attn2"}),
+        ({"layers": ["self_attention", "mlp"], "metric": "block_input"}, {"attn1", "ff"}),
+        ({"layers": ["mlp"]}, {"ff"}),
+        ({"sides": "keys_values"}, {"attn1"}),
+        ({"sides": "queries"}, {"attn1"}),
     ],
 )
 def test_the_report_names_the_layers_that_merged(options, layers):
@@ -182,22 +192,22 @@ def test_the_report_names_the_layers_that_merged(options, layers):
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("keys_values_only", [False, True])
-def test_proportional_attention_is_attention_over_the_copied_tokens(heads, keys_values_only):
+@pytest.mark.parametrize("sides", ["both", "keys_values"])
+def test_proportional_attention_is_attention_over_the_copied_tokens(heads, sides):
     """Merged keys that weigh by their size give what attention over all N averaged tokens gives."""
     attn, x = attention_layer(heads)
     unet_like = OneLayer(attn)
-    merger = merge_in(unet_like, ratio=40 / 64, keys_values_only=keys_values_only)
+    attachment = merge_in(unet_like, ratio=40 / 64, sides=sides)
     with torch.no_grad():
         result = unet_like(x)
-        plan = next(iter(merger.planner.plans.values()))
+        plan = next(iter(plans_of(attachment).values()))
         copied = plan.unmerge(plan.merge(x))
-        queries = x if keys_values_only else copied
+        queries = x if sides == "keys_values" else copied
         expected = AttnProcessor2_0()(attn, queries, copied)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         plain = OneLayer(attn)
-        merge_in(plain, ratio=40 / 64, keys_values_only=keys_values_only, proportional_attention=False)
+        merge_in(plain, ratio=40 / 64, sides=sides, proportional_attention=False)
         assert (plain(x) - expected).abs().max() > 1e-3  # without it they differ
 
 
@@ -209,9 +219,9 @@ def test_identical_tokens_lose_nothing_by_merging():
     model = OneLayer(attn)
     with torch.no_grad():
         expected = model(x)
-        merger = merge_in(model, ratio=0.75)
+        attachment = merge_in(model, ratio=0.75)
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-    assert merger.steps[-1].removed == {1: 0.75}
+    assert attachment.record.value.steps[-1].removed == {1: 0.75}
 
 
 def test_a_processor_on_two_models_warns():

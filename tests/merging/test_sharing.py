@@ -1,13 +1,13 @@
 """Plans shared by blocks and by steps, and blocks that are merged as a whole."""
 
 import torch
-from conftest import INPUTS, attention_layer, make_unet, merge_in
+from conftest import INPUTS, attention_layer, make_unet, merge_in, plans_of
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tomesd_plus import StepsSchedule, apply_token_merging, remove_token_merging
 from tomesd_plus.merging import planner
-from tomesd_plus.merging.attachment import mergers_on
+from tomesd_plus.merging.attachment import attachments_on
 
 
 def _matchings(unet, monkeypatch, timesteps, batches=None):
@@ -59,10 +59,10 @@ def test_reused_plans_are_those_of_the_step_that_made_them():
         apply_token_merging(unet, ratio=0.5, plan_every=every, destinations="fixed")
         with torch.no_grad():
             unet(**INPUTS, timestep=timesteps[0])
-            (merger,) = mergers_on(unet)
-            first = dict(merger.planner.plans)
+            (attachment,) = attachments_on(unet)
+            first = dict(plans_of(attachment))
             unet(INPUTS["sample"].flip(-1), timesteps[1], INPUTS["encoder_hidden_states"])
-            outputs[every] = [merger.planner.plans[key] is plan for key, plan in first.items()]
+            outputs[every] = [plans_of(attachment)[key] is plan for key, plan in first.items()]
     assert outputs == {1: [False, False], 2: [True, True]}
 
 
@@ -114,11 +114,11 @@ def test_a_block_merged_as_a_whole_adds_to_each_token_what_its_group_got():
     model = _OneBlock(block)
     x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
     text = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
-    merger = merge_in(model, ratio=0.5, merge_block=True, proportional_attention=False)
+    attachment = merge_in(model, ratio=0.5, layers="block", proportional_attention=False)
     with torch.no_grad():
         merged_output = model(x, text)
-        plan = next(iter(merger.planner.plans.values()))
-        merger.detach()
+        plan = next(iter(plans_of(attachment).values()))
+        attachment.detach()
         block.attn1.set_processor(AttnProcessor2_0())
         short = plan.merge(x)
         expected = x + plan.unmerge(block(short, encoder_hidden_states=text) - short)

@@ -89,3 +89,27 @@ def test_auto_is_what_the_published_ablation_has_at_the_top(mean):
     }
     kinds[schedule_by_name("constant", mean)] = rows[f"constant, {mean}"]
     assert schedule_by_name("auto", mean) == max(kinds, key=lambda schedule: kinds[schedule])
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "steps", "auto"])
+def test_a_schedule_by_name_has_the_ratio_as_its_mean(name):
+    assert schedule_by_name(name, 0.4).mean() == pytest.approx(0.4, abs=1e-3)
+
+
+def test_a_schedule_by_name_goes_both_ways():
+    noisy, clean = (schedule_by_name("linear", 0.5, end) for end in ("noisy", "clean"))
+    assert noisy == clean.reversed() and noisy(1.0) > noisy(0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sine", 0.5), "constant, linear, cosine, steps, auto"),
+        (("linear", 0.5, "dusk"), "'noisy' or 'clean'"),
+        (("linear", 0.8), "more than the cells allow"),
+        (("linear", "half"), r"\[0, 1\)"),
+    ],
+)
+def test_a_name_or_mean_out_of_range_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        schedule_by_name(*arguments)

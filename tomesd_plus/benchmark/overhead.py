@@ -10,12 +10,12 @@ import torch
 from tomesd_plus import tomesd
 from tomesd_plus.host.clock import Moment, moment, seconds_between
 from tomesd_plus.matching import MergePlan
-from tomesd_plus.merging import attachment
+from tomesd_plus.merging import planner
 from tomesd_plus.merging.planner import Planner
 
 WATCHED: dict[str, tuple[tuple[Any, str], ...]] = {
     "matching": (
-        (attachment, "levels_of"),  # draws the cells
+        (planner, "levels_of"),  # draws the cells
         (Planner, "plan"),
         (tomesd, "draw_destinations"),
         (tomesd, "bipartite_match"),

@@ -141,7 +141,7 @@ class Attachment:
         call.record.plans = {
             key[0]: (plan, levels[key[0]].height, levels[key[0]].width) for key, plan in call.plans.items()
         }
-        if call.full:
+        if self._keeping:
             call.record.kept_bytes = sum(map(_bytes, self._keeping))
 
     # Generations ------------------------------------------------------------------------------------------------
