@@ -21,8 +21,10 @@ from tomesd_plus import (
     feature_cache,
     token_merging,
 )
-from tomesd_plus.evaluation import Sampling, device_name, generate_batch, peak_memory, psnr, ssim
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.generation.devices import device_name, peak_memory
+from tomesd_plus.evaluation.generation.sampling import Sampling, generate_batch
+from tomesd_plus.evaluation.names import TINY
+from tomesd_plus.metrics.fidelity import psnr, ssim
 
 MAX_BASELINES = 16
 MAX_CANDIDATES = 9

@@ -14,7 +14,8 @@ from gradio_app.backend import Backend, Result
 from gradio_app.runs import Progress, follow
 from gradio_app.settings import MAX_SEED, Candidate, Picture, Refused, described
 from tomesd_plus import ConstantSchedule, Schedule
-from tomesd_plus.evaluation import difference, merge_map_overlay, to_image
+from tomesd_plus.evaluation.images import to_image
+from tomesd_plus.evaluation.reporting.overlays import difference, merge_map_overlay
 from tomesd_plus.presets import PRESETS
 
 CUSTOM = "custom"

@@ -16,7 +16,8 @@ from gradio_app.backend import Backend
 from gradio_app.handlers import CUSTOM, Handlers, Shown, level_choices
 from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATIO, MAX_SEED, MAX_STEPS, MERGED
 from tomesd_plus import CosineSchedule
-from tomesd_plus.evaluation.models import TINY, usual_guidance
+from tomesd_plus.evaluation.generation.models import usual_guidance
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedules import AUTO, SCHEDULES
 

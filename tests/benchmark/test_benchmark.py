@@ -29,7 +29,7 @@ from tomesd_plus.benchmark import run as run_module
 from tomesd_plus.benchmark.fidelity import embedded_psnr
 from tomesd_plus.benchmark.rows import make_rows
 from tomesd_plus.cli import app
-from tomesd_plus.evaluation import EvaluationError
+from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.planner import Planner
 

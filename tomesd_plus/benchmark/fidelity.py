@@ -9,11 +9,12 @@ import torch
 
 import tomesd_plus
 from tomesd_plus.benchmark.settings import UNTOUCHED, Setting
-from tomesd_plus.evaluation.compare import compare
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.files import read_json, write_json
-from tomesd_plus.evaluation.generate import Sampling
-from tomesd_plus.evaluation.models import TINY, usual_guidance
+from tomesd_plus.evaluation.file_io import read_json, write_json
+from tomesd_plus.evaluation.generation.compare import compare
+from tomesd_plus.evaluation.generation.models import usual_guidance
+from tomesd_plus.evaluation.generation.sampling import Sampling
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.tiny import held_out_captions, load_tiny_pipeline
 
 

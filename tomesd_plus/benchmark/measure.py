@@ -16,9 +16,8 @@ from torch import nn
 from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
-from tomesd_plus.evaluation import DTYPES
 from tomesd_plus.evaluation.errors import first_line
-from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
+from tomesd_plus.evaluation.generation.devices import DTYPES, MEBIBYTE, peak_memory
 from tomesd_plus.host.clock import moment, seconds_between
 
 MAX_CALLS = STEPS  # in a run

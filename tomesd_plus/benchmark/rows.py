@@ -15,7 +15,7 @@ import tomesd_plus
 from tomesd_plus.benchmark.measure import Measured, Workload
 from tomesd_plus.benchmark.settings import Setting
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.files import atomic_write
+from tomesd_plus.evaluation.file_io import atomic_write
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import typer
 
 from tomesd_plus.cli.common import console, fail, load
 from tomesd_plus.cli.options import Device, Dtype, Model
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.names import TINY
 
 
 def app_command(

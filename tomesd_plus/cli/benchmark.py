@@ -13,8 +13,8 @@ from tomesd_plus.benchmark import SHAPES, SUITES, Outcome, Suite, Workload, run_
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say, usable
 from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
-from tomesd_plus.evaluation import DTYPES, local_device
 from tomesd_plus.evaluation.errors import installed
+from tomesd_plus.evaluation.generation.devices import DTYPES, local_device
 from tomesd_plus.presets import PRESETS
 
 SINGLE = {"shape", "size", "batch", "ratio", "setting", "preset", "cache_interval", "levels", "dtype", "compiled"}

@@ -6,8 +6,8 @@ from enum import StrEnum
 import typer
 
 from tomesd_plus.cli.common import fail, say
-from tomesd_plus.evaluation import Share
-from tomesd_plus.evaluation.features import INCEPTION, TINY
+from tomesd_plus.evaluation.generation.sharding import Share
+from tomesd_plus.evaluation.names import INCEPTION, TINY
 
 
 class Stage(StrEnum):

@@ -24,8 +24,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tomesd_plus.evaluation import DTYPES, EvaluationError, ModelError, load_model, local_device
-from tomesd_plus.evaluation.errors import first_line
+from tomesd_plus.evaluation.errors import EvaluationError, first_line
+from tomesd_plus.evaluation.generation.devices import DTYPES, local_device
+from tomesd_plus.evaluation.generation.models import ModelError, load_model
 
 T = TypeVar("T")
 console = Console()

@@ -25,8 +25,10 @@ from tomesd_plus.cli.options import (
     prompts_from,
     sampling_from,
 )
-from tomesd_plus.evaluation import Comparison, Configuration, compare, comparison_figure, peers_of
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.configurations import Configuration
+from tomesd_plus.evaluation.generation.compare import Comparison, compare, peers_of
+from tomesd_plus.evaluation.names import TINY
+from tomesd_plus.evaluation.reporting.comparison_plot import comparison_figure
 from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedules import Direction
 

@@ -12,29 +12,19 @@ from tomesd_plus.cli.common import check_writable, load, quiet, run, say
 from tomesd_plus.cli.options import Device, Dtype, Guidance, Model, Size, Steps, sampling_from
 from tomesd_plus.cli.progress import shown_progress
 from tomesd_plus.cli.report import print_report
-from tomesd_plus.evaluation import (
-    EvaluationError,
-    Experiment,
-    Scoring,
-    Share,
-    complete,
-    generate_experiment,
-    load_configurations,
-    load_extractor,
-    load_prompts,
-    local_device,
-    make_items,
-    parse_configuration,
-    score,
-    write_report,
-)
-from tomesd_plus.evaluation.configurations import Configuration
-from tomesd_plus.evaluation.features import INCEPTION
-from tomesd_plus.evaluation.fidelity import load_lpips
-from tomesd_plus.evaluation.generation import wait_for
-from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.evaluation.prompts import EMBEDDED
-from tomesd_plus.evaluation.speed import FILE as SPEEDS
+from tomesd_plus.evaluation.configurations import Configuration, complete, load_configurations, parse_configuration
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.experiment import Experiment
+from tomesd_plus.evaluation.generation.devices import local_device
+from tomesd_plus.evaluation.generation.prompts import load_prompts
+from tomesd_plus.evaluation.generation.run import generate_experiment, wait_for
+from tomesd_plus.evaluation.generation.sharding import Share
+from tomesd_plus.evaluation.items import make_items
+from tomesd_plus.evaluation.names import EMBEDDED, INCEPTION, TINY
+from tomesd_plus.evaluation.reporting.report import write_report
+from tomesd_plus.evaluation.scoring.extractors import load_extractor, load_lpips
+from tomesd_plus.evaluation.scoring.score import Scoring, score
+from tomesd_plus.evaluation.speed import SPEED_FILE as SPEEDS
 from tomesd_plus.evaluation.speed import load_speeds
 
 Conf = Annotated[

@@ -27,8 +27,9 @@ from tomesd_plus.cli.options import (
     prompts_from,
     sampling_from,
 )
-from tomesd_plus.evaluation import generate, to_image
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.generation.sampling import generate
+from tomesd_plus.evaluation.images import to_image
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.schedules import Direction
 
 OF_PRESETS = {"ratio", "schedule", "more_at", "max_downsample", "cache_interval"}

@@ -6,8 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from tomesd_plus.cli.common import fail, run
-from tomesd_plus.evaluation import DTYPES, Configuration, Sampling, usual_guidance
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.configurations import Configuration
+from tomesd_plus.evaluation.generation.devices import DTYPES
+from tomesd_plus.evaluation.generation.models import usual_guidance
+from tomesd_plus.evaluation.generation.sampling import Sampling
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedules import AUTO, SCHEDULES, Direction
 

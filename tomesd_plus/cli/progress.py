@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from rich.progress import TaskID
 
 from tomesd_plus.cli.common import progress_bar, say
-from tomesd_plus.evaluation import Share
-from tomesd_plus.evaluation.generation import OnProgress
+from tomesd_plus.evaluation.experiment import OnProgress
+from tomesd_plus.evaluation.generation.sharding import Share
 
 SECONDS = 30.0  # between two lines
 

@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tomesd_plus.cli.common import check_writable, console, fail, run
-from tomesd_plus.evaluation import Result, joined, write_report
-from tomesd_plus.evaluation.results import RESULTS, conditions, notes, table
+from tomesd_plus.evaluation.reporting.report import joined, write_report
+from tomesd_plus.evaluation.scoring.results import RESULTS, Result
+from tomesd_plus.evaluation.scoring.tables import conditions, notes, table
 
 HIDDEN = ("seeds", "ms / step", "peak MiB", "made with")  # the files have them
 MIN_WIDTH = 140

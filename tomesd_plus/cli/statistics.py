@@ -7,8 +7,10 @@ import typer
 
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, usable
 from tomesd_plus.cli.options import Device
-from tomesd_plus.evaluation import load_extractor, local_device, save_reference
-from tomesd_plus.evaluation.features import INCEPTION
+from tomesd_plus.evaluation.generation.devices import local_device
+from tomesd_plus.evaluation.names import INCEPTION
+from tomesd_plus.evaluation.scoring.extractors import load_extractor
+from tomesd_plus.evaluation.scoring.reference import save_reference
 
 
 def statistics_command(
