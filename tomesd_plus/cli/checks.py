@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import typer
 
 from tomesd_plus.cli.common import fail, say
-from tomesd_plus.evaluation.generation.sharding import Share
 from tomesd_plus.evaluation.names import INCEPTION, TINY
+
+if TYPE_CHECKING:
+    from tomesd_plus.evaluation.generation.sharding import Share
 
 
 class Stage(StrEnum):
@@ -22,7 +25,7 @@ SCORES = {"features", "reference", "reference_split", "reference_column", "incep
 BOTH = {"stage", "out", "device"}
 
 
-def check_options(context: typer.Context, stage: Stage, share: Share) -> None:
+def check_options(context: typer.Context, stage: Stage, share: "Share") -> None:
     """Refuse options of the pass that does not run, and those that another option puts out of action."""
     given = {
         name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"

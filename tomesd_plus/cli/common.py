@@ -1,16 +1,15 @@
-"""What all commands do: load a model, show progress, and fail in one line."""
+"""What all commands do: load a model, show progress, and fail in one line.
+
+Help and wrong options are answered at once: what takes long to import, commands import inside their functions.
+"""
 
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import diffusers
-import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -24,9 +23,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tomesd_plus.evaluation.errors import EvaluationError, first_line
-from tomesd_plus.evaluation.generation.devices import DTYPES, local_device
-from tomesd_plus.evaluation.generation.models import ModelError, load_model
+from tomesd_plus.evaluation.errors import EvaluationError, ModelError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 console = Console()
@@ -34,34 +34,30 @@ console = Console()
 
 def load(model: str, device: str | None, dtype: str | None, safety_checker: bool = True) -> tuple[Any, str]:
     """A pipeline, and a few words on where it runs."""
-    device = local_device(device)
-    dtype = dtype or ("float32" if device == "cpu" else "float16")
-    if dtype not in DTYPES:
-        fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    usable(device)
     quiet()
-    try:
-        return load_model(
-            model, device, DTYPES[dtype], safety_checker
-        ), f"{device}, {dtype}, torch {torch.__version__}"
-    except ModelError as error:
-        fail(str(error))
+    import torch
+
+    from tomesd_plus.evaluation.generation.devices import dtype_by_name, local_device
+    from tomesd_plus.evaluation.generation.models import load_model
+
+    where = usable(device)
+    chosen = run(lambda: dtype_by_name(dtype, where))
+    pipe = run(lambda: load_model(model, local_device(device), chosen, safety_checker))
+    return pipe, f"{local_device(device)}, {str(chosen).removeprefix('torch.')}, torch {torch.__version__}"
 
 
-def usable(device: str) -> torch.device:
-    """The device, if a tensor can be made there; PyTorch has an error of another class for each way it cannot."""
-    try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"device {device!r} cannot be used: {first_line(error)}")
+def usable(device: str | None) -> "torch.device":
+    """The device that is asked for, or the best there is."""
+    from tomesd_plus.evaluation.generation.devices import usable_device
+
+    return run(lambda: usable_device(device))
 
 
 def quiet() -> None:
     """Switch off the host libraries' bars and hints, which are not for a command's user."""
-    warnings.simplefilter("ignore", FutureWarning)
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    from tomesd_plus.evaluation.quiet import quiet_libraries
+
+    quiet_libraries()
 
 
 def run(call: Callable[[], T]) -> T:

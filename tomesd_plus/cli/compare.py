@@ -1,12 +1,13 @@
 """``tomesd-plus compare``: the same seeds with and without merging."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from tomesd_plus.cli.common import check_writable, console, fail, load, progress_bar, run
+from tomesd_plus.cli.names import PRESETS
 from tomesd_plus.cli.options import (
     CacheInterval,
     Device,
@@ -25,12 +26,11 @@ from tomesd_plus.cli.options import (
     prompts_from,
     sampling_from,
 )
-from tomesd_plus.evaluation.configurations import Configuration
-from tomesd_plus.evaluation.generation.compare import Comparison, compare, peers_of
 from tomesd_plus.evaluation.names import TINY
-from tomesd_plus.evaluation.reporting.comparison_plot import comparison_figure
-from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedules import Direction
+
+if TYPE_CHECKING:
+    from tomesd_plus.evaluation.generation.compare import Comparison
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -61,13 +61,17 @@ def compare_command(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("compare.png"),
 ) -> None:
     """Compare the untouched pipeline with merging and caching on the same seeds: a table, and a picture."""
+    chosen = prompts_from(prompts, model)
+    sampling = sampling_from(steps, guidance, size, model)
+    from tomesd_plus.evaluation.configurations import Configuration
+    from tomesd_plus.evaluation.generation.compare import compare, peers_of
+    from tomesd_plus.evaluation.reporting.comparison_plot import comparison_figure
+
     ratios = ratio or ([] if preset else [0.5])
     chosen_ways = [preset_from(name) for name in preset or []]
     if cache_interval is not None:
         chosen_ways.append(Configuration(f"cache {cache_interval}", {"cache": {"interval": cache_interval}}))
     chosen_ways += [merging_from(value, schedule, more_at, max_downsample, cache_interval) for value in ratios]
-    sampling = sampling_from(steps, guidance, size, model)
-    chosen = prompts_from(prompts, model)
     check_writable(out.parent)
     if out.is_dir() or out.suffix.lower() not in PICTURES:
         fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
@@ -90,7 +94,7 @@ def compare_command(
     console.print(f"Picture: {out}")
 
 
-def comparison_table(comparison: Comparison, title: str) -> Table:
+def comparison_table(comparison: "Comparison", title: str) -> Table:
     """The table that ``compare`` prints."""
     table = Table(
         title=title, caption="Medians of time, means of PSNR and SSIM to the untouched picture of the same seed."

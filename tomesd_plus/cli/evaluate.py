@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,20 +12,12 @@ from tomesd_plus.cli.common import check_writable, load, quiet, run, say
 from tomesd_plus.cli.options import Device, Dtype, Guidance, Model, Size, Steps, sampling_from
 from tomesd_plus.cli.progress import shown_progress
 from tomesd_plus.cli.report import print_report
-from tomesd_plus.evaluation.configurations import Configuration, complete, load_configurations, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.experiment import Experiment
-from tomesd_plus.evaluation.generation.devices import local_device
-from tomesd_plus.evaluation.generation.prompts import load_prompts
-from tomesd_plus.evaluation.generation.run import generate_experiment, wait_for
-from tomesd_plus.evaluation.generation.sharding import Share
-from tomesd_plus.evaluation.items import make_items
 from tomesd_plus.evaluation.names import EMBEDDED, INCEPTION, TINY
-from tomesd_plus.evaluation.reporting.report import write_report
-from tomesd_plus.evaluation.scoring.extractors import load_extractor, load_lpips
-from tomesd_plus.evaluation.scoring.score import Scoring, score
-from tomesd_plus.evaluation.speed import SPEED_FILE as SPEEDS
-from tomesd_plus.evaluation.speed import load_speeds
+
+if TYPE_CHECKING:
+    from tomesd_plus.evaluation.configurations import Configuration
+    from tomesd_plus.evaluation.scoring.score import Scoring
 
 Conf = Annotated[
     list[str] | None,
@@ -86,12 +78,21 @@ def evaluate_command(
     CLIP for the embedded model, else InceptionV3 if there is a reference. A model's safety checker is left off: it
     would decide which images a row has.
     """
+    quiet()
+    from tomesd_plus.evaluation.experiment import Experiment
+    from tomesd_plus.evaluation.generation.prompts import load_prompts
+    from tomesd_plus.evaluation.generation.run import generate_experiment, wait_for
+    from tomesd_plus.evaluation.generation.sharding import Share
+    from tomesd_plus.evaluation.items import make_items
+    from tomesd_plus.evaluation.reporting.report import write_report
+    from tomesd_plus.evaluation.scoring.score import score
+    from tomesd_plus.evaluation.speed import SPEED_FILE, load_speeds
+
     share = run(lambda: Share.here(shard))
     check_options(context, stage, share)
     alone = share.count == share.launched  # no other shards whose images scoring would have to wait for
     scoring = None
     if stage is not Stage.generate and share.index == 0 and alone:  # first: what is missing is said before the work
-        quiet()
         scoring = run(lambda: _scoring(features or _default_features(out, model, stage, reference), device,
                                        inception_weights, reference, lpips))  # fmt: skip
         scoring = replace(scoring, reference_split=reference_split, reference_column=reference_column,
@@ -110,7 +111,7 @@ def evaluate_command(
             )  # fmt: skip
         say(f"Images: {out}" + (f"; {failures} items gave none, the *.failed files say why" if failures else ""))
         if timed_runs and equal_time and not load_speeds(experiment):
-            say(f"No rows of equal time: shard 0 measures speeds. Put its {SPEEDS} into {out} and run this again.")
+            say(f"No rows of equal time: shard 0 measures speeds. Put its {SPEED_FILE} into {out} and run this again.")
         if stage is Stage.all and not alone:
             say(f"Once all shards are done and in one folder: tomesd-plus evaluate score --out {out}")
         if scoring and share.launched > 1:
@@ -124,14 +125,20 @@ def evaluate_command(
     print_report(results, run(lambda: write_report(results, out)), out)
 
 
-def _configurations(texts: list[str] | None, path: Path | None, noise_floor: bool) -> list[Configuration]:
+def _configurations(texts: list[str] | None, path: Path | None, noise_floor: bool) -> "list[Configuration]":
+    from tomesd_plus.evaluation.configurations import complete, load_configurations, parse_configuration
+
     chosen = [*(load_configurations(path) if path else []), *map(parse_configuration, texts or [])]
     return complete(chosen or [parse_configuration("merge: 0.5")], noise_floor)
 
 
 def _scoring(
     names: list[str], device: str | None, weights: str | None, reference: str | None, lpips: bool | None
-) -> Scoring:
+) -> "Scoring":
+    from tomesd_plus.evaluation.generation.devices import local_device
+    from tomesd_plus.evaluation.scoring.extractors import load_extractor, load_lpips
+    from tomesd_plus.evaluation.scoring.score import Scoring
+
     check_features(names, reference, weights)
     device = local_device(device)
     if reference is None and names == [TINY]:
@@ -148,6 +155,8 @@ def _scoring(
 
 
 def _default_features(out: Path, model: str, stage: Stage, reference: str | None) -> list[str]:
+    from tomesd_plus.evaluation.experiment import Experiment
+
     if stage is Stage.score:
         experiment = Experiment.load(out)
         model = experiment.baseline.manifest["model"]

@@ -7,10 +7,7 @@ import typer
 
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, usable
 from tomesd_plus.cli.options import Device
-from tomesd_plus.evaluation.generation.devices import local_device
 from tomesd_plus.evaluation.names import INCEPTION
-from tomesd_plus.evaluation.scoring.extractors import load_extractor
-from tomesd_plus.evaluation.scoring.reference import save_reference
 
 
 def statistics_command(
@@ -27,7 +24,10 @@ def statistics_command(
         fail(f"--out must name an .npz file, not {str(out)!r}")
     check_writable(out.parent)
     quiet()
-    where = usable(local_device(device))
+    from tomesd_plus.evaluation.scoring.extractors import load_extractor
+    from tomesd_plus.evaluation.scoring.reference import save_reference
+
+    where = usable(device)
     extractor = run(lambda: load_extractor(features, where, inception_weights))
     with progress_bar("pictures") as progress:
         bar = progress.add_task(extractor.name, total=None)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from tomesd_plus.evaluation.errors import EvaluationError, first_line
+from tomesd_plus.evaluation.names import DTYPES
+
 MEBIBYTE = 2**20
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What commands take, by name."""
 
 
 def local_device(device: str | None = None) -> str:
@@ -19,6 +20,24 @@ def local_device(device: str | None = None) -> str:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def usable_device(device: str | None = None) -> torch.device:
+    """The :func:`local_device`, if a tensor can be made there; else an EvaluationError that says why not."""
+    device = local_device(device)
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # another class for each way it cannot
+        raise EvaluationError(f"device {device!r} cannot be used: {first_line(error)}") from error
+
+
+def dtype_by_name(name: str | None, device: torch.device) -> torch.dtype:
+    """A dtype of :data:`~tomesd_plus.evaluation.names.DTYPES`; by default float32 on a CPU, else float16."""
+    name = name or ("float32" if device.type == "cpu" else "float16")
+    if name not in DTYPES:
+        raise EvaluationError(f"unknown dtype {name!r}: choose from {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def device_name(device: torch.device) -> str:

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
+from tomesd_plus.evaluation.errors import ModelError
 from tomesd_plus.evaluation.generation.devices import local_device
 from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.tiny import load_tiny_pipeline
@@ -15,10 +16,6 @@ from tomesd_plus.tiny import load_tiny_pipeline
 def usual_guidance(model: str) -> float:
     """A guidance scale that suits a model: 3 for the embedded pipeline, by its model card, else 7.5."""
     return 3.0 if model == TINY else 7.5
-
-
-class ModelError(Exception):
-    """A model cannot be loaded; the message is one line that says which and why."""
 
 
 def load_model(
