@@ -70,13 +70,13 @@ def constructor(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     if not is_dataclass(value):
         return repr(value)
-    told = []
+    arguments = []
     for field in fields(value):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         always = isinstance(value, Schedule) or field.name in ("ratio", "interval")
         if always or getattr(value, field.name) != default:
-            told.append(f"{field.name}={constructor(getattr(value, field.name))}")
-    return f"{type(value).__name__}({', '.join(told)})"
+            arguments.append(f"{field.name}={constructor(getattr(value, field.name))}")
+    return f"{type(value).__name__}({', '.join(arguments)})"
 
 
 def _classes(value: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""``tomesd-plus app``: both pictures side by side, in a browser."""
+"""``tomesd-plus app``: both images side by side, in a browser."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ def app_command(
     host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0: all. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: the first free one from 7860.")] = None,
 ) -> None:
-    """Open the comparison app: type a prompt, move the ratio, look at both pictures."""
+    """Open the comparison app: type a prompt, move the ratio, look at both images."""
     from gradio_app.start import start
 
     try:

@@ -24,20 +24,25 @@ SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
 
 def benchmark_command(
     context: typer.Context,
-    suite: Annotated[str | None, typer.Option(help=f"A whole published table: {', '.join(SUITES)}.")] = None,
-    shape: Annotated[str, typer.Option(help=f"Of the UNet: {', '.join(SHAPES)}.")] = "sd15",
-    size: Annotated[list[int] | None, typer.Option(help="Pixels of a side; repeatable. Default: the model's.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Samples, both guidance branches; repeatable.")] = None,
+    suite: Annotated[str | None, typer.Option(help=f"A complete published table: {', '.join(SUITES)}.")] = None,
+    shape: Annotated[str, typer.Option(help=f"Shape of the UNet: {', '.join(SHAPES)}.")] = "sd15",
+    size: Annotated[
+        list[int] | None, typer.Option(help="Side in pixels; repeatable. Default: the model's own.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size, both guidance branches counted; repeatable.")
+    ] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Share of tokens to remove; repeatable.")] = None,
     setting: Annotated[
-        list[str] | None, typer.Option(help="By name, or such as 'merge: {window: 4}'; repeatable. See above.")
+        list[str] | None,
+        typer.Option(help="A name, or a configuration such as 'merge: {window: 4}'; repeatable. See above."),
     ] = None,
     preset: Annotated[
         list[str] | None, typer.Option(help=f"Short for --setting 'preset: NAME': {', '.join(PRESETS)}; repeatable.")
     ] = None,
     cache_interval: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="The feature cache, and the package DeepCache; repeatable."),
+        typer.Option(min=1, help="Interval of the feature cache and of the DeepCache package; repeatable."),
     ] = None,
     levels: Annotated[int, typer.Option(min=1, max=4, help="Levels to merge at, from the finest.")] = 1,
     dtype: Dtype = None,
@@ -45,21 +50,25 @@ def benchmark_command(
     compiled: Annotated[bool, typer.Option("--compile", help="With unet.compile_repeated_blocks.")] = False,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, help="Timed runs of each setting; a suite's long ones: 3. Default: 5."),
+        typer.Option(min=1, help="Timed runs of each setting. Default: 5; 3 for a suite's long ones."),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=0, help="Pictures of the embedded pipeline for PSNR; 0: none. Default: 4.")
+        int | None, typer.Option(min=0, help="Images of the embedded pipeline for PSNR; 0: none. Default: 4.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; run again to go on.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder. Default: results for a suite, else benchmark.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after this many minutes; run again to continue.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write to. Default: results for a suite, else benchmark.")
+    ] = None,
 ) -> None:
     """Time a UNet of a published shape, with random weights, under several settings in turn.
 
     Settings: attn1; attn1, whole every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
     every 4; keys and values; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache
-    2, 3 or 5; block + cache 3; preset quality, balanced or fast (a whole denoising of 25 steps); or a configuration
-    as `evaluate` takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge
-    efficiency. Finished rows are not measured again.
+    2, 3 or 5; block + cache 3; preset quality, balanced or fast (a complete run of 25 steps); or a configuration
+    as `evaluate` takes it. The untouched UNet is always included, and so is the ideal, fewer tokens at no cost,
+    for the merge efficiency. Finished rows are not measured again.
     """
     if suite is not None:
         given = {n for n in SINGLE if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}

@@ -33,7 +33,7 @@ console = Console()
 
 
 def load(model: str, device: str | None, dtype: str | None, safety_checker: bool = True) -> tuple[Any, str]:
-    """A pipeline, and a few words on where it runs."""
+    """Load a pipeline; returns it with a short description of device, dtype and torch version."""
     quiet()
     import torch
 
@@ -47,7 +47,7 @@ def load(model: str, device: str | None, dtype: str | None, safety_checker: bool
 
 
 def usable(device: str | None) -> "torch.device":
-    """The device that is asked for, or the best there is."""
+    """The device asked for, or the best available; fails if it cannot be used."""
     from tomesd_plus.evaluation.generation.devices import usable_device
 
     return run(lambda: usable_device(device))
@@ -61,7 +61,7 @@ def quiet() -> None:
 
 
 def run(call: Callable[[], T]) -> T:
-    """Call, and turn what the user can put right into one line."""
+    """Call, and end the command with one line after an error that the user can correct."""
     try:
         return call()
     except (EvaluationError, ModelError, ValueError) as error:  # ValueError: the host's own checks, of sizes and such
@@ -79,7 +79,7 @@ def run(call: Callable[[], T]) -> T:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, or fail before there is anything to lose."""
+    """Create a folder, or fail before the work begins."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -89,7 +89,7 @@ def check_writable(folder: Path) -> None:
 
 
 class RateColumn(ProgressColumn):
-    """How many a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.3g}/s" if task.speed else "")

@@ -40,14 +40,14 @@ def compare_command(
     model: Model = TINY,
     ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Mean ratio in [0, 1); may be repeated. Default: 0.5, and none with --preset."),
+        typer.Option(help="Mean ratio in [0, 1); repeatable. Default: 0.5; none with --preset."),
     ] = None,
     schedule: ScheduleName = "cosine",
     more_at: MoreAt = Direction.noisy,
     max_downsample: MaxDownsample = 1,
     cache_interval: CacheInterval = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help=f"Merging and cache by name: {', '.join(PRESETS)}; may be repeated.")
+        list[str] | None, typer.Option(help=f"A preset of merging and cache: {', '.join(PRESETS)}; repeatable.")
     ] = None,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -58,9 +58,9 @@ def compare_command(
     peers: Annotated[
         bool, typer.Option(help="Add rows: tomesd, the DeepCache package, fewer steps in equal time, another seed.")
     ] = True,
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("compare.png"),
+    out: Annotated[Path, typer.Option(help="The image to write.")] = Path("compare.png"),
 ) -> None:
-    """Compare the untouched pipeline with merging and caching on the same seeds: a table, and a picture."""
+    """Compare the untouched pipeline with merging and caching on the same seeds: a table and an image."""
     chosen = prompts_from(prompts, model)
     sampling = sampling_from(steps, guidance, size, model)
     from tomesd_plus.evaluation.configurations import Configuration
@@ -68,15 +68,15 @@ def compare_command(
     from tomesd_plus.evaluation.reporting.comparison_plot import comparison_figure
 
     ratios = ratio or ([] if preset else [0.5])
-    chosen_ways = [preset_from(name) for name in preset or []]
+    configurations = [preset_from(name) for name in preset or []]
     if cache_interval is not None:
-        chosen_ways.append(Configuration(f"cache {cache_interval}", {"cache": {"interval": cache_interval}}))
-    chosen_ways += [merging_from(value, schedule, more_at, max_downsample, cache_interval) for value in ratios]
+        configurations.append(Configuration(f"cache {cache_interval}", {"cache": {"interval": cache_interval}}))
+    configurations += [merging_from(value, schedule, more_at, max_downsample, cache_interval) for value in ratios]
     check_writable(out.parent)
     if out.is_dir() or out.suffix.lower() not in PICTURES:
         fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
     pipe, where = load(model, device, dtype)
-    settings = chosen_ways + (peers_of(ratios, max_downsample, cache_interval) if peers else [])
+    settings = configurations + (peers_of(ratios, max_downsample, cache_interval) if peers else [])
     with progress_bar() as progress:
         total = (1 + len(settings)) * (len(chosen) * steps + min(2, steps))
         task = progress.add_task("", total=total)

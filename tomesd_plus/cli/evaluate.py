@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 Conf = Annotated[
     list[str] | None,
-    typer.Option("--configuration", "-c", help="Such as 'merge: 0.5', 'cache: 3', 'tomesd: 0.5'; may be repeated."),
+    typer.Option("--configuration", "-c", help="Such as 'merge: 0.5', 'cache: 3', 'tomesd: 0.5'; repeatable."),
 ]
 Reference = Annotated[
     str | None,
-    typer.Option(help="Folder of pictures, data set id, or .npz. Default with 'tiny' features: embedded."),
+    typer.Option(help="Folder of images, data set id, or .npz file. Default with 'tiny' features: embedded."),
 ]
 
 
 def evaluate_command(
     context: typer.Context,
     stage: Annotated[Stage, typer.Argument(help="generate, score, or both: all.")] = Stage.all,
-    out: Annotated[Path, typer.Option(help="The folder of the evaluation; one that is there is resumed.")] = Path(
+    out: Annotated[Path, typer.Option(help="The evaluation's folder; an existing one is resumed.")] = Path(
         "evaluation"
     ),
     configuration: Conf = None,
@@ -43,40 +43,38 @@ def evaluate_command(
     ] = EMBEDDED,
     column: Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, caption, text …")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set of prompts.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first n prompts.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="First seed of each prompt.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Images a prompt, with the next seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Images per prompt, with consecutive seeds.")] = 1,
     steps: Steps = 25,
     guidance: Guidance = None,
     size: Size = None,
     device: Device = None,
     dtype: Dtype = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     shard: Annotated[str | None, typer.Option(help="i/n, i from 0: generate only this part of the images.")] = None,
     timed_runs: Annotated[int, typer.Option(min=0, help="Timings of each configuration; 0: no speeds.")] = 5,
     noise_floor: Annotated[bool, typer.Option(help="Add the baseline with other seeds.")] = True,
     equal_time: Annotated[bool, typer.Option(help="Add the baseline with fewer steps, in equal time.")] = True,
     features: Annotated[
         list[str] | None,
-        typer.Option(
-            help="inception, tiny (embedded), or a CLIP's id or folder; may be repeated. Default: see below."
-        ),
+        typer.Option(help="inception, tiny (embedded), or a CLIP's id or folder; repeatable. Default: see below."),
     ] = None,
     inception_weights: Annotated[str | None, typer.Option(help="A file. Default: downloaded.")] = None,
     reference: Reference = None,
-    reference_split: Annotated[str, typer.Option(help="Split of a data set of pictures.")] = "validation",
+    reference_split: Annotated[str, typer.Option(help="Split of a data set of images.")] = "validation",
     reference_column: Annotated[str | None, typer.Option(help="Its column. Default: image …")] = None,
     resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples for 95 % intervals; 0: none.")] = 100,
     lpips: Annotated[
-        bool | None, typer.Option("--lpips/--no-lpips", help="LPIPS. Default: where its weights can be had.")
+        bool | None, typer.Option("--lpips/--no-lpips", help="LPIPS. Default: on if its weights are available.")
     ] = None,
 ) -> None:
-    """Speed, fidelity, distances to real pictures and CLIP scores of configurations, beside the baseline.
+    """Speed, fidelity, distances to real images and CLIP scores of configurations, beside the baseline.
 
-    Generates images, then scores them; `evaluate generate` and `evaluate score` do one of both. Stop it at any moment
-    and run it again. `torchrun` and `accelerate launch` run it in many processes. Default features: the embedded
-    CLIP for the embedded model, else InceptionV3 if there is a reference. A model's safety checker is left off: it
-    would decide which images a row has.
+    Generates images, then scores them; `evaluate generate` and `evaluate score` do only one of the two. It can be
+    stopped at any time and run again. `torchrun` and `accelerate launch` run it in many processes. Default features:
+    the embedded CLIP for the embedded model, else InceptionV3 if there is a reference. A model's safety checker is
+    off: it would decide which images a row has.
     """
     quiet()
     from tomesd_plus.evaluation.experiment import Experiment

@@ -1,4 +1,4 @@
-"""``tomesd-plus generate``: pictures from prompts."""
+"""``tomesd-plus generate``: images from prompts."""
 
 import re
 from functools import partial
@@ -51,7 +51,7 @@ def generate_command(
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("images"),
 ) -> None:
-    """Generate a picture for each prompt, with or without merging and caching."""
+    """Generate an image for each prompt, with or without merging and caching."""
     chosen = prompts_from(prompts, model)
     if preset:
         given = {

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is made of them."""
+"""Options that several commands share, and the settings that are made of them."""
 
 import re
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,17 +28,17 @@ MoreAt = Annotated[Direction, typer.Option(help="Merge more at noisy steps or at
 MaxDownsample = Annotated[int, typer.Option(help="Merge at levels of at most this downsample: 1, 2, 4, 8; SDXL: 2.")]
 CacheInterval = Annotated[
     int | None,
-    typer.Option(min=1, help="Feature cache: run the whole UNet every so many steps only.", show_default=False),
+    typer.Option(min=1, help="Feature cache: run the full UNet on every n-th step only.", show_default=False),
 ]
-PresetName = Annotated[str, typer.Option("--preset", help=f"Merging and cache by name: {', '.join(PRESETS)}.")]
+PresetName = Annotated[str, typer.Option("--preset", help=f"A preset of merging and cache: {', '.join(PRESETS)}.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Guidance = Annotated[
     float | None,
     typer.Option(min=0, help="Guidance scale; 1 switches it off. Default: 3 with the embedded pipeline, else 7.5."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the first prompt; the next have the next.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the first prompt; each further prompt has the next seed.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 512, or WIDTHxHEIGHT. Default: the model's own.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps … Default: the best there is.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps … Default: the best available.")]
 
 
 def _check_dtype(dtype: str | None) -> str | None:

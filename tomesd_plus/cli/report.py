@@ -1,4 +1,4 @@
-"""``tomesd-plus report``: the tables and pictures of evaluations, made again or joined."""
+"""``tomesd-plus report``: the tables and plots of evaluations, made again or joined."""
 
 import re
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ MIN_WIDTH = 140
 def report_command(
     folders: Annotated[list[Path], typer.Argument(help="Folders of evaluations that were scored.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write. Default: the folder itself; several need one.")
+        Path | None, typer.Option(help="The folder to write to. Default: the evaluation's own; required for several.")
     ] = None,
 ) -> None:
-    """Make an evaluation's tables and pictures again, or join several in one."""
+    """Make an evaluation's tables and plots again, or join several in one."""
     if out is None:
         if len(folders) > 1:
             fail("several evaluations need --out, a folder for their report")

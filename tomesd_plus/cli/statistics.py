@@ -11,7 +11,7 @@ from tomesd_plus.evaluation.names import INCEPTION
 
 
 def statistics_command(
-    pictures: Annotated[str, typer.Argument(help="A folder of pictures, or a data set's id.")],
+    pictures: Annotated[str, typer.Argument(help="A folder of images, or a data set's id.")],
     out: Annotated[Path, typer.Option(help="The .npz file to write.")] = Path("reference.npz"),
     features: Annotated[str, typer.Option(help="inception, tiny (embedded), or a CLIP's id or folder.")] = INCEPTION,
     inception_weights: Annotated[str | None, typer.Option(help="A file. Default: downloaded.")] = None,
@@ -19,7 +19,7 @@ def statistics_command(
     column: Annotated[str | None, typer.Option(help="Its column. Default: image …")] = None,
     device: Device = None,
 ) -> None:
-    """Save what `evaluate --reference` needs of reference pictures; pytorch-fid reads the file too."""
+    """Save the statistics of reference images that `evaluate --reference` needs; pytorch-fid reads the file too."""
     if out.suffix != ".npz":
         fail(f"--out must name an .npz file, not {str(out)!r}")
     check_writable(out.parent)
