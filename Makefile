@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo app test test-fast screenshots lint types format install clean
+.PHONY: demo app test test-fast screenshots architecture lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
@@ -23,9 +23,13 @@ screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 test-fast: $(INSTALLED)  ## all but the slow tests
 	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow"
 
-lint: $(INSTALLED)
+architecture: $(INSTALLED)  ## docs/architecture.svg anew, and lines of code by room
+	$(BIN)/python docs/draw_architecture.py
+
+lint: $(INSTALLED)  ## style, and the contracts on imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(INSTALLED)
 	$(BIN)/mypy

@@ -10,8 +10,8 @@ from math import sqrt
 from pathlib import Path
 
 from tomesd_plus import load_tiny_pipeline
-from tomesd_plus.evaluation import Configuration, Sampling, compare
-from tomesd_plus.evaluation.compare import Row
+from tomesd_plus.evaluation.configurations import Configuration
+from tomesd_plus.evaluation.generation import Row, Sampling, compare
 from tomesd_plus.tiny import held_out_captions
 
 SIMILARITIES = [0.95, 0.9, 0.8, 0.6]

@@ -15,7 +15,7 @@ import torch
 
 from tomesd_plus.benchmark import SHAPES, build_unet, make_inputs
 from tomesd_plus.benchmark.measure import stand_in
-from tomesd_plus.evaluation import parse_configuration
+from tomesd_plus.evaluation.configurations import parse_configuration
 from tomesd_plus.host.clock import now
 
 shape, size, steps = sys.argv[1:] or ("tiny", "64", "4")

@@ -10,24 +10,14 @@ pipeline, whose distance is not FID.
 import sys
 from pathlib import Path
 
-from tomesd_plus.evaluation import (
-    Experiment,
-    Sampling,
-    Scoring,
-    Share,
-    as_markdown,
-    complete,
-    generate_experiment,
-    load_extractor,
-    load_model,
-    load_prompts,
-    local_device,
-    make_items,
-    parse_configuration,
-    score,
-    write_report,
-)
-from tomesd_plus.evaluation.generation import wait_for
+from tomesd_plus.evaluation.configurations import complete, parse_configuration
+from tomesd_plus.evaluation.experiment import Experiment
+from tomesd_plus.evaluation.generation import Sampling, Share, generate_experiment, load_model, load_prompts
+from tomesd_plus.evaluation.generation.devices import local_device
+from tomesd_plus.evaluation.generation.run import wait_for
+from tomesd_plus.evaluation.items import make_items
+from tomesd_plus.evaluation.reporting import write_report
+from tomesd_plus.evaluation.scoring import Scoring, as_markdown, load_extractor, score
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # those of tomesd's table
 

@@ -19,8 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tomesd_plus.benchmark.settings import NAMED
-from tomesd_plus.evaluation import Configuration, load_configurations
-from tomesd_plus.evaluation.configurations import BASELINE, NOISE_FLOOR
+from tomesd_plus.evaluation.configurations import BASELINE, NOISE_FLOOR, Configuration, load_configurations
 
 HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results"

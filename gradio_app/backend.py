@@ -4,12 +4,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradio_app.results import Result, Shot
 from gradio_app.runs import OnProgress, Run
 from gradio_app.settings import Candidate, Limits, Picture, Refused
 from gradio_app.snippet import snippet
@@ -21,67 +22,15 @@ from tomesd_plus import (
     feature_cache,
     token_merging,
 )
-from tomesd_plus.evaluation import Sampling, device_name, generate_batch, peak_memory, psnr, ssim
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.generation.devices import device_name, peak_memory
+from tomesd_plus.evaluation.generation.sampling import Sampling, generate_batch
+from tomesd_plus.evaluation.names import TINY
+from tomesd_plus.metrics.fidelity import psnr, ssim
 
 MAX_BASELINES = 16
 MAX_CANDIDATES = 9
 WARM_UP_STEPS = 2
 MEBIBYTE = 2**20
-
-
-@dataclass(frozen=True)
-class Shot:
-    """A picture and what it cost.
-
-    Args:
-        pixels: (3, height, width) in [0, 1], float32, on the CPU.
-        seconds: The whole call: text encoding, denoising, decoding.
-        memory_mib: Peak, MiB: what PyTorch allocated on a GPU, or the process's resident memory on a CPU.
-    """
-
-    pixels: Tensor
-    seconds: float
-    memory_mib: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """A candidate's picture beside the baseline's.
-
-    Args:
-        candidate: What was asked for.
-        baseline, merged: The pictures.
-        psnr: In dB, to the baseline's picture; ``None`` if the two are identical.
-        ssim: 1 for equal pictures.
-        removed: Share of tokens removed at each level, over all steps.
-        cached_steps: Steps that ran the outer layers only.
-        steps: Of each picture; some schedulers make more of them than were asked for.
-        merge_maps: (rows, columns) by step, from 0, and level: how many tokens each was merged with, itself counted.
-        remembered: The baseline is of an earlier run, and so is its time.
-        warmed_up: The first run of its kind: an untimed warm-up went before.
-        notes: What else there is to know, a sentence each.
-        code: A script that gives the candidate's picture.
-    """
-
-    candidate: Candidate
-    baseline: Shot
-    merged: Shot
-    psnr: float | None
-    ssim: float
-    code: str
-    steps: int
-    removed: dict[int, float] = field(default_factory=dict)
-    cached_steps: int = 0
-    merge_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    remembered: bool = False
-    warmed_up: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def speedup(self) -> float:
-        """The baseline's time divided by the candidate's."""
-        return self.baseline.seconds / self.merged.seconds
 
 
 class Backend:
@@ -126,7 +75,7 @@ class Backend:
             picture: What all have in common.
             candidates: 1 to 9.
             on_progress: Called before the first step and after each one.
-            stop: Once it is set, the run ends after the step under way, or at once while it waits for its turn.
+            stop: Once it is set, the run ends after the current step, or at once while it waits for its turn.
 
         Raises:
             Refused: A value is not allowed, or a model gave no picture; the message is for the user.
@@ -230,7 +179,7 @@ class Backend:
         return warmed_up
 
     def _steps(self, picture: Picture) -> int:
-        """How many steps the scheduler makes of those asked for: PNDM one more, one of second order nearly twice."""
+        """How many steps the scheduler makes of those asked for: PNDM one more, a second-order one nearly double."""
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(picture.steps)
         return len(scheduler.timesteps)
@@ -240,7 +189,7 @@ class Backend:
 def _switched_on(
     pipe: Any, merging: ToMeConfig | None, cache: FeatureCacheConfig | None
 ) -> Iterator[tuple[TokenMergingReport | None, FeatureCacheReport | None]]:
-    """Merging and a cache inside the block, and after it, however it ends, the pipeline as it was."""
+    """Switch merging and a cache on inside the block; restore the pipeline afterwards, whatever happens."""
     with ExitStack() as stack:
         report = None if merging is None else stack.enter_context(token_merging(pipe, merging))
         cached = None if cache is None else stack.enter_context(feature_cache(pipe, cache))
@@ -248,7 +197,7 @@ def _switched_on(
 
 
 def _layers(merging: ToMeConfig | None) -> tuple[object, ...]:
-    """What of a configuration makes it a kind of its own, for the warm-up; ratios and schedules do not."""
+    """The parts of a configuration that need a warm-up of their own; ratios and schedules do not."""
     if merging is None:
         return ()
     layers = (merging.merge_cross_attention, merging.merge_mlp, merging.merge_block)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from gradio_app.backend import Result
+from gradio_app.results import Result
 from tomesd_plus.schedules import Schedule
 
 WIDTH, HEIGHT = 300, 110  # of the curve
@@ -78,8 +78,8 @@ def scatter(results: Sequence[Result]) -> str:
         taken.append((start, end, label_y))
         shapes.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
         shapes.append(_text(end if beyond else start, label_y + 3, name, "end" if beyond else "start", "name"))
-    told = "; ".join(f"{name}: {speedup:.2f}×, {psnr:.1f} dB" for speedup, psnr, name in points)
-    return _svg(PLOT_WIDTH, PLOT_HEIGHT, f"speed-up against PSNR: {told or 'no points'}", shapes)
+    names = "; ".join(f"{name}: {speedup:.2f}×, {psnr:.1f} dB" for speedup, psnr, name in points)
+    return _svg(PLOT_WIDTH, PLOT_HEIGHT, f"speed-up against PSNR: {names or 'no points'}", shapes)
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

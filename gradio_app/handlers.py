@@ -10,11 +10,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from gradio_app import drawings, words
-from gradio_app.backend import Backend, Result
+from gradio_app.backend import Backend
+from gradio_app.results import Result
 from gradio_app.runs import Progress, follow
 from gradio_app.settings import MAX_SEED, Candidate, Picture, Refused, described
 from tomesd_plus import ConstantSchedule, Schedule
-from tomesd_plus.evaluation import difference, merge_map_overlay, to_image
+from tomesd_plus.evaluation.images import to_image
+from tomesd_plus.evaluation.reporting.overlays import difference, merge_map_overlay
 from tomesd_plus.presets import PRESETS
 
 CUSTOM = "custom"
@@ -138,8 +140,8 @@ class Handlers:
         """The fields of a candidate as a preset sets them, locked; without one they can be changed from there."""
         if name not in PRESETS:
             return [gr.update(interactive=True)] * 6
-        told = described(PRESETS[name], self.backend.pipe)
-        shown = (told.ratio, told.schedule, told.more_at, told.merged, told.max_downsample, told.cache_interval)
+        near = described(PRESETS[name], self.backend.pipe)
+        shown = (near.ratio, near.schedule, near.more_at, near.merged, near.max_downsample, near.cache_interval)
         return [gr.update(value=value, interactive=False) for value in shown]
 
     def overlay(self, view: View | None, step: int, level: int) -> tuple[Image | None, str]:
@@ -148,14 +150,14 @@ class Handlers:
             return None, ""
         pixels, merge_maps = view
         merge_map = merge_maps.get((int(step) - 1, int(level)))
-        told = f"Nothing was merged at step {step:g}, level {level}."
+        note = f"Nothing was merged at step {step:g}, level {level}."
         if merge_map is not None:
-            told = f"{(merge_map > 1).float().mean():.0%} of the tokens are in a group."
-        return to_image(merge_map_overlay(pixels / 255, merge_map)), told
+            note = f"{(merge_map > 1).float().mean():.0%} of the tokens are in a group."
+        return to_image(merge_map_overlay(pixels / 255, merge_map)), note
 
-    def cancelled(self, told: str) -> str:
-        """The status once Cancel was pressed: what it is if nothing was under way."""
-        return words.status(words.CANCELLED) if words.is_running(told) else told
+    def cancelled(self, shown: str) -> str:
+        """The status after Cancel was pressed; unchanged if nothing was running."""
+        return words.status(words.CANCELLED) if words.is_running(shown) else shown
 
     def _shown(self, picture: Picture, result: Result) -> Shown:
         """A result as the fields of the page."""
@@ -164,14 +166,14 @@ class Handlers:
         levels = sorted({level for _, level in result.merge_maps}) or [self.backend.limits.levels[0]]
         step = steps[len(steps) // 2] + 1 if steps else 1
         view: View = ((merged * 255).round().byte(), result.merge_maps)
-        overlay, told = self.overlay(view, step, levels[0])
+        overlay, note = self.overlay(view, step, levels[0])
         return {
             "pictures": (to_image(baseline), to_image(merged)),
             "numbers": words.numbers(result),
             "code": result.code,
             "difference": to_image(difference(merged, baseline)),
             "overlay": overlay,
-            "told": told,
+            "overlay_note": note,
             "step": gr.update(value=step, maximum=max(2, result.steps)),
             "level": gr.update(choices=level_choices(levels), value=levels[0]),
             "figures": words.figures(result),
@@ -200,9 +202,9 @@ def _stepwise(progress: Generator[Progress | None, None, T], seed: int) -> Gener
                 shown = {"status": words.progress_bar(event)}
             yield shown
     except Exception as error:
-        told = escape(words.in_words(error))
-        yield {"status": words.status(told, "failed")}
-        raise gr.Error(told, print_exception=False) from None
+        text = escape(words.in_words(error))
+        yield {"status": words.status(text, "failed")}
+        raise gr.Error(text, print_exception=False) from None
     finally:
         progress.close()
 
@@ -229,5 +231,5 @@ def candidate_from(
 
 
 def _number(value: Any) -> Any:
-    """A whole number as an int, as Python would write it; anything else as it is, to be refused in words."""
+    """A whole number as an int, as Python would write it; anything else unchanged, to be refused later."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 HEARTBEAT = 0.25  # seconds
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is under way, and with how many steps are done of how many."""
+"""Called with a description of the current work, the number of steps done, and their total."""
 
 
 class Cancelled(Exception):
@@ -38,7 +38,7 @@ class Run:
             lock.release()
 
     def watch(self, what: str, counted: bool = True) -> Callable[[int], None]:
-        """What to call after each step of one picture."""
+        """The callback for each step of one picture."""
         self._tell(what)
 
         def on_step(step: int) -> None:
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is under way, and how many steps are done of how many."""
+    """The current work, and how many of its steps are done."""
 
     what: str
     done: int
@@ -77,11 +77,11 @@ def follow(call: Callable[[OnProgress, threading.Event], T]) -> Generator[Progre
 
     While there is nothing new it yields ``None`` now and then: a generator can be closed only where it yields.
 
-    A page's framework closes a generator when its user cancels or leaves. The call is then told to stop, and not
-    waited for: it ends after the step under way.
+    A page's framework closes a generator when its user cancels or leaves. The call is then asked to stop, and not
+    waited for: it ends after the current step.
 
     Args:
-        call: Takes what to call with progress, and an event; once that is set it should end.
+        call: Takes a callback for progress, and an event; once that is set it should end.
     """
     events: SimpleQueue[Progress | _Ended[T]] = SimpleQueue()
     stop = threading.Event()

@@ -8,7 +8,7 @@ from playwright.sync_api import sync_playwright
 
 from gradio_app.backend import Backend
 from gradio_app.ui import build_demo, launch_options
-from tomesd_plus.evaluation import load_model
+from tomesd_plus.evaluation.generation.models import load_model
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPT = "a large ladybug on a pink gradient background"

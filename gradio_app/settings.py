@@ -28,7 +28,7 @@ MERGED: dict[str, dict[str, Any]] = {
 
 
 class Refused(ValueError):
-    """What a user asked for cannot be done; the message tells why, and is for the page."""
+    """What a user asked for cannot be done; the message says why and is shown on the page."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Candidate:
         more_at: At which steps it merges more: noisy or clean.
         merged: Around which layers, a key of :data:`MERGED`.
         max_downsample: The coarsest level to merge at: 1, 2, 4 or 8.
-        cache_interval: Every which step runs the whole UNet, 1 to 10; 1 runs it always.
+        cache_interval: The full UNet runs on every n-th step; 1 to 10, 1: on every step.
         preset: One of the package's presets, in place of all the others; ``None``: none.
     """
 
@@ -77,7 +77,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """A few words, for a grid and a plot."""
+        """A short name, for a grid and a plot."""
         if self.preset:
             return self.preset
         cache = f", cache {self.cache_interval}" if self.cache_interval > 1 else ""
@@ -98,12 +98,14 @@ class Candidate:
         if self.preset is not None:
             chosen = preset_by_name(self.preset)
             return chosen.merging_for(pipe), chosen.cache
-        _within("the ratio", self.ratio, 0, MAX_RATIO)
-        _whole("the cache interval", self.cache_interval, 1, MAX_INTERVAL)
+        _check_range("the ratio", self.ratio, 0, MAX_RATIO)
+        _check_integer("the cache interval", self.cache_interval, 1, MAX_INTERVAL)
         if self.merged not in MERGED:
             raise Refused(f"cannot merge {self.merged!r}: choose from {', '.join(MERGED)}")
         schedule = schedule_by_name(self.schedule, self.ratio, self.more_at)
-        schedule = schedule.replaced([round(ratio, 6) for ratio in schedule.ratios])  # digits that a person can read
+        schedule = schedule.replaced(
+            [round(ratio, 6) for ratio in schedule.ratios]
+        )  # few digits, for the code that is shown
         merging = ToMeConfig(ratio=schedule, max_downsample=self.max_downsample, **MERGED[self.merged])
         cache = FeatureCacheConfig(interval=self.cache_interval)
         return merging if self.ratio > 0 else None, cache if self.cache_interval > 1 else None
@@ -161,21 +163,21 @@ class Limits:
         for name, text in (("prompt", picture.prompt), ("negative prompt", picture.negative_prompt)):
             if len(text) > MAX_PROMPT:
                 raise Refused(f"the {name} has {len(text)} characters: at most {MAX_PROMPT} are allowed")
-        _whole("the seed", picture.seed, 0, MAX_SEED)
-        _whole("the number of steps", picture.steps, 1, MAX_STEPS)
-        _within("the guidance", picture.guidance_scale, 0, MAX_GUIDANCE)
+        _check_integer("the seed", picture.seed, 0, MAX_SEED)
+        _check_integer("the number of steps", picture.steps, 1, MAX_STEPS)
+        _check_range("the guidance", picture.guidance_scale, 0, MAX_GUIDANCE)
         for name, side in (("width", picture.width), ("height", picture.height)):
-            _whole(f"the {name}", side, self.smallest, self.largest)
+            _check_integer(f"the {name}", side, self.smallest, self.largest)
             if side % self.multiple:
                 raise Refused(f"the {name} must be a multiple of {self.multiple} pixels, not {side}")
 
 
-def _whole(name: str, value: object, least: int, most: int) -> None:
+def _check_integer(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise Refused(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
-def _within(name: str, value: object, least: float, most: float) -> None:
+def _check_range(name: str, value: object, least: float, most: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not least <= value <= most:  # type: ignore[operator]
         raise Refused(f"{name} must be a number from {least:g} to {most:g}, not {value!r}")

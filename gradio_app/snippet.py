@@ -7,7 +7,7 @@ from typing import Any
 
 from gradio_app.settings import Picture
 from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.names import TINY
 
 
 def snippet(
@@ -25,7 +25,7 @@ def snippet(
         picture: Prompt, seed and the like.
         merging, cache: What to switch on; ``None``: nothing.
         preset: The name that stands for both.
-        model, device, dtype: As :func:`tomesd_plus.evaluation.load_model` takes them; the dtype by its name.
+        model, device, dtype: What :func:`~tomesd_plus.evaluation.generation.load_model` takes; the dtype by its name.
 
     Returns:
         Python. It saves the picture as ``picture.png``.
@@ -55,7 +55,7 @@ def snippet(
         lines.append("from diffusers import AutoPipelineForText2Image")
     own = sorted(names - {"AutoPipelineForText2Image", "load_model"})
     lines += [f"from tomesd_plus import {', '.join(own)}"] if own else []
-    lines += ["from tomesd_plus.evaluation import load_model"] if "load_model" in names else []
+    lines += ["from tomesd_plus.evaluation.generation import load_model"] if "load_model" in names else []
     return "\n".join([*lines, "", load, *call, 'image.save("picture.png")', ""])
 
 
@@ -70,13 +70,13 @@ def constructor(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     if not is_dataclass(value):
         return repr(value)
-    told = []
+    arguments = []
     for field in fields(value):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         always = isinstance(value, Schedule) or field.name in ("ratio", "interval")
         if always or getattr(value, field.name) != default:
-            told.append(f"{field.name}={constructor(getattr(value, field.name))}")
-    return f"{type(value).__name__}({', '.join(told)})"
+            arguments.append(f"{field.name}={constructor(getattr(value, field.name))}")
+    return f"{type(value).__name__}({', '.join(arguments)})"
 
 
 def _classes(value: Any) -> Iterator[str]:

@@ -16,7 +16,8 @@ from gradio_app.backend import Backend
 from gradio_app.handlers import CUSTOM, Handlers, Shown, level_choices
 from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATIO, MAX_SEED, MAX_STEPS, MERGED
 from tomesd_plus import CosineSchedule
-from tomesd_plus.evaluation.models import TINY, usual_guidance
+from tomesd_plus.evaluation.generation.models import usual_guidance
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.presets import PRESETS
 from tomesd_plus.schedules import AUTO, SCHEDULES
 
@@ -25,27 +26,12 @@ FONT = ["system-ui", "sans-serif"]  # no web fonts: the app uses no network
 PICTURE_HEIGHT = "max(280px, calc(100vh - 372px))"  # what the other fields leave of one screen
 MAP_HEIGHT = "max(170px, calc(100vh - 484px))"
 GRID_HEIGHT = "max(380px, calc(100vh - 220px))"
-MAX_WAITING = 32  # runs in the queue; whoever comes then is told that it is full
+MAX_WAITING = 32  # runs in the queue; further ones are refused
 KEPT_SECONDS = 3600  # a page's last result, on the server
 MAX_PAGES = 256  # whose last results are kept
 RATIOS = ("0.1", "0.25", "0.4", "0.5", "0.6", "0.75")
 RUN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "hidden"}
 LIVE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-EXAMPLES: dict[bool, dict[str, str]] = {
-    True: {
-        "dog": "a large dog on a blue background",
-        "strawberry": "a small strawberry on the left of a yellow striped background",
-        "ladybug": "a large ladybug on a pink gradient background",
-        "star": "a small star and a small red heart on a purple background",
-    },
-    False: {
-        "fox": "a photo of a fox in the snow",
-        "lighthouse": "a lighthouse at sunset, oil painting",
-        "fruit": "a bowl of fruit on a wooden table",
-        "street": "a street in the rain at night, neon lights",
-    },
-}
-"""Prompts by a word, for the embedded pipeline, which knows emoji only, and for any other."""
 
 
 def build_demo(backend: Backend) -> gr.Blocks:
@@ -116,7 +102,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
               trigger_mode="always_last", **LIVE)  # fmt: skip
         preset.input(handlers.preset, preset, others, **LIVE)
         gr.on([results["step"].input, results["level"].input], handlers.overlay,
-              [results[name] for name in ("view", "step", "level")], [results["overlay"], results["told"]],
+              [results[name] for name in ("view", "step", "level")], [results["overlay"], results["overlay_note"]],
               trigger_mode="always_last", **LIVE)  # fmt: skip
     demo.queue(max_size=MAX_WAITING)
     return demo
@@ -153,7 +139,7 @@ def _by_name(
 def _picture_fields(backend: Backend, tiny: bool) -> dict[str, Any]:
     """What both pictures have in common, in the order of :func:`gradio_app.handlers.picture_from`."""
     limits = backend.limits
-    examples = EXAMPLES[tiny]
+    examples = words.EXAMPLES[tiny]
     prompts = list(examples.values())
     prompt = gr.Textbox(prompts[0], label="Prompt: what the picture shows", lines=2, max_lines=2,
                         max_length=MAX_PROMPT, elem_id="prompt")  # fmt: skip
@@ -231,7 +217,7 @@ def _results(backend: Backend) -> dict[str, Any]:
                 )
             overlay = gr.Image(label="Merged tokens: yellow pairs, red large groups", format="png", interactive=False,
                                height=MAP_HEIGHT, elem_id="overlay")  # fmt: skip
-            told = gr.HTML("", elem_id="told")
+            overlay_note = gr.HTML("", elem_id="overlay-note")
         with gr.Tab("Code", id="code"):
             code = gr.Code("# Compare first: the code of that picture will stand here.", language="python",
                            label="Gives the very same picture", interactive=False, lines=18, max_lines=18,
@@ -244,7 +230,7 @@ def _results(backend: Backend) -> dict[str, Any]:
         "code": code,
         "difference": difference,
         "overlay": overlay,
-        "told": told,
+        "overlay_note": overlay_note,
         "step": step,
         "level": level,
         "figures": figures,

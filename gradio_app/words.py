@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from gradio_app.backend import Result
+from gradio_app.results import Result
 from gradio_app.runs import Progress
 from gradio_app.settings import Refused
 
@@ -14,6 +14,21 @@ WELCOME = "Press <b>Compare</b>. The first run of a kind begins with a warm-up, 
 EXPLORE_WELCOME = "Choose what to try, then press <b>Explore</b>: one picture each, all from the same seed."
 CANCELLED = "Cancelled. The pipeline is as it was."
 NOT_REMEMBERED = "Press <b>Compare</b>: the picture without merging is not there for these settings."
+EXAMPLES: dict[bool, dict[str, str]] = {
+    True: {
+        "dog": "a large dog on a blue background",
+        "strawberry": "a small strawberry on the left of a yellow striped background",
+        "ladybug": "a large ladybug on a pink gradient background",
+        "star": "a small star and a small red heart on a purple background",
+    },
+    False: {
+        "fox": "a photo of a fox in the snow",
+        "lighthouse": "a lighthouse at sunset, oil painting",
+        "fruit": "a bowl of fruit on a wooden table",
+        "street": "a street in the rain at night, neon lights",
+    },
+}
+"""Prompts by a word, for the embedded pipeline, which knows emoji only, and for any other."""
 
 
 def status(text: str, kind: str = "idle") -> str:
@@ -21,13 +36,13 @@ def status(text: str, kind: str = "idle") -> str:
     return f'<div class="status {kind}" role="status">{text}</div>'
 
 
-def is_running(told: str) -> bool:
-    """Whether a line of :func:`status` tells of a run under way."""
-    return 'class="status running"' in told
+def is_running(shown: str) -> bool:
+    """True if a line of :func:`status` shows a run in progress."""
+    return 'class="status running"' in shown
 
 
 def progress_bar(progress: Progress) -> str:
-    """What is under way, with a bar."""
+    """A run's progress, as a bar."""
     share = progress.done / max(1, progress.total)
     return status(
         f'<div class="bar"><div style="width:{share:.1%}"></div></div>'
@@ -37,7 +52,7 @@ def progress_bar(progress: Progress) -> str:
 
 
 def finished(results: Sequence[Result], device: str) -> str:
-    """What there is to know about a run's figures."""
+    """Notes on a run's figures."""
     first = results[0]
     notes = [f"Measured once, on this machine: {device}."]
     if first.warmed_up:
@@ -105,7 +120,7 @@ def caption(result: Result) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """An error for the page; what is no user's fault goes to the log too."""
+    """An error for the page; one that is no user's fault is logged too."""
     if isinstance(error, Refused):
         text = str(error).rstrip(".")
         return text[:1].upper() + text[1:] + "."

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples import front
-from tomesd_plus.evaluation import parse_configuration
+from tomesd_plus.evaluation.configurations import parse_configuration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WRITES = {

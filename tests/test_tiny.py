@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tomesd_plus import apply_token_merging, load_tiny_pipeline
-from tomesd_plus.evaluation.distances import Statistics
-from tomesd_plus.evaluation.features import ClipFeatures
+from tomesd_plus.evaluation.scoring.reference import load_statistics
+from tomesd_plus.metrics import ClipFeatures, Statistics
 from tomesd_plus.tiny import ASSETS, TINY_CLIP, TINY_REFERENCE, held_out_captions
 
 
@@ -127,7 +127,7 @@ def test_the_reference_is_of_held_out_pictures(clip, check):
     with np.load(TINY_REFERENCE) as file:
         features, count = torch.from_numpy(file["features"]), int(file["count"])
     assert features.shape == (2000, 64) and count == 2000
-    stored, again = Statistics.load(TINY_REFERENCE), Statistics.of(features)
+    stored, again = load_statistics(TINY_REFERENCE), Statistics.of(features)
     assert torch.allclose(stored.mean, again.mean, atol=1e-4)
     assert torch.allclose(stored.covariance, again.covariance, atol=1e-4)
     first = check.held_out_scenes(2000)[:8]
@@ -209,7 +209,7 @@ def test_training_from_nothing_yields_a_pipeline_that_loads_and_merges(tmp_path,
     clip = ClipFeatures.load(tmp_path / "assets" / "tiny_clip")
     assert clip.of_texts(["a large dog"]).shape == (
         1,
-        Statistics.load(tmp_path / "assets" / "tiny_reference.npz").mean.numel(),
+        load_statistics(tmp_path / "assets" / "tiny_reference.npz").mean.numel(),
     )
     assert len((tmp_path / "assets" / "held_out_captions.txt").read_text().splitlines()) == 20
     main()  # goes on from the checkpoints, whose time is up, and exports once more

@@ -1,31 +1,35 @@
 """Token merging for 🤗 diffusers' Stable Diffusion."""
 
-from tomesd_plus import tomesd
-from tomesd_plus.caching import (
-    FeatureCacheConfig,
-    FeatureCacheReport,
-    IntervalSchedule,
-    apply_feature_cache,
-    feature_cache,
-    remove_feature_cache,
-)
-from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging, token_merging
-from tomesd_plus.merging.config import FullSteps, ToMeConfig
-from tomesd_plus.merging.processor import ToMeProcessor
-from tomesd_plus.merging.report import TokenMergingReport
-from tomesd_plus.presets import PRESETS, Preset, PresetReport, apply_preset, preset, remove_preset
-from tomesd_plus.schedules import (
-    AdaptiveRatio,
-    ConstantSchedule,
-    CosineSchedule,
-    LinearSchedule,
-    Schedule,
-    StepsSchedule,
-)
-from tomesd_plus.scope import generation
-from tomesd_plus.tiny import load_tiny_pipeline
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from tomesd_plus.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from tomesd_plus import tomesd as tomesd
+    from tomesd_plus.caching import (
+        FeatureCacheConfig,
+        FeatureCacheReport,
+        IntervalSchedule,
+        apply_feature_cache,
+        feature_cache,
+        remove_feature_cache,
+    )
+    from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging, token_merging
+    from tomesd_plus.merging.config import FullSteps, ToMeConfig
+    from tomesd_plus.merging.processor import ToMeProcessor
+    from tomesd_plus.merging.report import TokenMergingReport
+    from tomesd_plus.presets import PRESETS, Preset, PresetReport, apply_preset, preset, remove_preset
+    from tomesd_plus.schedules import (
+        AdaptiveRatio,
+        ConstantSchedule,
+        CosineSchedule,
+        LinearSchedule,
+        Schedule,
+        StepsSchedule,
+    )
+    from tomesd_plus.scope import generation
+    from tomesd_plus.tiny import load_tiny_pipeline
 
 __all__ = [
     "PRESETS",
@@ -57,3 +61,48 @@ __all__ = [
     "token_merging",
     "tomesd",
 ]
+
+_HOMES = {
+    "caching": [
+        "FeatureCacheConfig",
+        "FeatureCacheReport",
+        "IntervalSchedule",
+        "apply_feature_cache",
+        "feature_cache",
+        "remove_feature_cache",
+    ],
+    "merging.apply": ["apply_token_merging", "remove_token_merging", "token_merging"],
+    "merging.config": ["FullSteps", "ToMeConfig"],
+    "merging.processor": ["ToMeProcessor"],
+    "merging.report": ["TokenMergingReport"],
+    "presets": ["PRESETS", "Preset", "PresetReport", "apply_preset", "preset", "remove_preset"],
+    "schedules": [
+        "AdaptiveRatio",
+        "ConstantSchedule",
+        "CosineSchedule",
+        "LinearSchedule",
+        "Schedule",
+        "StepsSchedule",
+    ],
+    "scope": ["generation"],
+    "tiny": ["load_tiny_pipeline"],
+}
+"""The module of each public name; ``tomesd`` is a module itself."""
+
+if not TYPE_CHECKING:  # a type checker would take this for any name at all
+
+    def __getattr__(name: str) -> object:
+        """Load a public name when it is first used: the import of the package alone loads no torch."""
+        home = next((home for home, names in _HOMES.items() if name in names), None)
+        if home is not None:
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+        elif name == "tomesd":
+            value = import_module(f"{__name__}.tomesd")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

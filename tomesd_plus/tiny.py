@@ -1,9 +1,12 @@
 """The embedded pipeline: a small but real Stable Diffusion, inside the package."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_PIPELINE = ASSETS / "tiny_pipeline"
@@ -15,7 +18,7 @@ TINY_REFERENCE = ASSETS / "tiny_reference.npz"
 
 def load_tiny_pipeline(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> StableDiffusionPipeline:
+) -> "StableDiffusionPipeline":
     """Load the embedded text-to-image pipeline: 64 × 64 pictures of emoji on coloured backgrounds.
 
     It knows captions such as "a large red apple on a blue background", "a small dog on the left of a pink striped
@@ -27,6 +30,8 @@ def load_tiny_pipeline(
         dtype: Of all its models. The files are fp16.
         device: Where to load it.
     """
+    from diffusers import StableDiffusionPipeline  # not above: it loads much, and transformers prints hints
+
     pipe = StableDiffusionPipeline.from_pretrained(TINY_PIPELINE, local_files_only=True, safety_checker=None)
     pipe.text_encoder.float()  # transformers keeps the files' dtype, diffusers does not
     pipe = pipe.to(device)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from tomesd_plus import load_tiny_pipeline
-from tomesd_plus.evaluation.distances import Statistics, frechet_distance
-from tomesd_plus.evaluation.features import ClipFeatures, clip_scores
+from tomesd_plus.evaluation.scoring.reference import load_statistics
+from tomesd_plus.metrics import ClipFeatures, Statistics, clip_scores, frechet_distance
 from tomesd_plus.tiny import TINY_CLIP, TINY_REFERENCE, held_out_captions
 
 from .data import COLORS, OBJECTS, Scene, held_out_scenes, picture_batch
@@ -90,7 +90,7 @@ def measure(name: str, images: Tensor, scenes: list[Scene], clip: ClipFeatures) 
     features = clip.of_images(images)
     colors, objects = zero_shot(clip, features, scenes)
     scores = clip_scores(features, clip.of_texts([scene.caption for scene in scenes]))
-    distance = frechet_distance(Statistics.of(features), Statistics.load(TINY_REFERENCE))
+    distance = frechet_distance(Statistics.of(features), load_statistics(TINY_REFERENCE))
     return {
         "pictures": name,
         "count": len(images),

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from tomesd_plus.evaluation.distances import Statistics
-from tomesd_plus.evaluation.features import ClipFeatures
+from tomesd_plus.evaluation.scoring.reference import save_statistics
+from tomesd_plus.metrics import ClipFeatures, Statistics
 
 from .data import held_out_scenes, picture_batch
 
@@ -36,7 +36,7 @@ def export(pipeline: StableDiffusionPipeline, clip: CLIPModel, folder: Path, pic
     images = to_uint8(picture_batch(scenes, pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
                                     REFERENCE_SEED))  # fmt: skip
     features = ClipFeatures.load(folder / "tiny_clip").of_images(images)
-    Statistics.of(features).save(folder / "tiny_reference.npz", features=features.half().numpy())
+    save_statistics(Statistics.of(features), folder / "tiny_reference.npz", features=features.half().numpy())
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -15,7 +15,7 @@ from gradio_client.exceptions import AppError
 from gradio_app.backend import Backend
 from gradio_app.settings import Candidate, Picture
 from tomesd_plus import load_tiny_pipeline
-from tomesd_plus.evaluation import to_image
+from tomesd_plus.evaluation.images import to_image
 
 OPTIONS = {"prompt": "a large star on a blue background", "steps": 3, "schedule": "constant"}
 

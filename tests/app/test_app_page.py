@@ -122,7 +122,7 @@ def test_difference_merge_map_and_code(open_page):
     expect(page.locator("#difference img")).to_be_visible()
     page.get_by_role("tab", name="Merge map").click()
     overlay = page.locator("#overlay img")
-    expect(page.locator("#told")).to_contain_text("tokens are in a group")
+    expect(page.locator("#overlay-note")).to_contain_text("tokens are in a group")
     before = overlay.get_attribute("src")
     page.locator("#step input[type=number]").fill("1")
     expect(overlay).not_to_have_attribute("src", before)

@@ -11,7 +11,8 @@ from gradio_app import drawings, words
 from gradio_app.backend import Backend
 from gradio_app.settings import Candidate, Refused
 from tomesd_plus import CosineSchedule, load_tiny_pipeline
-from tomesd_plus.evaluation import difference, merge_map_overlay, to_image
+from tomesd_plus.evaluation.images import to_image
+from tomesd_plus.evaluation.reporting import difference, merge_map_overlay
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tomesd_plus.benchmark import run as run_module
 from tomesd_plus.benchmark.fidelity import embedded_psnr
 from tomesd_plus.benchmark.rows import make_rows
 from tomesd_plus.cli import app
-from tomesd_plus.evaluation import EvaluationError
+from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.planner import Planner
 
@@ -117,7 +117,7 @@ def test_finished_rows_stay_and_the_rest_is_measured(tmp_path, monkeypatch):
     more = run_suite(suite("attn1", "block"), CPU, tmp_path, "a").rows
     assert more[:3] == first and [row.setting for row in more[3:]] == ["ideal: block", "block"]
     assert [setting.name for setting in asked[1]] == ["untouched", "ideal: block", "block"]
-    monkeypatch.setattr("tomesd_plus.__version__", "9")
+    monkeypatch.setattr("tomesd_plus.benchmark.rows.__version__", "9")
     assert len(run_suite(suite("attn1"), CPU, tmp_path, "a").rows) == len(more) + 3
 
 

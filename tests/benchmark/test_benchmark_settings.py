@@ -19,7 +19,7 @@ from tomesd_plus.benchmark import (
 )
 from tomesd_plus.benchmark.measure import _candidate, twin
 from tomesd_plus.caching.cache import feature_cache_on
-from tomesd_plus.evaluation import EvaluationError
+from tomesd_plus.evaluation.errors import EvaluationError
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny", 64)

@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
 from tomesd_plus import load_tiny_pipeline
 from tomesd_plus.caching import FeatureCacheConfig, apply_feature_cache, feature_cache
-from tomesd_plus.evaluation import Configuration, Sampling, compare
+from tomesd_plus.evaluation.configurations import Configuration
+from tomesd_plus.evaluation.generation import Sampling, compare
 
 SIZE = 2 * 16 * 16 * 16 * 4  # of the feature map at the seam: batch, channels, height, width, float32
 

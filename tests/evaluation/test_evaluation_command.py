@@ -7,7 +7,7 @@ from conftest import make_pipeline
 from typer.testing import CliRunner
 
 from tomesd_plus.cli import app
-from tomesd_plus.evaluation import load_results
+from tomesd_plus.evaluation.scoring import load_results
 
 
 @pytest.fixture

@@ -9,18 +9,11 @@ import torch
 from conftest import generate, hooks
 
 from tomesd_plus import PRESETS
-from tomesd_plus.evaluation import (
-    Configuration,
-    EvaluationError,
-    Speed,
-    compare,
-    complete,
-    equal_time_rows,
-    load_configurations,
-    parse_configuration,
-)
-from tomesd_plus.evaluation.compare import Row
-from tomesd_plus.evaluation.generate import Sampling
+from tomesd_plus.evaluation.configurations import Configuration, complete, load_configurations, parse_configuration
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.generation import Row, Sampling, compare
+from tomesd_plus.evaluation.generation.timing import equal_time_rows
+from tomesd_plus.evaluation.speed import Speed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ABLATION, GRID = EXAMPLES / "ablation.yaml", EXAMPLES / "grid.yaml"

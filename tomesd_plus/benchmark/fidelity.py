@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-import tomesd_plus
 from tomesd_plus.benchmark.settings import UNTOUCHED, Setting
-from tomesd_plus.evaluation.compare import compare
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.files import read_json, write_json
-from tomesd_plus.evaluation.generate import Sampling
-from tomesd_plus.evaluation.models import TINY, usual_guidance
+from tomesd_plus.evaluation.file_io import read_json, write_json
+from tomesd_plus.evaluation.generation.compare import compare
+from tomesd_plus.evaluation.generation.models import usual_guidance
+from tomesd_plus.evaluation.generation.sampling import Sampling
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.tiny import held_out_captions, load_tiny_pipeline
+from tomesd_plus.version import __version__
 
 
 def embedded_psnr(
@@ -39,7 +40,7 @@ def embedded_psnr(
     """
     sampling = Sampling(steps, usual_guidance(TINY))
     guidance = f"guidance {sampling.guidance_scale:g}"
-    conditions = f"{prompts} prompts, {steps} steps, {guidance}, tomesd_plus {tomesd_plus.__version__}"
+    conditions = f"{prompts} prompts, {steps} steps, {guidance}, tomesd_plus {__version__}"
     kept = read_json(path) if path.exists() else {}
     wanted = {_name(setting, conditions): setting for setting in settings if _has_pictures(setting)}
     missing = {name: setting for name, setting in wanted.items() if name not in kept}

@@ -16,9 +16,8 @@ from torch import nn
 from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
 from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
-from tomesd_plus.evaluation import DTYPES
 from tomesd_plus.evaluation.errors import first_line
-from tomesd_plus.evaluation.speed import MEBIBYTE, peak_memory
+from tomesd_plus.evaluation.generation.devices import MEBIBYTE, dtype_by_name, peak_memory
 from tomesd_plus.host.clock import moment, seconds_between
 
 MAX_CALLS = STEPS  # in a run
@@ -119,7 +118,7 @@ def measure(
         An entry a setting; none at all if time was up too soon.
     """
     before_run = on_run or (lambda name: None)
-    unet = build_unet(SHAPES[workload.shape], DTYPES[workload.dtype], device)
+    unet = build_unet(SHAPES[workload.shape], dtype_by_name(workload.dtype, device), device)
     bare = _allocated(device)
     candidates: list[_Candidate] = []
     results: list[Measured] = []
@@ -207,13 +206,16 @@ class _Candidate:
 @contextmanager
 def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: torch.device) -> Iterator[_Candidate]:
     shape, latent = SHAPES[workload.shape], workload.size // LATENT_PIXELS
+    dtype = dtype_by_name(workload.dtype, device)
     pipe = stand_in(unet)
     if workload.compiled:
         # at the first call; tomesd makes a generator in its forward, which breaks the graph
         pipe.unet.compile_repeated_blocks(fullgraph=PACKAGE not in setting.switches)
     with setting.switched_on(pipe, shape.finest, (latent, latent)):
         yield _Candidate(
-            setting, pipe, make_inputs(shape, workload.size, workload.batch, DTYPES[workload.dtype], device)
+            setting,
+            pipe,
+            make_inputs(shape, workload.size, workload.batch, dtype, device),
         )
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullFormatter
 
 from tomesd_plus.benchmark.rows import Row
 from tomesd_plus.benchmark.settings import IDEAL, UNTOUCHED
-from tomesd_plus.evaluation.files import atomic_write
+from tomesd_plus.evaluation.file_io import atomic_write
 
 LEGEND = """\
 Weights are random: the cost depends on shapes, not on weights. A batch counts both guidance branches. Times are

@@ -11,11 +11,11 @@ from pathlib import Path
 import diffusers
 import torch
 
-import tomesd_plus
 from tomesd_plus.benchmark.measure import Measured, Workload
 from tomesd_plus.benchmark.settings import Setting
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.files import atomic_write
+from tomesd_plus.evaluation.file_io import atomic_write
+from tomesd_plus.version import __version__
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def blank_row(workload: Workload, setting: Setting, device: str) -> Row:
     """A row that was not measured yet."""
     return Row(
         workload.shape, str(workload.size), str(workload.batch), workload.dtype, workload.mode, device, *setting.key,
-        tomesd_plus.__version__, torch.__version__, diffusers.__version__,
+        __version__, torch.__version__, diffusers.__version__,
     )  # fmt: skip
 
 

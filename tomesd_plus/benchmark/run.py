@@ -14,7 +14,7 @@ from tomesd_plus.benchmark.rows import Row, blank_row, load_rows, make_rows, sav
 from tomesd_plus.benchmark.settings import UNTOUCHED, Setting
 from tomesd_plus.benchmark.suites import Suite
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.speed import device_name
+from tomesd_plus.evaluation.generation.devices import device_name
 
 FIDELITY = "fidelity.json"
 

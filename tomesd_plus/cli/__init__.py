@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from tomesd_plus import __version__
 from tomesd_plus.cli.app import app_command
 from tomesd_plus.cli.benchmark import benchmark_command
 from tomesd_plus.cli.common import console
@@ -13,6 +12,7 @@ from tomesd_plus.cli.evaluate import evaluate_command
 from tomesd_plus.cli.generate import generate_command
 from tomesd_plus.cli.report import report_command
 from tomesd_plus.cli.statistics import statistics_command
+from tomesd_plus.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare_command)

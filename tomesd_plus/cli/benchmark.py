@@ -2,20 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tomesd_plus.benchmark import SHAPES, SUITES, Outcome, Suite, Workload, run_suite, settings_from, task
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say, usable
+from tomesd_plus.cli.names import PRESETS, SHAPES, SUITES
 from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
-from tomesd_plus.evaluation import DTYPES, local_device
 from tomesd_plus.evaluation.errors import installed
-from tomesd_plus.presets import PRESETS
+
+if TYPE_CHECKING:
+    from tomesd_plus.benchmark import Outcome, Suite
 
 SINGLE = {"shape", "size", "batch", "ratio", "setting", "preset", "cache_interval", "levels", "dtype", "compiled"}
 SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
@@ -23,20 +24,25 @@ SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
 
 def benchmark_command(
     context: typer.Context,
-    suite: Annotated[str | None, typer.Option(help=f"A whole published table: {', '.join(SUITES)}.")] = None,
-    shape: Annotated[str, typer.Option(help=f"Of the UNet: {', '.join(SHAPES)}.")] = "sd15",
-    size: Annotated[list[int] | None, typer.Option(help="Pixels of a side; repeatable. Default: the model's.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Samples, both guidance branches; repeatable.")] = None,
+    suite: Annotated[str | None, typer.Option(help=f"A complete published table: {', '.join(SUITES)}.")] = None,
+    shape: Annotated[str, typer.Option(help=f"Shape of the UNet: {', '.join(SHAPES)}.")] = "sd15",
+    size: Annotated[
+        list[int] | None, typer.Option(help="Side in pixels; repeatable. Default: the model's own.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size, both guidance branches counted; repeatable.")
+    ] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Share of tokens to remove; repeatable.")] = None,
     setting: Annotated[
-        list[str] | None, typer.Option(help="By name, or such as 'merge: {window: 4}'; repeatable. See above.")
+        list[str] | None,
+        typer.Option(help="A name, or a configuration such as 'merge: {window: 4}'; repeatable. See above."),
     ] = None,
     preset: Annotated[
         list[str] | None, typer.Option(help=f"Short for --setting 'preset: NAME': {', '.join(PRESETS)}; repeatable.")
     ] = None,
     cache_interval: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="The feature cache, and the package DeepCache; repeatable."),
+        typer.Option(min=1, help="Interval of the feature cache and of the DeepCache package; repeatable."),
     ] = None,
     levels: Annotated[int, typer.Option(min=1, max=4, help="Levels to merge at, from the finest.")] = 1,
     dtype: Dtype = None,
@@ -44,32 +50,42 @@ def benchmark_command(
     compiled: Annotated[bool, typer.Option("--compile", help="With unet.compile_repeated_blocks.")] = False,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, help="Timed runs of each setting; a suite's long ones: 3. Default: 5."),
+        typer.Option(min=1, help="Timed runs of each setting. Default: 5; 3 for a suite's long ones."),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=0, help="Pictures of the embedded pipeline for PSNR; 0: none. Default: 4.")
+        int | None, typer.Option(min=0, help="Images of the embedded pipeline for PSNR; 0: none. Default: 4.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; run again to go on.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder. Default: results for a suite, else benchmark.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after this many minutes; run again to continue.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write to. Default: results for a suite, else benchmark.")
+    ] = None,
 ) -> None:
     """Time a UNet of a published shape, with random weights, under several settings in turn.
 
     Settings: attn1; attn1, whole every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
     every 4; keys and values; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache
-    2, 3 or 5; block + cache 3; preset quality, balanced or fast (a whole denoising of 25 steps); or a configuration
-    as `evaluate` takes it. The untouched UNet is always there, and so are fewer tokens at no cost, for the merge
-    efficiency. Finished rows are not measured again.
+    2, 3 or 5; block + cache 3; preset quality, balanced or fast (a complete run of 25 steps); or a configuration
+    as `evaluate` takes it. The untouched UNet is always included, and so is the ideal, fewer tokens at no cost,
+    for the merge efficiency. Finished rows are not measured again.
     """
-    where = usable(local_device(device))
     if suite is not None:
         given = {n for n in SINGLE if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
         if given:
             fail(f"a suite has its own {', '.join(sorted(given))}: leave out --suite or these")
         if suite not in SUITES:
             fail(f"unknown suite {suite!r}: choose from {', '.join(SUITES)}")
+    elif shape not in SHAPES:
+        fail(f"unknown shape {shape!r}: choose from {', '.join(SHAPES)}")
+    quiet()
+    from tomesd_plus import benchmark
+
+    where = usable(device)
+    if suite is not None:
         if suite == "gpu" and where.type == "cpu":
             fail("the suite 'gpu' needs a GPU: 'smoke' runs the same with a tiny UNet anywhere")
-        chosen = SUITES[suite]()
+        chosen = benchmark.SUITES[suite]()
     else:
         dtype = dtype or ("float32" if where.type == "cpu" else "float16")
         names = [*(setting or []), *(f"preset: {name}" for name in preset or [])]
@@ -84,14 +100,13 @@ def benchmark_command(
     )
     out = out or Path("results" if suite else "benchmark")
     check_writable(out)
-    quiet()
     with progress_bar("runs") as progress:
         bar = progress.add_task("", total=None)
 
         def on_progress(what: str, now: str) -> None:
             progress.update(bar, advance=1, description=escape(f"{what}: {now}"))
 
-        outcome = run(lambda: run_suite(chosen, where, out, suite or "benchmark", on_progress))
+        outcome = run(lambda: benchmark.run_suite(chosen, where, out, suite or "benchmark", on_progress))
     _print(outcome)
 
 
@@ -104,25 +119,25 @@ def _single(
     levels: int,
     dtype: str,
     compiled: bool,
-) -> Suite:
+) -> "Suite":
     """A suite of what the options name."""
-    if shape not in SHAPES:
-        fail(f"unknown shape {shape!r}: choose from {', '.join(SHAPES)}")
-    if dtype not in DTYPES:
-        fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    sizes = size or [SHAPES[shape].image_size]
+    from tomesd_plus import benchmark
+
+    sizes = size or [benchmark.SHAPES[shape].image_size]
     if any(pixels < 16 or pixels % 8 for pixels in sizes):
         fail(f"sizes must be multiples of 8 and at least 16 pixels, not {', '.join(map(str, sizes))}")
     if min(batch or [2]) < 1:
         fail("a batch has at least one sample")
     ratios = ratio or [0.5]
-    for each in settings_from(names, ratios, levels):
+    for each in benchmark.settings_from(names, ratios, levels):
         each.check()
-    workloads = [Workload(shape, pixels, count, dtype, compiled) for pixels in sizes for count in batch or [2]]
-    return Suite(tuple(task(workload, names, ratios, levels) for workload in workloads))
+    workloads = [
+        benchmark.Workload(shape, pixels, count, dtype, compiled) for pixels in sizes for count in batch or [2]
+    ]
+    return benchmark.Suite(tuple(benchmark.task(workload, names, ratios, levels) for workload in workloads))
 
 
-def _print(outcome: Outcome) -> None:
+def _print(outcome: "Outcome") -> None:
     grid = Table(caption="Random weights: cost depends on shapes, not on weights.", caption_justify="left")
     for name in ("workload", "setting", "ms / UNet step", "speed-up", "efficiency", "PSNR dB"):
         grid.add_column(name, justify="left" if name in ("workload", "setting") else "right")

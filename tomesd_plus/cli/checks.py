@@ -1,13 +1,16 @@
-"""Options of ``tomesd-plus evaluate`` that would do nothing: an error, or a line that says so."""
+"""Options of ``tomesd-plus evaluate`` that have no effect: an error, or a line that says so."""
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import typer
 
 from tomesd_plus.cli.common import fail, say
-from tomesd_plus.evaluation import Share
-from tomesd_plus.evaluation.features import INCEPTION, TINY
+from tomesd_plus.evaluation.names import INCEPTION, TINY
+
+if TYPE_CHECKING:
+    from tomesd_plus.evaluation.generation.sharding import Share
 
 
 class Stage(StrEnum):
@@ -22,8 +25,8 @@ SCORES = {"features", "reference", "reference_split", "reference_column", "incep
 BOTH = {"stage", "out", "device"}
 
 
-def check_options(context: typer.Context, stage: Stage, share: Share) -> None:
-    """Refuse options of the pass that does not run, and those that another option puts out of action."""
+def check_options(context: typer.Context, stage: Stage, share: "Share") -> None:
+    """Refuse options of the pass that does not run, and those without effect beside another option."""
     given = {
         name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
@@ -37,7 +40,7 @@ def check_options(context: typer.Context, stage: Stage, share: Share) -> None:
 
 
 def check_features(names: Sequence[str], reference: str | None, inception_weights: str | None) -> None:
-    """Refuse what gives no figure, and say which figures there will not be."""
+    """Refuse options that give no figure, and say which figures will be missing."""
     if inception_weights is not None and INCEPTION not in names:
         fail("--inception-weights needs --features inception")
     if reference is not None and not names:

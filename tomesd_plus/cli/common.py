@@ -1,16 +1,15 @@
-"""What all commands do: load a model, show progress, and fail in one line."""
+"""What all commands do: load a model, show progress, and fail in one line.
+
+Help and wrong options are answered at once: what takes long to import, commands import inside their functions.
+"""
 
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import diffusers
-import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -24,47 +23,45 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tomesd_plus.evaluation import DTYPES, EvaluationError, ModelError, load_model, local_device
-from tomesd_plus.evaluation.errors import first_line
+from tomesd_plus.evaluation.errors import EvaluationError, ModelError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 console = Console()
 
 
 def load(model: str, device: str | None, dtype: str | None, safety_checker: bool = True) -> tuple[Any, str]:
-    """A pipeline, and a few words on where it runs."""
-    device = local_device(device)
-    dtype = dtype or ("float32" if device == "cpu" else "float16")
-    if dtype not in DTYPES:
-        fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    usable(device)
+    """Load a pipeline; returns it with a short description of device, dtype and torch version."""
     quiet()
-    try:
-        return load_model(
-            model, device, DTYPES[dtype], safety_checker
-        ), f"{device}, {dtype}, torch {torch.__version__}"
-    except ModelError as error:
-        fail(str(error))
+    import torch
+
+    from tomesd_plus.evaluation.generation.devices import dtype_by_name, local_device
+    from tomesd_plus.evaluation.generation.models import load_model
+
+    where = usable(device)
+    chosen = run(lambda: dtype_by_name(dtype, where))
+    pipe = run(lambda: load_model(model, local_device(device), chosen, safety_checker))
+    return pipe, f"{local_device(device)}, {str(chosen).removeprefix('torch.')}, torch {torch.__version__}"
 
 
-def usable(device: str) -> torch.device:
-    """The device, if a tensor can be made there; PyTorch has an error of another class for each way it cannot."""
-    try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"device {device!r} cannot be used: {first_line(error)}")
+def usable(device: str | None) -> "torch.device":
+    """The device asked for, or the best available; fails if it cannot be used."""
+    from tomesd_plus.evaluation.generation.devices import usable_device
+
+    return run(lambda: usable_device(device))
 
 
 def quiet() -> None:
     """Switch off the host libraries' bars and hints, which are not for a command's user."""
-    warnings.simplefilter("ignore", FutureWarning)
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    from tomesd_plus.evaluation.quiet import quiet_libraries
+
+    quiet_libraries()
 
 
 def run(call: Callable[[], T]) -> T:
-    """Call, and turn what the user can put right into one line."""
+    """Call, and end the command with one line after an error that the user can correct."""
     try:
         return call()
     except (EvaluationError, ModelError, ValueError) as error:  # ValueError: the host's own checks, of sizes and such
@@ -82,7 +79,7 @@ def run(call: Callable[[], T]) -> T:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, or fail before there is anything to lose."""
+    """Create a folder, or fail before the work begins."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -92,7 +89,7 @@ def check_writable(folder: Path) -> None:
 
 
 class RateColumn(ProgressColumn):
-    """How many a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.3g}/s" if task.speed else "")

@@ -1,12 +1,13 @@
 """``tomesd-plus compare``: the same seeds with and without merging."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from tomesd_plus.cli.common import check_writable, console, fail, load, progress_bar, run
+from tomesd_plus.cli.names import PRESETS
 from tomesd_plus.cli.options import (
     CacheInterval,
     Device,
@@ -25,10 +26,11 @@ from tomesd_plus.cli.options import (
     prompts_from,
     sampling_from,
 )
-from tomesd_plus.evaluation import Comparison, Configuration, compare, comparison_figure, peers_of
-from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.presets import PRESETS
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.schedules import Direction
+
+if TYPE_CHECKING:
+    from tomesd_plus.evaluation.generation.compare import Comparison
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -38,14 +40,14 @@ def compare_command(
     model: Model = TINY,
     ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Mean ratio in [0, 1); may be repeated. Default: 0.5, and none with --preset."),
+        typer.Option(help="Mean ratio in [0, 1); repeatable. Default: 0.5; none with --preset."),
     ] = None,
     schedule: ScheduleName = "cosine",
     more_at: MoreAt = Direction.noisy,
     max_downsample: MaxDownsample = 1,
     cache_interval: CacheInterval = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help=f"Merging and cache by name: {', '.join(PRESETS)}; may be repeated.")
+        list[str] | None, typer.Option(help=f"A preset of merging and cache: {', '.join(PRESETS)}; repeatable.")
     ] = None,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -56,21 +58,25 @@ def compare_command(
     peers: Annotated[
         bool, typer.Option(help="Add rows: tomesd, the DeepCache package, fewer steps in equal time, another seed.")
     ] = True,
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("compare.png"),
+    out: Annotated[Path, typer.Option(help="The image to write.")] = Path("compare.png"),
 ) -> None:
-    """Compare the untouched pipeline with merging and caching on the same seeds: a table, and a picture."""
-    ratios = ratio or ([] if preset else [0.5])
-    chosen_ways = [preset_from(name) for name in preset or []]
-    if cache_interval is not None:
-        chosen_ways.append(Configuration(f"cache {cache_interval}", {"cache": {"interval": cache_interval}}))
-    chosen_ways += [merging_from(value, schedule, more_at, max_downsample, cache_interval) for value in ratios]
-    sampling = sampling_from(steps, guidance, size, model)
+    """Compare the untouched pipeline with merging and caching on the same seeds: a table and an image."""
     chosen = prompts_from(prompts, model)
+    sampling = sampling_from(steps, guidance, size, model)
+    from tomesd_plus.evaluation.configurations import Configuration
+    from tomesd_plus.evaluation.generation.compare import compare, peers_of
+    from tomesd_plus.evaluation.reporting.comparison_plot import comparison_figure
+
+    ratios = ratio or ([] if preset else [0.5])
+    configurations = [preset_from(name) for name in preset or []]
+    if cache_interval is not None:
+        configurations.append(Configuration(f"cache {cache_interval}", {"cache": {"interval": cache_interval}}))
+    configurations += [merging_from(value, schedule, more_at, max_downsample, cache_interval) for value in ratios]
     check_writable(out.parent)
     if out.is_dir() or out.suffix.lower() not in PICTURES:
         fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
     pipe, where = load(model, device, dtype)
-    settings = chosen_ways + (peers_of(ratios, max_downsample, cache_interval) if peers else [])
+    settings = configurations + (peers_of(ratios, max_downsample, cache_interval) if peers else [])
     with progress_bar() as progress:
         total = (1 + len(settings)) * (len(chosen) * steps + min(2, steps))
         task = progress.add_task("", total=total)
@@ -88,7 +94,7 @@ def compare_command(
     console.print(f"Picture: {out}")
 
 
-def comparison_table(comparison: Comparison, title: str) -> Table:
+def comparison_table(comparison: "Comparison", title: str) -> Table:
     """The table that ``compare`` prints."""
     table = Table(
         title=title, caption="Medians of time, means of PSNR and SSIM to the untouched picture of the same seed."

@@ -1,4 +1,4 @@
-"""``tomesd-plus generate``: pictures from prompts."""
+"""``tomesd-plus generate``: images from prompts."""
 
 import re
 from functools import partial
@@ -27,8 +27,7 @@ from tomesd_plus.cli.options import (
     prompts_from,
     sampling_from,
 )
-from tomesd_plus.evaluation import generate, to_image
-from tomesd_plus.evaluation.models import TINY
+from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.schedules import Direction
 
 OF_PRESETS = {"ratio", "schedule", "more_at", "max_downsample", "cache_interval"}
@@ -52,18 +51,22 @@ def generate_command(
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("images"),
 ) -> None:
-    """Generate a picture for each prompt, with or without merging and caching."""
+    """Generate an image for each prompt, with or without merging and caching."""
+    chosen = prompts_from(prompts, model)
     if preset:
         given = {
             name for name in OF_PRESETS if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
         }
         if given:
             fail(f"a preset has its own {', '.join(sorted(given))}: leave out --preset or these")
+    sampling = sampling_from(steps, guidance, size, model)
+    from tomesd_plus.evaluation.generation.sampling import generate
+    from tomesd_plus.evaluation.images import to_image
+
+    if preset:
         configuration = preset_from(preset)
     else:
         configuration = merging_from(ratio, schedule, more_at, max_downsample, cache_interval)
-    sampling = sampling_from(steps, guidance, size, model)
-    chosen = prompts_from(prompts, model)
     check_writable(out)
     pipe, where = load(model, device, dtype)
     with configuration.switched_on(pipe), progress_bar() as progress:

@@ -1,15 +1,18 @@
-"""Options that several commands share, and what is made of them."""
+"""Options that several commands share, and the settings that are made of them."""
 
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tomesd_plus.cli.common import fail, run
-from tomesd_plus.evaluation import DTYPES, Configuration, Sampling, usual_guidance
-from tomesd_plus.evaluation.models import TINY
-from tomesd_plus.presets import PRESETS
+from tomesd_plus.cli.common import fail, quiet, run
+from tomesd_plus.cli.names import PRESETS
+from tomesd_plus.evaluation.names import DTYPES, TINY
 from tomesd_plus.schedules import AUTO, SCHEDULES, Direction
+
+if TYPE_CHECKING:
+    from tomesd_plus.evaluation.configurations import Configuration
+    from tomesd_plus.evaluation.generation.sampling import Sampling
 
 PROMPTS = [
     "a large dog on a blue background",
@@ -25,24 +28,37 @@ MoreAt = Annotated[Direction, typer.Option(help="Merge more at noisy steps or at
 MaxDownsample = Annotated[int, typer.Option(help="Merge at levels of at most this downsample: 1, 2, 4, 8; SDXL: 2.")]
 CacheInterval = Annotated[
     int | None,
-    typer.Option(min=1, help="Feature cache: run the whole UNet every so many steps only.", show_default=False),
+    typer.Option(min=1, help="Feature cache: run the full UNet on every n-th step only.", show_default=False),
 ]
-PresetName = Annotated[str, typer.Option("--preset", help=f"Merging and cache by name: {', '.join(PRESETS)}.")]
+PresetName = Annotated[str, typer.Option("--preset", help=f"A preset of merging and cache: {', '.join(PRESETS)}.")]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Guidance = Annotated[
     float | None,
     typer.Option(min=0, help="Guidance scale; 1 switches it off. Default: 3 with the embedded pipeline, else 7.5."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the first prompt; the next have the next.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the first prompt; each further prompt has the next seed.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 512, or WIDTHxHEIGHT. Default: the model's own.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps … Default: the best there is.")]
-Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}. Default: float16 on a GPU, else float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps … Default: the best available.")]
+
+
+def _check_dtype(dtype: str | None) -> str | None:
+    if dtype is not None and dtype not in DTYPES:
+        fail(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
+    return dtype
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(callback=_check_dtype, help=f"{', '.join(DTYPES)}. Default: float16 on a GPU, else float32."),
+]
 
 
 def merging_from(
     ratio: float, schedule: str, more_at: Direction, max_downsample: int, cache_interval: int | None
-) -> Configuration:
+) -> "Configuration":
     """The merging, with or without a feature cache, that options ask for."""
+    from tomesd_plus.evaluation.configurations import Configuration
+
     merge = {"ratio": ratio, "schedule": schedule, "more_at": str(more_at), "max_downsample": max_downsample}
     switches: dict[str, dict[str, Any]] = {"merge": merge}
     if cache_interval is None:
@@ -51,12 +67,14 @@ def merging_from(
     return run(lambda: Configuration(f"ratio {ratio:g}, cache {cache_interval}", switches | {"cache": cache}))
 
 
-def preset_from(name: str) -> Configuration:
+def preset_from(name: str) -> "Configuration":
     """A preset as a configuration."""
+    from tomesd_plus.evaluation.configurations import Configuration
+
     return run(lambda: Configuration(f"preset {name}", {"preset": {"name": name}}))
 
 
-def sampling_from(steps: int, guidance: float | None, size: str | None, model: str) -> Sampling:
+def sampling_from(steps: int, guidance: float | None, size: str | None, model: str) -> "Sampling":
     """The sampling that options ask for."""
     width = height = None
     if size is not None:
@@ -64,6 +82,10 @@ def sampling_from(steps: int, guidance: float | None, size: str | None, model: s
         if not match or int(match[1]) == 0 or int(match[2] or 1) == 0:
             fail(f"size must be a number of pixels or WIDTHxHEIGHT, not {size!r}")
         width, height = int(match[1]), int(match[2] or match[1])
+    quiet()
+    from tomesd_plus.evaluation.generation.models import usual_guidance
+    from tomesd_plus.evaluation.generation.sampling import Sampling
+
     return Sampling(steps, usual_guidance(model) if guidance is None else guidance, height, width)
 
 

@@ -4,18 +4,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.progress import TaskID
 
 from tomesd_plus.cli.common import progress_bar, say
-from tomesd_plus.evaluation import Share
-from tomesd_plus.evaluation.generation import OnProgress
+
+if TYPE_CHECKING:
+    from tomesd_plus.evaluation.experiment import OnProgress
+    from tomesd_plus.evaluation.generation.sharding import Share
 
 SECONDS = 30.0  # between two lines
 
 
 @contextmanager
-def shown_progress(share: Share) -> Iterator[OnProgress | None]:
+def shown_progress(share: "Share") -> "Iterator[OnProgress | None]":
     """What to call with progress; of processes that a launcher started the first alone shows it."""
     if share.index % share.launched:
         yield None
@@ -27,7 +30,7 @@ def shown_progress(share: Share) -> Iterator[OnProgress | None]:
 
 
 @contextmanager
-def _bars() -> Iterator[OnProgress]:
+def _bars() -> "Iterator[OnProgress]":
     tasks: dict[str, TaskID] = {}
     with progress_bar("") as progress:
 
@@ -41,7 +44,7 @@ def _bars() -> Iterator[OnProgress]:
         yield on_progress
 
 
-def _lines() -> OnProgress:
+def _lines() -> "OnProgress":
     """A line when something is done, and every half minute until then."""
     done: dict[str, int] = {}
     started: dict[str, float] = {}

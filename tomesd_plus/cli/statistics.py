@@ -7,12 +7,11 @@ import typer
 
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, usable
 from tomesd_plus.cli.options import Device
-from tomesd_plus.evaluation import load_extractor, local_device, save_reference
-from tomesd_plus.evaluation.features import INCEPTION
+from tomesd_plus.evaluation.names import INCEPTION
 
 
 def statistics_command(
-    pictures: Annotated[str, typer.Argument(help="A folder of pictures, or a data set's id.")],
+    pictures: Annotated[str, typer.Argument(help="A folder of images, or a data set's id.")],
     out: Annotated[Path, typer.Option(help="The .npz file to write.")] = Path("reference.npz"),
     features: Annotated[str, typer.Option(help="inception, tiny (embedded), or a CLIP's id or folder.")] = INCEPTION,
     inception_weights: Annotated[str | None, typer.Option(help="A file. Default: downloaded.")] = None,
@@ -20,12 +19,15 @@ def statistics_command(
     column: Annotated[str | None, typer.Option(help="Its column. Default: image …")] = None,
     device: Device = None,
 ) -> None:
-    """Save what `evaluate --reference` needs of reference pictures; pytorch-fid reads the file too."""
+    """Save the statistics of reference images that `evaluate --reference` needs; pytorch-fid reads the file too."""
     if out.suffix != ".npz":
         fail(f"--out must name an .npz file, not {str(out)!r}")
     check_writable(out.parent)
     quiet()
-    where = usable(local_device(device))
+    from tomesd_plus.evaluation.scoring.extractors import load_extractor
+    from tomesd_plus.evaluation.scoring.reference import save_reference
+
+    where = usable(device)
     extractor = run(lambda: load_extractor(features, where, inception_weights))
     with progress_bar("pictures") as progress:
         bar = progress.add_task(extractor.name, total=None)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.files import plain
+from tomesd_plus.evaluation.file_io import plain
 from tomesd_plus.evaluation.switches import SWITCHES, Switch, prepare
 from tomesd_plus.merging.report import TokenMergingReport
 

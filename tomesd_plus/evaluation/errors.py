@@ -9,6 +9,10 @@ class EvaluationError(Exception):
     """Something that the user can put right; the message is one line that says what, and how."""
 
 
+class ModelError(Exception):
+    """A model cannot be loaded; the message is one line that says which and why."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says in one line, or its class where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,26 +1,25 @@
 """The folder of an evaluation: what is to be generated, a folder of images for each configuration, how it was made."""
 
-import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tomesd_plus.evaluation.configurations import BASELINE, Configuration
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.files import atomic_write, plain, read_json, write_json
-from tomesd_plus.evaluation.generate import Sampling
+from tomesd_plus.evaluation.file_io import atomic_write, plain, read_json, write_json
 from tomesd_plus.evaluation.images import to_image
 from tomesd_plus.evaluation.items import Item
+from tomesd_plus.evaluation.manifests import make_manifest, manifest_under, refuse_another
 
 INDEX = "experiment.json"
 MANIFEST = "manifest.json"
-LIBRARIES = ("torch", "diffusers", "transformers", "tomesd-plus")
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it came just now, and how much there is of it."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +113,13 @@ class Experiment:
         experiment = replace(self, configurations=tuple(configuration.folder for configuration in configurations))
         if (self.out / INDEX).exists():
             experiment = experiment._joined(Experiment.load(self.out))
-        manifests = {configuration.folder: _manifest(configuration, conditions, batch)
+        manifests = {configuration.folder: make_manifest(configuration, conditions, batch)
                      for configuration in configurations}  # fmt: skip
         for name in experiment.configurations:
             if (self.out / name / MANIFEST).exists():
                 old = experiment.folder(name).manifest
-                new = manifests.pop(name) if name in manifests else _under(conditions, old["configuration"])
-                _refuse_another(self.out / name, old, new)
+                new = manifests.pop(name) if name in manifests else manifest_under(conditions, old["configuration"])
+                refuse_another(self.out / name, old, new)
         for name, manifest in manifests.items():
             (self.out / name).mkdir(parents=True, exist_ok=True)
             write_json(self.out / name / MANIFEST, manifest)
@@ -170,83 +169,3 @@ class Experiment:
         names = dict.fromkeys([*old.configurations, *self.configurations])
         # The baseline is first, whatever was deleted and made again
         return replace(longer, configurations=tuple(sorted(names, key=lambda name: name != BASELINE.folder)))
-
-
-def describe(pipe: Any, model: str, sampling: Sampling) -> dict[str, Any]:
-    """Everything beside the configuration that decides about the pixels; ``pipe`` must be untouched.
-
-    Args:
-        pipe: A pipeline.
-        model: What it was loaded from.
-        sampling: Steps, guidance and size.
-    """
-    parameter = next(pipe.unet.parameters())
-    size = getattr(pipe.unet.config, "sample_size", None)
-    own = size * pipe.vae_scale_factor if isinstance(size, int) else None
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {
-        "model": model,
-        "fingerprint": {name: _fingerprint(module) for name, module in sorted(modules.items())},
-        "sampling": {**asdict(sampling), "height": sampling.height or own, "width": sampling.width or own},
-        "scheduler": plain({"class": type(pipe.scheduler).__name__, **scheduler}),  # DPM-Solver's holds an infinity
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    """What other weights would not have: a hash of some bytes of each tensor, the same on every machine."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        values = tensor.detach().flatten()
-        some = values[:: max(1, len(values) // 64)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _manifest(
-    configuration: Configuration, conditions: dict[str, Any], batch: dict[str, int] | None
-) -> dict[str, Any]:
-    """How the images of a configuration are made."""
-    if configuration.by_time:
-        raise EvaluationError(
-            f"{configuration.name}: levels are chosen by measured times, so that no two runs need give the same "
-            "pictures: name the levels instead, by max_downsample"
-        )
-    made_by: dict[str, Any] = {
-        "name": configuration.name, "switches": configuration.resolved, "steps": configuration.steps,
-        "seed_offset": configuration.seed_offset,
-    }  # fmt: skip
-    if configuration.by_batch and batch:
-        made_by["batch"] = batch
-    return _under(conditions, made_by)
-
-
-def _under(conditions: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a configuration under these conditions."""
-    sampling = {**conditions["sampling"], "steps": made_by.get("steps") or conditions["sampling"]["steps"]}
-    return {**conditions, "sampling": sampling, "configuration": made_by}
-
-
-def _refuse_another(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    old, new = _flat(old), _flat(new)
-    differences = [
-        f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differences:
-        raise EvaluationError(
-            f"{folder} was made with another configuration: {'; '.join(differences[:3])}. "
-            "Choose another folder, or delete this one"
-        )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        flat |= _flat(entry, f"{prefix}{key}.") if isinstance(entry, dict) else {f"{prefix}{key}": entry}
-    return flat

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tomesd_plus.evaluation.errors import EvaluationError, optional_import
-from tomesd_plus.evaluation.prompts import choose_column
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.hub_data import choose_column, load_data_set
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -53,11 +53,7 @@ class Images:
     @classmethod
     def of_data_set(cls, name: str, split: str = "validation", column: str | None = None) -> "Images":
         """Of a data set by its id; needs the library datasets."""
-        datasets = optional_import("datasets", f"images from the data set {name!r} (there is no such folder or file)")
-        try:
-            data = datasets.load_dataset(name, split=split)
-        except Exception as error:  # no network, no such id, no such split: each library version has its own
-            raise EvaluationError(f"cannot load the data set {name!r}, split {split!r}: {error}") from error
+        data = load_data_set(name, split, "images")
         chosen = choose_column(data.column_names, column, name, ("image", "jpg", "img"))
         return cls([f"{name}[{index}]" for index in range(len(data))], lambda index: data[index][chosen])
 

@@ -1,28 +1,16 @@
-"""Time and memory of each configuration, interleaved with the baseline's."""
+"""Speeds: what was measured of each configuration, as data and on the disk."""
 
 import hashlib
 import json
-import math
-import platform
-import statistics
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-import torch
-
-from tomesd_plus.evaluation.configurations import BASELINE, Configuration, equal_time
+from tomesd_plus.evaluation.configurations import BASELINE
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.experiment import Experiment
-from tomesd_plus.evaluation.files import read_json, write_json
-from tomesd_plus.evaluation.generate import Sampling, run_batch
-from tomesd_plus.evaluation.items import Item
+from tomesd_plus.evaluation.file_io import read_json
 
-FILE = "speed.json"
-MEBIBYTE = 2**20
+SPEED_FILE = "speed.json"
 
 
 @dataclass(frozen=True)
@@ -55,44 +43,6 @@ class Speed:
     manifest: str = ""
 
 
-def measured_speeds(
-    pipe: Any,
-    experiment: Experiment,
-    configurations: Sequence[Configuration],
-    sampling: Sampling,
-    runs: int = 5,
-    batch_size: int = 1,
-    on_run: Callable[[int], None] | None = None,
-) -> dict[str, Speed]:
-    """Measure what ``speed.json`` lacks, each configuration in turn with the baseline; returns all speeds, by folder.
-
-    The file is written after each configuration, so a killed run loses one at most.
-
-    Args:
-        pipe, configurations, sampling, runs: As in :func:`measure_speeds`.
-        experiment: Its folders are open. Its first items are what is generated.
-        batch_size: Images at a time.
-        on_run: Called after each run with how many there are.
-    """
-    items = experiment.items[:batch_size]
-    device = device_name(pipe.unet.device)
-    known = {
-        name: speed for name, speed in load_speeds(experiment, runs, len(items)).items() if speed.device == device
-    }
-    new = [configuration for configuration in configurations if configuration.folder not in known]
-    pairs = [[BASELINE, configuration] for configuration in new if not configuration.is_baseline]
-    pairs = pairs or [[configuration] for configuration in new]
-    total = sum(map(len, pairs)) * (runs + 1)
-    for pair in pairs:
-        measured = measure_speeds(pipe, pair, items, sampling, runs, (lambda: on_run(total)) if on_run else None)
-        for name, speed in measured.items():  # the baseline's first stays
-            known.setdefault(name, replace(speed, manifest=manifest_digest(experiment, name)))
-        entries = read_json(experiment.out / FILE) if (experiment.out / FILE).exists() else {}
-        entries |= {name: asdict(speed) for name, speed in known.items()}
-        write_json(experiment.out / FILE, entries)
-    return load_speeds(experiment)
-
-
 def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = None) -> dict[str, Speed]:
     """What was measured so far, by the configurations' folders, as far as it still holds.
 
@@ -103,7 +53,7 @@ def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = 
         runs: The fewest that count.
         batch_size: The only one that counts; whichever the baseline has by default.
     """
-    path = experiment.out / FILE
+    path = experiment.out / SPEED_FILE
     if not path.exists():
         return {}
     try:
@@ -126,125 +76,3 @@ def manifest_digest(experiment: Experiment, name: str) -> str:
     """A hash of how a configuration's images are made."""
     manifest = json.dumps(experiment.folder(name).manifest, sort_keys=True)
     return hashlib.sha256(manifest.encode()).hexdigest()[:16]
-
-
-def equal_time_steps(steps: int, speedup: float, seconds: float, step_seconds: float) -> int:
-    """How many steps the baseline can do in a faster configuration's time.
-
-    Only steps can be left out: encoding the prompt and decoding the image take their time whatever their number.
-
-    Args:
-        steps: The baseline's.
-        speedup: The configuration's.
-        seconds, step_seconds: The baseline's times of an image and of a step of one image.
-
-    Example:
-        >>> equal_time_steps(20, speedup=2.0, seconds=1.0, step_seconds=0.04)  # 0.8 s are steps, 0.5 s have to go
-        7
-    """
-    saved = seconds - seconds / speedup
-    return max(1, steps - math.ceil(round(saved / step_seconds, 6)))
-
-
-def equal_time_rows(
-    configurations: Sequence[Configuration], speeds: dict[str, Speed], sampling: Sampling
-) -> list[Configuration]:
-    """For each configuration that is faster, the baseline with as many steps as fit in its time."""
-    base = speeds.get(BASELINE.folder)
-    if base is None:
-        return []
-    fewer = {
-        equal_time_steps(
-            sampling.steps, speeds[configuration.folder].speedup, base.seconds, base.step_seconds / base.batch_size
-        )
-        for configuration in configurations
-        if configuration.switches and configuration.folder in speeds
-    }
-    return [equal_time(steps) for steps in sorted(fewer, reverse=True) if steps < sampling.steps]
-
-
-def measure_speeds(
-    pipe: Any,
-    configurations: Sequence[Configuration],
-    items: Sequence[Item],
-    sampling: Sampling,
-    runs: int = 5,
-    on_run: Callable[[], None] | None = None,
-) -> dict[str, Speed]:
-    """Run all configurations in turn, so that a machine's noise meets them alike; a warm-up of each goes before.
-
-    Switching on is not timed, nor the first two steps after it, in which some set themselves up.
-
-    Args:
-        pipe: A text-to-image pipeline, untouched.
-        configurations: The first is what the others are compared with.
-        items: One batch, the same for every run.
-        sampling: Steps, guidance and size.
-        runs: How often each is timed.
-        on_run: Called after each run; there are ``(runs + 1)`` a configuration.
-    """
-    seconds: dict[str, list[float]] = {configuration.folder: [] for configuration in configurations}
-    steps: dict[str, list[float]] = {configuration.folder: [] for configuration in configurations}
-    memory: dict[str, float] = {}
-    removed: dict[str, list[dict[str, Any]]] = {}
-    for run in range(-1, runs):  # the first is the warm-up; memory is watched in it, which would disturb the times
-        for configuration in configurations:
-            name = configuration.folder
-            with configuration.switched_on(pipe) as report:
-                if run < 0:
-                    with peak_memory(pipe.unet.device) as peak:
-                        run_batch(pipe, items, configuration, sampling)
-                    memory[name] = peak[0] / MEBIBYTE
-                    removed[name] = [asdict(step) for step in report.steps] if report else []
-                else:
-                    short = min(2, configuration.steps or sampling.steps)
-                    run_batch(pipe, items, replace(configuration, steps=short), sampling)
-                    made = run_batch(pipe, items, configuration, sampling)
-                    seconds[name].append(made.seconds / len(items))
-                    steps[name].append(made.step_seconds)
-            if on_run:
-                on_run()
-    baseline = seconds[configurations[0].folder]
-    speeds = {}
-    for name, times in seconds.items():
-        ratios = [base / own for base, own in zip(baseline, times, strict=True)]
-        speeds[name] = Speed(
-            statistics.median(times), statistics.median(steps[name]), statistics.median(ratios), min(ratios),
-            max(ratios), runs, len(items), memory[name], removed[name], device_name(pipe.unet.device),
-        )  # fmt: skip
-    return speeds
-
-
-def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the CPU's architecture and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    return device.type
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """The peak in bytes, as the one entry of a list, once the block is left."""
-    peak = [0.0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak[0] = float(torch.cuda.max_memory_allocated(device))
-        return
-    process = psutil.Process()  # resident memory has no peak that can be reset, so it is sampled
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-        peak[0] = max(peak[0], process.memory_info().rss)

@@ -14,6 +14,7 @@ import diffusers
 import torch
 
 from tomesd_plus.host.clock import moment, seconds_between
+from tomesd_plus.version import __version__
 
 REPEATS = 3
 LEAST_GAIN = 1.02  # a smaller speed-up is within the noise of a short measurement
@@ -97,8 +98,6 @@ def _read(path: Path) -> dict[str, Decision]:
 
 
 def _machine(device: torch.device) -> str:
-    from tomesd_plus import __version__
-
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads, {torch.__version__}, {diffusers.__version__}, {__version__}"

@@ -1,0 +1,170 @@
+"""The same prompts and seeds under several configurations, interleaved, beside the untouched pipeline."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from tomesd_plus.evaluation.configurations import OTHER_SEED, Configuration
+from tomesd_plus.evaluation.errors import installed
+from tomesd_plus.evaluation.generation.sampling import Generated, Sampling, generate
+from tomesd_plus.evaluation.generation.timing import equal_time_steps
+from tomesd_plus.merging.report import StepRecord, TokenMergingReport
+from tomesd_plus.metrics.fidelity import psnr, ssim
+
+
+@dataclass
+class Row:
+    """What one setting gave: one entry a prompt in each list, but for the step records, which are the last one's."""
+
+    name: str
+    steps: int
+    generated: list[Generated] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    speedups: list[float] = field(default_factory=list)
+    removed_by_prompt: list[dict[int, float]] = field(default_factory=list)
+    merge_maps: list[Tensor | None] = field(default_factory=list)
+    step_records: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def removed(self) -> dict[int, float]:
+        """Share of tokens removed at each level, the mean over prompts."""
+        levels = sorted({level for shares in self.removed_by_prompt for level in shares})
+        return {
+            level: statistics.fmean(shares.get(level, 0.0) for shares in self.removed_by_prompt) for level in levels
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Median time of an image."""
+        return statistics.median(image.seconds for image in self.generated)
+
+    @property
+    def step_seconds(self) -> float:
+        """Time of a denoising step: the mean over its steps, the median over prompts."""
+        return statistics.median(image.step_seconds for image in self.generated)
+
+    @property
+    def speedup(self) -> float:
+        """Median over prompts of the baseline's time divided by this setting's, run one after the other."""
+        return statistics.median(self.speedups)
+
+
+@dataclass
+class Comparison:
+    """The baseline's row and one for each setting."""
+
+    prompts: list[str]
+    baseline: Row
+    rows: list[Row]
+
+
+def compare(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Sequence[Configuration],
+    sampling: Sampling,
+    seed: int = 0,
+    equal_time: bool = False,
+    on_step: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Run the untouched pipeline and each setting on the same prompts and seeds.
+
+    Prompt i has seed ``seed + i``. For every prompt the baseline and all settings run in turn, so that a machine's
+    noise meets them alike. A short run of each goes before, as a warm-up.
+
+    Args:
+        pipe: A text-to-image pipeline, untouched.
+        prompts: At least one.
+        settings: What to compare.
+        sampling: Steps, guidance, size.
+        seed: Of the first prompt.
+        equal_time: Add, for every setting that was faster, the untouched pipeline with as many fewer steps.
+        on_step: Called with a setting's name after each of its steps, warm-ups included.
+    """
+    if not prompts:
+        raise ValueError("compare needs at least one prompt")
+    baseline = Configuration("untouched")
+    for setting in (baseline, *settings):
+        _run(pipe, setting, prompts[0], seed, replace(sampling, steps=min(2, sampling.steps)), on_step)
+    reference, *rows = _rows(pipe, prompts, [baseline, *settings], sampling, seed, on_step)
+    if equal_time:
+        fewer = {
+            equal_time_steps(sampling.steps, row.speedup, reference.seconds, reference.step_seconds)
+            for setting, row in zip(settings, rows, strict=True)
+            if row.speedup > 1 and setting.steps is None and not setting.seed_offset
+        }
+        slower = [
+            Configuration(f"{steps} steps", steps=steps)
+            for steps in sorted(fewer, reverse=True)
+            if steps < sampling.steps
+        ]
+        if slower:
+            rows += _rows(pipe, prompts, [baseline, *slower], sampling, seed, on_step)[1:]
+    return Comparison(list(prompts), reference, rows)
+
+
+def peers_of(
+    ratios: Sequence[float], max_downsample: int = 1, cache_interval: int | None = None
+) -> list[Configuration]:
+    """What frames a comparison: tomesd at the same ratios, DeepCache at the same interval, and another seed.
+
+    DeepCache is left out where its package is not installed.
+    """
+    peers = [
+        Configuration(f"tomesd's way, {ratio:g}", {"tomesd": {"ratio": ratio, "max_downsample": max_downsample}})
+        for ratio in ratios
+    ]
+    if cache_interval is not None and installed("DeepCache"):
+        peers.append(Configuration(f"DeepCache {cache_interval}", {"deepcache": {"interval": cache_interval}}))
+    return [*peers, Configuration("another seed", seed_offset=OTHER_SEED)]
+
+
+def _rows(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Sequence[Configuration],
+    sampling: Sampling,
+    seed: int,
+    on_step: Callable[[str], None] | None,
+) -> list[Row]:
+    rows = [Row(setting.name, setting.steps or sampling.steps) for setting in settings]
+    for index, prompt in enumerate(prompts):
+        for setting, row in zip(settings, rows, strict=True):
+            image, report, merge_map = _run(pipe, setting, prompt, seed + index, sampling, on_step)
+            row.generated.append(image)
+            row.merge_maps.append(merge_map)
+            base = rows[0].generated[index]
+            row.speedups.append(base.seconds / image.seconds)
+            row.psnr.append(psnr(image.pixels, base.pixels).item())
+            row.ssim.append(ssim(image.pixels, base.pixels).item())
+            if report is not None:
+                row.removed_by_prompt.append(report.removed)
+                row.step_records = report.steps
+    return rows
+
+
+def _run(
+    pipe: Any,
+    setting: Configuration,
+    prompt: str,
+    seed: int,
+    sampling: Sampling,
+    on_step: Callable[[str], None] | None,
+) -> tuple[Generated, TokenMergingReport | None, Tensor | None]:
+    sampling = replace(sampling, steps=min(setting.steps or sampling.steps, sampling.steps))
+    merge_map = None
+    with setting.switched_on(pipe) as report:
+
+        def after(step: int) -> None:
+            nonlocal merge_map
+            if report is not None and (merge_map is None or step <= sampling.steps // 2):
+                merge_map = report.merge_map() if report.steps[-1].removed else merge_map  # whole steps may have none
+            if on_step:
+                on_step(setting.name)
+
+        image = generate(pipe, prompt, seed + setting.seed_offset, sampling, after)
+    return image, report, merge_map

@@ -1,0 +1,68 @@
+"""Load a pipeline by name: the embedded one, a hub id, a folder, or a single checkpoint file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import safe_open
+
+from tomesd_plus.evaluation.errors import ModelError
+from tomesd_plus.evaluation.generation.devices import local_device
+from tomesd_plus.evaluation.names import TINY
+from tomesd_plus.tiny import load_tiny_pipeline
+
+
+def usual_guidance(model: str) -> float:
+    """A guidance scale that suits a model: 3 for the embedded pipeline, by its model card, else 7.5."""
+    return 3.0 if model == TINY else 7.5
+
+
+def load_model(
+    name: str = TINY, device: str = "cpu", dtype: torch.dtype = torch.float32, safety_checker: bool = True
+) -> Any:
+    """Load a text-to-image pipeline whose denoiser is a UNet.
+
+    Args:
+        name: ``"tiny"`` for the embedded pipeline, a hub id, a folder in diffusers' layout, or a ``.safetensors``
+            or ``.ckpt`` file in the original layout of SD 1.x, 2.x or SDXL (its configuration comes from the hub).
+        device: As PyTorch names it; see :func:`local_device`. A GPU becomes the process's current one.
+        dtype: Of all its models.
+        safety_checker: Keep the model's, if it has one. In a comparison it would decide which images a row has.
+
+    Raises:
+        ModelError: It cannot be found or read, or it has no UNet.
+    """
+    device = local_device(device)
+    options = {"torch_dtype": dtype}  # not "dtype", which the oldest supported diffusers does not know
+    try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(torch.device(device))
+        if name == TINY:
+            pipe = load_tiny_pipeline(dtype, device)
+        elif name.endswith((".safetensors", ".ckpt")):
+            if not Path(name).is_file():
+                raise FileNotFoundError("there is no such file")
+            pipe = _single_file_class(name).from_single_file(name, **options)
+        else:
+            pipe = AutoPipelineForText2Image.from_pretrained(name, **options)
+        if not hasattr(pipe, "unet"):
+            raise ValueError(f"{type(pipe).__name__} has no UNet; SD 1.x, 2.x and SDXL have")
+        if not safety_checker and getattr(pipe, "safety_checker", None) is not None:
+            pipe.safety_checker = None
+            pipe.register_to_config(requires_safety_checker=False)
+        pipe = pipe.to(device)
+    except Exception as error:  # whatever a stranger's files make the loaders raise, the user gets one line
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"cannot load model {name!r}: {reason[:300]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _single_file_class(name: str) -> Any:
+    if name.endswith(".safetensors"):
+        with safe_open(name, "pt") as file:
+            names = list(file.keys())
+        if any(name.startswith("conditioner.embedders.1.") for name in names):  # SDXL's second text encoder
+            return StableDiffusionXLPipeline
+    return StableDiffusionPipeline

@@ -1,0 +1,79 @@
+"""Results: what each configuration of an evaluation gave."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.file_io import read_json
+from tomesd_plus.evaluation.speed import Speed
+from tomesd_plus.metrics.intervals import Estimate
+
+RESULTS = "results"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one configuration gave.
+
+    Args:
+        name: The configuration's.
+        images_at: The folder of its images.
+        images: How many were scored.
+        failed: Items that gave no image.
+        unreadable: Images that could not be read.
+        seeds: Of the items.
+        prompts: Where the prompts come from.
+        manifest: How the images were made.
+        metrics: Estimates by name.
+        references: What distances are to, by the extractor's name.
+        speed: Times and memory, where they were measured.
+        notes: What a reader of the figures must know.
+    """
+
+    name: str
+    images_at: Path
+    images: int
+    failed: int
+    unreadable: int
+    seeds: list[int]
+    prompts: str
+    manifest: dict[str, Any]
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    speed: Speed | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def conditions(self) -> str:
+        """All but the configuration, in a line."""
+        made, sampling = self.manifest, self.manifest["sampling"]
+        size = f"{sampling['width']} × {sampling['height']}" if sampling["width"] else "the model's own size"
+        model = "the embedded tiny model" if made["model"] == "tiny" else made["model"]
+        references = "".join(f", {name} against {source}" for name, source in self.references.items())
+        versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+        device = self.speed.device if self.speed else made["device"]
+        return (
+            f"{model}, {size}, {made['scheduler']['class']}, guidance {sampling['guidance_scale']:g}, "
+            f"{made['dtype']}, {device}, prompts: {self.prompts}{references}; {versions}"
+        )
+
+
+def load_results(folder: Path) -> list[Result]:
+    """Read ``results.json`` of a folder; an EvaluationError if there is none, or if it is another program's."""
+    path = folder / f"{RESULTS}.json"
+    if not path.exists():
+        raise EvaluationError(
+            f"{folder} has no {path.name}: score it first (tomesd-plus evaluate score --out {folder})"
+        )
+    try:
+        return [_row(entry, folder) for entry in read_json(path)["rows"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{path} is not an evaluation's: {error}") from error
+
+
+def _row(entry: dict[str, Any], folder: Path) -> Result:
+    metrics = {name: Estimate(**estimate) for name, estimate in entry.pop("metrics").items()}
+    speed = entry.pop("speed")
+    path = folder / entry.pop("images_at")
+    return Result(images_at=path, metrics=metrics, speed=Speed(**speed) if speed else None, **entry)

@@ -1,0 +1,139 @@
+"""Feature extractors: from images and prompts to feature vectors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+
+class Extractor(Protocol):
+    """Turns pictures into features.
+
+    Attributes:
+        name: Shown beside distances over its features.
+        dimensions: Of a feature.
+        batch_size: Pictures at a time.
+    """
+
+    name: str
+    dimensions: int
+    batch_size: int
+
+    def of_images(self, images: Tensor) -> Tensor:
+        """From (count, 3, height, width), uint8, to (count, dimensions), float32, on the CPU."""
+
+
+class ClipFeatures:
+    """The image and text features of a CLIP model.
+
+    Args:
+        model: Its weights.
+        tokenizer: Its tokenizer.
+        processor: What prepares its pictures: resizes, crops, normalizes.
+        batch_size: Pictures or texts at a time.
+        name: Shown beside figures that rest on it.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        processor: Any,
+        batch_size: int = 64,
+        name: str = "CLIP",
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.batch_size = batch_size
+        self.name = name
+        self.dimensions: int = model.config.projection_dim
+        self.device: torch.device = model.device
+
+    @classmethod
+    def load(cls, name: str | Path, device: str | torch.device = "cpu", label: str | None = None) -> "ClipFeatures":
+        """Load a CLIP model by hub id or from a folder, in float32; ``label`` is its name in tables."""
+        model = CLIPModel.from_pretrained(name).to(device, torch.float32)
+        # Of two that transformers 5 has, the one that resizes with Pillow: features do not hang on what is installed
+        processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        return cls(
+            model, CLIPTokenizer.from_pretrained(name), processor.from_pretrained(name), name=label or str(name)
+        )
+
+    def of_images(self, images: Tensor) -> Tensor:
+        """Features (count, dimensions) of length 1, float32, on the CPU.
+
+        Args:
+            images: (count, 3, height, width), uint8, of any size.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"expected uint8 images (count, 3, height, width), not {images.dtype} {tuple(images.shape)}"
+            )
+        return self._features(self._image_features, images)
+
+    def of_texts(self, texts: Sequence[str]) -> Tensor:
+        """Features (count, dimensions) of length 1, float32, on the CPU. Texts that are too long are cut off."""
+        return self._features(self._text_features, texts)
+
+    @torch.inference_mode()
+    def _features(self, function: Any, items: Any) -> Tensor:
+        parts = [function(items[start : start + self.batch_size]) for start in range(0, len(items), self.batch_size)]
+        # transformers 5 returns the features inside an output, 4 as they are
+        tensors = [part if isinstance(part, Tensor) else part.pooler_output for part in parts]
+        return torch.cat([torch.nn.functional.normalize(tensor, dim=-1).cpu() for tensor in tensors])
+
+    def _image_features(self, images: Tensor) -> Any:
+        arrays = list(images.permute(0, 2, 3, 1).numpy())
+        pixels = self.processor(arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        return self.model.get_image_features(pixel_values=pixels.to(self.model.device))
+
+    def _text_features(self, texts: Sequence[str]) -> Any:
+        most = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.model.device))
+
+
+class InceptionFeatures:
+    """InceptionV3's pooled features, (count, 2048), over which Fréchet and kernel distances are called FID and KID.
+
+    Network and resizing are torch-fidelity's ports of the original ones in TensorFlow, without antialiasing, as in
+    torchmetrics with ``antialias=False``. pytorch-fid places the pixels of a resized picture a little differently, so
+    its figures may differ in their last digits; compare only figures of one extractor.
+
+    Args:
+        model: torch-fidelity's ``FeatureExtractorInceptionV3`` with the output "2048".
+        device: Where it runs.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: str | torch.device = "cpu") -> None:
+        self.model = model.eval().to(device)
+        self.device = torch.device(device)
+        self.name = "InceptionV3"
+        self.dimensions = 2048
+        self.batch_size = 32
+
+    @classmethod
+    def load(cls, weights: str | Path | None = None, device: str | torch.device = "cpu") -> "InceptionFeatures":
+        """Load the port's weights from a file; they are downloaded by default. Needs torch-fidelity."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = None if weights is None else str(weights)
+        return cls(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], path), device)
+
+    @torch.inference_mode()
+    def of_images(self, images: Tensor) -> Tensor:
+        """Features (count, 2048), float32, on the CPU, of uint8 images (count, 3, height, width)."""
+        return self.model(images.to(self.device))[0].flatten(1).float().cpu()
+
+
+def clip_scores(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """100 · max(cosine, 0) for each picture and its text: (count,), from features (count, dimensions) of length 1.
+
+    From Hessel et al., "CLIPScore", https://arxiv.org/abs/2104.08718, with the factor that reports use.
+    """
+    return 100 * (image_features * text_features).sum(dim=-1).clamp(min=0)
