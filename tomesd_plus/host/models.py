@@ -4,6 +4,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tomesd_plus.host.arguments import positions
+
 Owner = TypeVar("Owner")
 
 
@@ -21,7 +23,8 @@ def unet_of(pipe: Any) -> nn.Module:
     """
     unet = getattr(pipe, "unet", pipe)
     unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, nn.Module) or not hasattr(unet, "set_attn_processor"):
+    called_as = positions(type(unet)) if isinstance(unet, nn.Module) else {}
+    if not hasattr(unet, "set_attn_processor") or not {"sample", "timestep"} <= called_as.keys():
         raise TypeError(
             f"expected a diffusers pipeline with a UNet (SD 1.x, 2.x, SDXL) or a UNet, not {type(pipe).__name__}"
         )

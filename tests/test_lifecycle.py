@@ -1,0 +1,306 @@
+"""What holds for everything that can be switched on: one list of features, one list of what may happen to them."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from conftest import INPUTS, generate, hooks, level_of, make_pipeline
+
+from tomesd_plus import (
+    ToMeProcessor,
+    apply_feature_cache,
+    apply_preset,
+    apply_token_merging,
+    feature_cache,
+    generation,
+    preset,
+    remove_feature_cache,
+    remove_preset,
+    remove_token_merging,
+    token_merging,
+    tomesd,
+)
+
+
+@dataclass
+class Feature:
+    """Something that can be switched on.
+
+    Args:
+        on, off: Functions of a pipeline.
+        inside: The same as a context manager; ``None`` if it has none.
+        twice: What happens when it is switched on twice: it is refused, or what is on is replaced.
+    """
+
+    on: Callable[[Any], Any]
+    off: Callable[[Any], Any]
+    inside: Callable[[Any], AbstractContextManager[Any]] | None = None
+    twice: str = "refused"
+
+
+def merging(**options):
+    return Feature(
+        lambda pipe: apply_token_merging(pipe, max_downsample=level_of(pipe), **options),
+        remove_token_merging,
+        lambda pipe: token_merging(pipe, max_downsample=level_of(pipe), **options),
+    )
+
+
+def cache(**options):
+    return Feature(
+        lambda pipe: apply_feature_cache(pipe, **options),
+        remove_feature_cache,
+        lambda pipe: feature_cache(pipe, **options),
+    )
+
+
+LAYERS = ["self_attention", "cross_attention", "mlp"]
+FEATURES = {
+    "bare processor": Feature(
+        lambda pipe: pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5, max_downsample=level_of(pipe))),
+        remove_token_merging,
+        twice="replaced",
+    ),
+    "merging": merging(ratio=0.5),
+    "merging all layers, full steps": merging(ratio=0.5, layers=LAYERS, full_steps=2, plan_every=2),
+    "whole blocks": merging(ratio=0.5, layers="block", full_steps=3),
+    "cache": cache(interval=2),
+    "cache, forecast": cache(interval=2, forecast=1.0, branch=1),
+    "adaptive cache": cache(interval=3, threshold=0.2),
+    "attention cache": cache(interval=2, branch="self_attention"),
+    "preset": Feature(
+        lambda pipe: apply_preset(pipe, "balanced"), remove_preset, lambda pipe: preset(pipe, "balanced")
+    ),
+    "drop-in": Feature(
+        lambda pipe: tomesd.apply_patch(pipe, ratio=0.5, max_downsample=level_of(pipe), use_rand=False),
+        tomesd.remove_patch,
+        twice="replaced",
+    ),
+}
+
+
+@pytest.fixture(params=FEATURES, ids=lambda name: name.replace(" ", "-"))
+def feature(request):
+    return FEATURES[request.param]
+
+
+def test_on_and_off(feature, any_pipe):
+    """It changes the picture, the same way each time; nothing stays when it goes."""
+    before = hooks(any_pipe), set(vars(any_pipe.unet)), any_pipe.unet.attn_processors.keys()
+    plain = generate(any_pipe)
+    feature.on(any_pipe)
+    first, second = generate(any_pipe), generate(any_pipe)
+    assert torch.equal(first, second) and not torch.equal(first, plain)
+    feature.off(any_pipe)
+    assert torch.equal(generate(any_pipe), plain)
+    assert (hooks(any_pipe), set(vars(any_pipe.unet)), any_pipe.unet.attn_processors.keys()) == before
+    left = [name for module in any_pipe.unet.modules() for name in vars(module) if "tomesd_plus" in name]
+    assert not left and not any("forward" in vars(module) for module in any_pipe.unet.modules())
+
+
+def test_on_twice(feature, pipe):
+    feature.on(pipe)
+    once = generate(pipe)
+    if feature.twice == "refused":
+        with pytest.raises(ValueError, match="already applied"):
+            feature.on(pipe)
+    else:
+        feature.on(pipe)
+    assert torch.equal(generate(pipe), once)
+
+
+def test_off_without_on(feature, pipe):
+    plain = generate(pipe)
+    if feature.off is tomesd.remove_patch:  # as tomesd's, which says nothing
+        feature.off(pipe)
+    else:
+        with pytest.warns(UserWarning, match="nothing to remove"):
+            feature.off(pipe)
+    assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("feature", [name for name in FEATURES if FEATURES[name].inside], indirect=True)
+def test_inside_a_with_block(feature, pipe):
+    plain = generate(pipe)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="in the block"), feature.inside(pipe):
+            assert not torch.equal(generate(pipe), plain)
+            raise KeyError("in the block")
+        assert torch.equal(generate(pipe), plain) and not hooks(pipe)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_failure_in_mid_run(feature, error, step, pipe):
+    feature.on(pipe)
+    expected = generate(pipe)
+    calls = []
+
+    def fail(layer, args):
+        calls.append(layer)
+        if len(calls) == step + 1:
+            raise error("in the middle")
+
+    layer = pipe.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].ff  # runs on cached steps too
+    handle = layer.register_forward_pre_hook(fail)
+    with pytest.raises(error, match="in the middle"):
+        generate(pipe)
+    handle.remove()
+    assert torch.equal(generate(pipe), expected)
+    feature.off(pipe)
+    assert not hooks(pipe)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("when", ["before the first call", "after a generation", "in the middle of one"])
+def test_copies(feature, how, when, pipe):
+    """A copy goes on by itself, has nothing of the original's generation, and can be switched off."""
+    plain = generate(pipe)
+    feature.on(pipe)
+    copied = []
+
+    def make_copy(*_):
+        copied.append(copy.deepcopy(pipe.unet) if how == "deepcopy" else pickle.loads(pickle.dumps(pipe.unet)))
+        return {}
+
+    if when == "before the first call":
+        make_copy()
+    expected = generate(pipe)
+    if when == "after a generation":
+        make_copy()
+    elif when == "in the middle of one":
+        generate(pipe, callback_on_step_end=lambda pipe, index, timestep, kwargs: make_copy() if index == 1 else {})
+    twin = copy.copy(pipe)
+    twin.unet = copied[0]
+    assert torch.equal(generate(twin), expected)
+    feature.off(twin)
+    assert torch.equal(generate(twin), plain)
+    assert torch.equal(generate(pipe), expected)
+
+
+def test_two_threads(feature, pipe):
+    """Two pipelines of the same components, with a scheduler each, give in two threads what they give in turn."""
+    feature.on(pipe)
+    steps, seeds = {0: 4, 1: 6}, range(2)  # out of step with each other
+    in_turn = {seed: generate(pipe, seed, num_inference_steps=steps[seed]) for seed in seeds}
+    made: dict[int, list[Any]] = {seed: [] for seed in seeds}
+    start = threading.Barrier(2)
+
+    def run(seed):
+        own = type(pipe)(**pipe.components, requires_safety_checker=False)
+        own.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        own.set_progress_bar_config(disable=True)
+        start.wait()
+        made[seed] += [generate(own, seed, num_inference_steps=steps[seed]) for _ in range(4)]
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {seed: [torch.equal(each, in_turn[seed]) for each in made[seed]] for seed in seeds} == {
+        seed: [True] * 4 for seed in seeds
+    }
+
+
+def test_the_drop_ins_random_numbers_in_two_threads(pipe):
+    """Each thread draws as a fresh patch in one thread does: from a copy of the global generator."""
+    torch.manual_seed(3)
+    tomesd.apply_patch(pipe, ratio=0.5)
+    expected = [generate(pipe), generate(pipe)]
+    assert not torch.equal(*expected)
+    tomesd.apply_patch(pipe, ratio=0.5)
+    torch.manual_seed(3)
+    made: list[list[Any]] = [[], []]
+
+    def run(index):
+        own = copy.copy(pipe)
+        own.scheduler = copy.deepcopy(pipe.scheduler)
+        made[index] += [generate(own), generate(own)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, other) for pictures in made for one, other in zip(pictures, expected, strict=True))
+
+
+@pytest.mark.parametrize("first", ["the feature", "the hook"])
+def test_a_foreign_hook(feature, first, pipe):
+    """Somebody else's hooks run, whoever came first, and stay when the feature goes."""
+    seen = []
+
+    def hook_in():
+        return [
+            pipe.unet.register_forward_pre_hook(lambda *args: seen.append("before")),
+            pipe.unet.register_forward_hook(lambda *args: seen.append("after")),
+        ]
+
+    if first == "the hook":
+        hook_in()
+    feature.on(pipe)
+    if first == "the feature":
+        hook_in()
+    with_hook = generate(pipe)
+    assert seen == ["before", "after"] * 4
+    feature.off(pipe)
+    seen.clear()
+    plain = generate(pipe)
+    assert seen == ["before", "after"] * 4 and not torch.equal(plain, with_hook)
+    assert hooks(pipe) == [""]
+
+
+def test_other_sizes_and_batches(feature, pipe):
+    """A picture does not depend on what was made before it."""
+    calls = [{}, {"height": 48, "width": 32}, {"prompt": ["a cat", "a"]}, {"guidance_scale": 1.0}, {}]
+    feature.on(pipe)
+    in_turn = [generate(pipe, **call) for call in calls]
+    for call, picture in zip(calls, in_turn, strict=True):
+        feature.off(pipe)
+        feature.on(pipe)
+        assert torch.equal(generate(pipe, **call), picture)
+
+
+@torch.no_grad()
+def test_generations_of_ones_own(feature, pipe):
+    """Two loops in turn, one of which begins in the middle of the schedule, as if each ran by itself."""
+    unet, text = pipe.unet, INPUTS["encoder_hidden_states"]
+    samples = [INPUTS["sample"], INPUTS["sample"].flip(-1)]
+    schedules = [(901, 801, 701, 601), (500, 400, 300, 200)]
+    expected = []
+    for sample, timesteps in zip(samples, schedules, strict=True):
+        feature.on(pipe)
+        expected.append([unet(sample, timestep, text).sample for timestep in timesteps])
+        feature.off(pipe)
+    feature.on(pipe)
+    unet(samples[1], 950, text)  # a generation outside of both, which is left and taken up again
+    scopes = [generation(pipe), generation(pipe)]
+    made: list[list[Any]] = [[], []]
+    for place in range(4):
+        for index in range(2):
+            with scopes[index]:
+                made[index].append(unet(samples[index], schedules[index][place], text).sample)
+    assert [[torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(made, expected)] == [[True] * 4] * 2
+
+
+@torch.no_grad()
+def test_a_generation_of_ones_own_may_rise(pipe):
+    """As in DDIM inversion; without the scope each rise would look like a new generation."""
+    report = apply_feature_cache(pipe, interval=2)
+    merged = apply_token_merging(pipe, ratio=0.5, full_steps=2)
+    with generation(pipe) as scope:
+        for timestep in (100, 300, 500, 700):
+            pipe.unet(INPUTS["sample"], timestep, INPUTS["encoder_hidden_states"])
+        with pytest.raises(RuntimeError, match="under way"), scope:
+            pass
+    assert [step.full for step in report.steps] == [True, False, True, False]
+    assert [bool(step.removed) for step in merged.steps] == [False, True, False, True]
+    with pytest.raises(TypeError, match="UNet"):
+        generation(make_pipeline("sd").vae)
