@@ -110,14 +110,21 @@ class Decider:
 
     def _kept(self, call: Call, layer: nn.Module) -> Tensor | None:
         """The layer's output of the last full step, on the steps between."""
-        kept = None if self.config.full_steps is None or call.full else getattr(layer, KEPT, None)
-        return kept.outputs[call.place] if isinstance(kept, KeptOutputs) else None
+        if self.config.full_steps is None or call.full:
+            return None
+        if not call.running and not torch.compiler.is_compiling():
+            return call.used.get(layer)
+        kept = getattr(layer, KEPT, None)
+        output = kept.outputs[call.place] if isinstance(kept, KeptOutputs) else None
+        if output is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call.used[layer] = output  # a checkpointed block may be run again after other calls
+        return output
 
     def _keep_in(
         self, call: Call, layer: nn.Module, hidden_states: Tensor, role: Role, obstacle: Reason | None
     ) -> tuple[KeptOutputs, int] | None:
         """Where a full step's output is kept, if other steps merge the layer."""
-        if not call.full or call.step.ambiguous or (role == "block" and obstacle is not None):
+        if not call.full or not call.running or call.step.ambiguous or (role == "block" and obstacle is not None):
             return None
         if not self.plans.merges_at(call.levels.get(hidden_states.shape[1])) or self.plans.skipped(call, layer):
             return None

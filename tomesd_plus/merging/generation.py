@@ -127,6 +127,7 @@ class Call:
         record: Where to note what is done; ``None`` while the gate measures.
         running: Between the model's pre-hook and its hook.
         block: The block under way.
+        used: The kept outputs that layers have used, where gradients are wanted.
         ran: The levels, by downsample, at which a layer has run.
         trial: Of a call of the gate's own: the state that the measured block begins with.
     """
@@ -142,6 +143,7 @@ class Call:
     record: Record | None = None
     running: bool = True
     block: BlockState = field(default_factory=BlockState)
+    used: dict[torch.nn.Module, Tensor] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
     trial: BlockState | None = None
 
