@@ -1,5 +1,5 @@
-"""Names with a meaning of their own, where a command or function otherwise takes a path or a hub id."""
+"""Names that commands and functions accept in place of a path or a hub id."""
 
-TINY = "tiny"  # the embedded pipeline; among extractors the embedded CLIP
+TINY = "tiny"  # the embedded pipeline, or as an extractor the embedded CLIP
 EMBEDDED = "embedded"  # the package's held-out captions, or its reference statistics
 INCEPTION = "inception"  # torch-fidelity's InceptionV3
