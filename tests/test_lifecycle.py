@@ -287,7 +287,9 @@ def test_generations_of_ones_own(feature, pipe):
         for index in range(2):
             with scopes[index]:
                 made[index].append(unet(samples[index], schedules[index][place], text).sample)
-    assert [[torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(made, expected)] == [[True] * 4] * 2
+    assert [[torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(made, expected)] == [
+        [True] * 4
+    ] * 2
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def test_an_adaptive_ratio_is_an_option_like_others(pipe):
         for similarity in (-1, 1)
     ]
     skipped = parse_configuration("merge: {ratio: {1: 0.5}, whole_every: full, skipped_ratio: {similarity: 0.9}}")
-    assert all(configuration.by_batch for configuration in [*configurations, skipped])
+    assert all(configuration.depends_on_batch for configuration in [*configurations, skipped])
     rows = compare(pipe, ["a", "b"], configurations, Sampling(2, 1.0, 64, 64)).rows
     assert [row.removed[1] for row in rows] == [0.25, 0.0]
     assert [len(row.removed_by_prompt) for row in rows] == [2, 2]

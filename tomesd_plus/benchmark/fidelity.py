@@ -1,4 +1,4 @@
-"""Speed counts only beside fidelity: each setting's PSNR on the embedded pipeline, computed once and kept."""
+"""The PSNR of each setting on the embedded pipeline, because a speed-up means little without it; cached in a file."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -26,28 +26,31 @@ def embedded_psnr(
     steps: int = 25,
     on_step: Callable[[str], None] | None = None,
 ) -> dict[tuple[str, str, str], float]:
-    """Mean PSNR, dB, to the untouched pipeline's pictures of the same prompts and seeds, by the settings' keys.
+    """Mean PSNR in dB against the untouched pipeline's images of the same prompts and seeds, by the settings' keys.
 
-    The embedded pipeline has self-attention at full resolution, so ``levels`` counts from there, in float32.
+    It runs in float32. The embedded pipeline has self-attention at full resolution, so levels are counted from there.
 
     Args:
-        settings: Ideals, gates and peers that are not installed are left out.
-        path: The JSON file that keeps what was computed, as long as prompts, steps and version are the same.
-        device: Where to run it.
-        prompts: How many of the embedded pipeline's held-out captions; 0: only what is kept.
+        settings: Ideals, settings with a gate, and packages that are not installed are skipped.
+        path: The JSON file that caches results; entries are valid for the same prompts, steps and version.
+        device: Where to run the pipeline.
+        prompts: Number of held-out captions; 0 for cached results only.
         steps: Denoising steps.
         on_step: Called with a setting's name after each step.
+
+    Returns:
+        PSNR by setting key.
     """
     sampling = Sampling(steps, usual_guidance(TINY))
     guidance = f"guidance {sampling.guidance_scale:g}"
     conditions = f"{prompts} prompts, {steps} steps, {guidance}, tomesd_plus {__version__}"
     kept = read_json(path) if path.exists() else {}
-    wanted = {_name(setting, conditions): setting for setting in settings if _has_pictures(setting)}
+    wanted = {_name(setting, conditions): setting for setting in settings if _can_generate(setting)}
     missing = {name: setting for name, setting in wanted.items() if name not in kept}
     if missing and prompts:
         compared = [replace(setting.configuration(), name=name) for name, setting in missing.items()]
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # for what draws from the global generator, as tomesd does
+            torch.manual_seed(0)  # tomesd draws from the global generator
             pipe = load_tiny_pipeline(device=device)
             pipe.set_progress_bar_config(disable=True)
             made = compare(pipe, held_out_captions()[:prompts], compared, sampling, on_step=on_step)
@@ -61,11 +64,11 @@ def _name(setting: Setting, conditions: str) -> str:
     return f"{name}; ratio {ratio or '-'}; levels {levels}; {conditions}"
 
 
-def _has_pictures(setting: Setting) -> bool:
+def _can_generate(setting: Setting) -> bool:
     if setting == UNTOUCHED or "ideal" in setting.switches:
         return False
     if setting.switches.get("merge", {}).get("levels", "all") != "all":
-        return False  # a gate would decide by what pays on the embedded pipeline
+        return False  # the gate would decide by times on the embedded pipeline, not on the measured UNet
     try:
         setting.check()
     except EvaluationError:

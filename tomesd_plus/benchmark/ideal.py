@@ -1,4 +1,4 @@
-"""Fewer tokens at no cost: what merging could save if matching, merging and unmerging took no time."""
+"""The ideal: layers that run on fewer tokens, without the time of matching, merging and unmerging."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,21 +12,21 @@ from tomesd_plus.matching import max_removed
 from tomesd_plus.merging.config import ToMeConfig
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional arguments and keywords."""
+"""Positional and keyword arguments of a layer's call."""
 
 
 @contextmanager
 def fewer_tokens(unet: nn.Module, config: ToMeConfig, height: int, width: int) -> Iterator[None]:
-    """Let the layers that a configuration merges run on as few tokens, inside a ``with`` block.
+    """Run the layers that a configuration merges on the reduced number of tokens, inside a ``with`` block.
 
-    They are given the first tokens, as a view, and in place of their output a tensor of zeros for all tokens is handed
-    on that is there already. The pictures are worthless; the times are the least that merging these layers at this
-    ratio could take. Not for ``torch.compile``, which would see that the output is not used.
+    Each layer gets a view of its first tokens; a preallocated tensor of zeros for all tokens replaces its output. The
+    result is meaningless, but its time is the lower bound for merging these layers at this ratio. Not for
+    ``torch.compile``, which would remove layers whose output is not used.
 
     Args:
         unet: The UNet.
-        config: Which layers, at which levels, and the ratio, the same at every step.
-        height, width: Of the latents.
+        config: Layers, levels and the ratio, which must be the same at every step.
+        height, width: Size of the latents.
     """
     kept, zeros = _kept(config, height, width), _Zeros()
     handles: list[Any] = []
@@ -43,7 +43,7 @@ def fewer_tokens(unet: nn.Module, config: ToMeConfig, height: int, width: int) -
 
 
 def _kept(config: ToMeConfig, height: int, width: int) -> dict[int, int]:
-    """How many tokens are kept of how many, where any are removed."""
+    """The number of tokens kept, by the number of tokens, where any are removed."""
     kept = {}
     for downsample, schedule in config.schedules.items():
         rows, columns = -(-height // downsample), -(-width // downsample)
@@ -57,7 +57,7 @@ def _kept(config: ToMeConfig, height: int, width: int) -> dict[int, int]:
 def _hooks(
     block: Any, config: ToMeConfig, kept: dict[int, int], zeros: "_Zeros"
 ) -> Iterator[tuple[nn.Module, "_Fewer"]]:
-    """The layers of a block that are merged, each with hooks of its own."""
+    """The merged layers of a block, each with its hooks."""
     if config.merge_block:
         yield block, _Fewer(kept, zeros)
         return
@@ -71,7 +71,7 @@ def _hooks(
 
 
 class _Zeros:
-    """One tensor of zeros for each shape and dtype; nobody writes into it."""
+    """A shared, read-only tensor of zeros for each shape and dtype."""
 
     def __init__(self) -> None:
         self.tensors: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
@@ -88,8 +88,8 @@ class _Fewer:
     """The hooks around one layer.
 
     Args:
-        kept: How many tokens are kept of how many.
-        zeros: What is handed on.
+        kept: The number of tokens kept, by the number of tokens.
+        zeros: Source of the tensors that replace the output.
     """
 
     def __init__(self, kept: dict[int, int], zeros: _Zeros) -> None:
@@ -103,8 +103,8 @@ class _Fewer:
         fewer = hidden_states[:, : self.kept.get(self.tokens, self.tokens)]
         return self.call(args, kwargs, hidden_states, fewer)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Tensor, fewer: Tensor) -> Call:
-        """The layer's call in which fewer tokens stand for the whole ones."""
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], full: Tensor, fewer: Tensor) -> Call:
+        """The layer's call with fewer tokens in place of the full ones."""
         return ((fewer, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": fewer})
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -112,10 +112,10 @@ class _Fewer:
 
 
 class _FewerQueries(_Fewer):
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Tensor, fewer: Tensor) -> Call:
-        return super().call(args, kwargs | {"encoder_hidden_states": whole}, whole, fewer)
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], full: Tensor, fewer: Tensor) -> Call:
+        return super().call(args, kwargs | {"encoder_hidden_states": full}, full, fewer)
 
 
 class _FewerKeys(_Fewer):
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Tensor, fewer: Tensor) -> Call:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], full: Tensor, fewer: Tensor) -> Call:
         return args, kwargs | {"encoder_hidden_states": fewer}

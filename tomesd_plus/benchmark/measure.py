@@ -1,4 +1,7 @@
-"""Times one workload: all its settings in turn, each on a UNet of its own with the weights of all."""
+"""Time the settings of a workload in turn, each on its own copy of the UNet with shared weights.
+
+Not with torch.utils.benchmark, which times one function after another: a slow phase would affect one setting only.
+"""
 
 import copy
 import math
@@ -20,10 +23,10 @@ from tomesd_plus.evaluation.errors import first_line
 from tomesd_plus.evaluation.generation.devices import MEBIBYTE, dtype_by_name, peak_memory
 from tomesd_plus.host.clock import moment, seconds_between
 
-MAX_CALLS = STEPS  # in a run
-REFERENCE_CALLS = 5  # the first setting, which all are compared with, runs as long as the longest, up to so many calls
-LEAST_ROUNDS = 3  # fewer, where time runs out, give no row
-RECOMPILE_LIMIT = 256  # every setting is a graph of the same code
+MAX_CALLS = STEPS  # per run
+REFERENCE_CALLS = 5  # at most; the first setting, the reference, makes as many calls per run as the longest cycle
+MIN_ROUNDS = 3  # with fewer at the deadline, the results are discarded
+RECOMPILE_LIMIT = 256  # every setting compiles the same code again
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Workload:
 
     Args:
         shape: One of :data:`~tomesd_plus.benchmark.shapes.SHAPES`.
-        size: Height and width of the picture, pixels.
-        batch: Samples, both guidance branches counted.
+        size: Height and width of the image, pixels.
+        batch: Batch size of the UNet, which includes both guidance branches.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         compiled: Whether ``unet.compile_repeated_blocks(fullgraph=True)`` is on.
     """
@@ -49,18 +52,18 @@ class Workload:
 
     @property
     def mode(self) -> str:
-        """Eager or compiled."""
+        """``"eager"`` or ``"compiled"``."""
         return "compiled" if self.compiled else "eager"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How often is measured.
+    """How often and how long to measure.
 
     Args:
-        repeats: Rounds, each of which runs every setting once.
-        run_seconds: A run takes at least about so long: that of a fast UNet is of several calls.
-        deadline: When to stop, of ``time.monotonic()``.
+        repeats: Number of rounds; each runs every setting once.
+        run_seconds: Approximate minimum time of a run; with a fast UNet, a run has several calls.
+        deadline: When to stop, as a value of ``time.monotonic()``.
     """
 
     repeats: int = 5
@@ -69,21 +72,21 @@ class Protocol:
 
     @property
     def is_over(self) -> bool:
-        """True if time is up."""
+        """True after the deadline."""
         return time.monotonic() > self.deadline
 
 
 @dataclass
 class Measured:
-    """What one setting gave.
+    """The measurements of one setting.
 
     Args:
-        setting: Which.
-        seconds: Of a UNet call, the mean of each run.
-        calls: UNet calls a run.
-        matching_seconds, merging_seconds: Of a UNet call, eager: finding plans; merging and unmerging. ``None`` where
-            the package's own functions do not run.
-        memory_mib: Peak.
+        setting: The setting.
+        seconds: For each run, the mean time of a UNet call.
+        calls: UNet calls per run.
+        matching_seconds, merging_seconds: Time per UNet call, in eager mode, of finding plans, and of merging and
+            unmerging; ``None`` if the setting does not use this package's merging.
+        memory_mib: Peak memory.
         failure: Why there are no times.
     """
 
@@ -103,19 +106,19 @@ def measure(
     protocol: Protocol,
     on_run: Callable[[str], None] | None = None,
 ) -> list[Measured]:
-    """Run settings in turn, so that a machine's noise meets them alike; a warm-up of each goes before.
+    """Run settings in turn, so that changes in the machine's load affect all of them alike; a warm-up comes first.
 
-    Every run begins a generation: as many calls as it takes until a setting's work repeats, or a multiple.
+    Every run begins a new generation. Its number of calls is a multiple of the setting's cycle.
 
     Args:
-        workload: What runs.
-        settings: The first is the one whose time tells how many calls make a run.
-        device: Where.
-        protocol: How often.
+        workload: The UNet and its input.
+        settings: The first one is the reference; its time determines the number of calls per run.
+        device: Where to run.
+        protocol: How often and how long to measure.
         on_run: Called with the setting's name before each run.
 
     Returns:
-        An entry a setting; none at all if time was up too soon.
+        An entry for each setting; empty if the deadline came too early.
     """
     before_run = on_run or (lambda name: None)
     unet = build_unet(SHAPES[workload.shape], dtype_by_name(workload.dtype, device), device)
@@ -134,31 +137,31 @@ def measure(
                     stack.enter_context(own.pop_all())
                 candidates.append(candidate)
                 results.append(candidate.measured)
-            except Exception as error:  # of a peer, a compiler, a full memory: the others go on
+            except Exception as error:  # other packages, the compiler, out of memory: continue with the others
                 reason = first_line(error)[:120]
                 results.append(Measured(setting, failure=f"failed: {type(error).__name__}: {reason}"))
         if results[0].failure:
-            return results[:1]  # there is nothing to compare with
+            return results[:1]  # no reference
         least = protocol.run_seconds / candidates[0].run(1)
         reference = min(REFERENCE_CALLS, max(candidate.measured.setting.cycle for candidate in candidates))
         for done in range(protocol.repeats):
             if protocol.is_over:
-                return results if done >= LEAST_ROUNDS else []
+                return results if done >= MIN_ROUNDS else []
             for candidate in candidates:
                 before_run(candidate.measured.setting.name)
                 candidate.run_and_time(max(least, reference) if candidate is candidates[0] else least)
     if workload.compiled:
-        torch.compiler.reset()  # its graphs would keep the UNets
+        torch.compiler.reset()  # its graphs hold references to the UNets
     return results
 
 
 class _Candidate:
-    """A setting that is on.
+    """A setting that has been switched on.
 
     Args:
-        setting: Which.
-        pipe: A UNet of its own, and a scheduler.
-        inputs: Of the UNet.
+        setting: The setting.
+        pipe: A stand-in for a pipeline: a UNet and a scheduler.
+        inputs: Inputs of the UNet.
     """
 
     def __init__(self, setting: Setting, pipe: Any, inputs: dict[str, Any]) -> None:
@@ -167,19 +170,19 @@ class _Candidate:
         self.inputs = inputs
 
     def run(self, calls: int) -> float:
-        """Begin a generation; returns the seconds that its UNet calls took."""
+        """Begin a generation; return the time of its UNet calls in seconds."""
         inputs = dict(self.inputs)
         sample = inputs.pop("sample")
-        self.pipe.scheduler.set_timesteps(STEPS, device=sample.device)  # new tensors: a new generation
+        self.pipe.scheduler.set_timesteps(STEPS, device=sample.device)  # new timestep tensors mark a new generation
         start = moment(sample.device)
         for timestep in self.pipe.scheduler.timesteps[:calls]:
             self.pipe.unet(sample, timestep, **inputs, return_dict=False)
         return seconds_between(start, moment(sample.device))
 
     def warm_up(self, device: torch.device, bare: float, compiled: bool) -> None:
-        """Run to watch the memory and the package's own functions, both of which would disturb the times."""
+        """Measure memory and the package's own functions, which would disturb the timed runs."""
         cycle, measured = self.measured.setting.cycle, self.measured
-        others = _allocated(device) - bare  # what other settings keep from step to step
+        others = _allocated(device) - bare  # tensors that other settings keep between steps
         if compiled:
             with peak_memory(device) as peak:
                 self.run(cycle)
@@ -188,7 +191,7 @@ class _Candidate:
             self.run(cycle)
         else:
             if "levels" in self.measured.setting.switches.get("merge", {}):
-                self.run(1)  # in which a gate measures
+                self.run(1)  # the gate measures in this call
             with peak_memory(device) as peak, watched(device) as spent:
                 self.run(cycle)
         measured.memory_mib = (peak[0] - others) / MEBIBYTE
@@ -196,7 +199,7 @@ class _Candidate:
             measured.matching_seconds, measured.merging_seconds = (spent[kind] / cycle for kind in WATCHED)
 
     def run_and_time(self, least: float) -> None:
-        """Run about as many calls as wanted."""
+        """Time one run of at least this many calls, rounded up to the setting's cycle and limited to MAX_CALLS."""
         cycle = self.measured.setting.cycle
         calls = cycle * max(1, min(math.ceil(least / cycle), MAX_CALLS // cycle))
         self.measured.calls = calls
@@ -209,7 +212,7 @@ def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: to
     dtype = dtype_by_name(workload.dtype, device)
     pipe = stand_in(unet)
     if workload.compiled:
-        # at the first call; tomesd makes a generator in its forward, which breaks the graph
+        # tomesd creates a generator in its forward, which breaks the graph
         pipe.unet.compile_repeated_blocks(fullgraph=PACKAGE not in setting.switches)
     with setting.switched_on(pipe, shape.finest, (latent, latent)):
         yield _Candidate(
@@ -220,12 +223,12 @@ def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: to
 
 
 def stand_in(unet: nn.Module) -> SimpleNamespace:
-    """What settings are switched on for, in place of a pipeline: a scheduler, and a twin of a UNet."""
+    """A stand-in for a pipeline, on which settings can be switched on: a scheduler and a copy of the UNet."""
     return SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
 
 
 def twin(unet: nn.Module) -> nn.Module:
-    """A copy with modules of its own and the same tensors, so that it takes no memory."""
+    """Copy the modules but share the tensors, so that the copy takes no memory."""
     tensors = (*unet.parameters(), *unet.buffers())
     return copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
 

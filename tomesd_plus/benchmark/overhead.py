@@ -1,4 +1,4 @@
-"""How much of a UNet call is matching, and how much merging and unmerging."""
+"""The time that a UNet call spends in matching, and in merging and unmerging."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,12 +22,12 @@ WATCHED: dict[str, tuple[tuple[Any, str], ...]] = {
     ),
     "merging": ((MergePlan, "merge"), (MergePlan, "unmerge"), (tomesd.TomesdPlan, "merge")),
 }
-"""The functions whose time is told apart from the layers'."""
+"""The timed functions: each is an attribute of a module or class."""
 
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[dict[str, float]]:
-    """Yields what will be, after the ``with`` block, the seconds spent there in the functions of :data:`WATCHED`."""
+    """Time the functions of :data:`WATCHED` inside a ``with`` block; afterwards the yielded dict has the seconds."""
     seconds = dict.fromkeys(WATCHED, 0.0)
     calls: dict[str, list[tuple[Moment, Moment]]] = {kind: [] for kind in WATCHED}
     inside = False
@@ -35,7 +35,7 @@ def watched(device: torch.device) -> Iterator[dict[str, float]]:
     def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal inside
-            if inside:  # one of them calls another
+            if inside:  # a timed function calls another
                 return function(*args, **kwargs)
             inside, start = True, moment(device)
             try:

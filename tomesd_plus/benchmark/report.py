@@ -1,4 +1,4 @@
-"""The benchmark's rows for people: Markdown tables, and a picture of speed-up over size."""
+"""Markdown tables of the benchmark's rows, and a plot of speed-up over image size."""
 
 import io
 from collections import Counter
@@ -14,19 +14,19 @@ from tomesd_plus.benchmark.settings import IDEAL, UNTOUCHED
 from tomesd_plus.evaluation.file_io import atomic_write
 
 LEGEND = """\
-Weights are random: the cost depends on shapes, not on weights. A batch counts both guidance branches. Times are
-medians over runs in turn with the untouched UNet (PyTorch's scaled-dot-product attention), brackets their least and
-greatest; a speed-up is the median of such pairs. *Efficiency* is the share of what the same layers on as few tokens
-would save at no cost (rows named *ideal*). Matching and merging are measured eager, by themselves. *PSNR* is that
-setting's on the embedded 64 × 64 pipeline, to the untouched pictures of the same seeds: a tiny model, for comparing
-settings, and the same at whatever size the row is."""
+Weights are random: the cost depends on shapes, not on weights. The batch size includes both guidance branches. Times
+are medians of runs interleaved with the untouched UNet (PyTorch's scaled-dot-product attention), brackets their
+minimum and maximum; a speed-up is the median over pairs of runs. *Efficiency* is the share of the *ideal* row's saving
+that is reached; there the same layers run on as few tokens without overhead. Matching and merging are measured
+separately, in eager mode. *PSNR* is the setting's on the embedded 64 × 64 pipeline, against the untouched images of
+the same seeds: a tiny model, for comparing settings only, whatever the size of the row."""
 HEADER = ("setting", "ratio", "levels", "ms / UNet step", "speed-up", "efficiency", "matching ms", "merging ms",
           "peak MiB", "PSNR dB", "note")  # fmt: skip
-MAX_LINES = 20  # of a plot
+MAX_LINES = 20  # per plot
 
 
 def save_report(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
-    """Write ``NAME.md``, and ``NAME.png`` if there are speed-ups; returns which."""
+    """Write ``NAME.md``, and ``NAME.png`` if there are speed-ups; return their paths."""
     paths = [folder / f"{name}.md"]
     atomic_write(paths[0], as_markdown(rows))
     figure = speedup_figure(rows)
@@ -39,7 +39,7 @@ def save_report(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """A table for each workload, by speed-up."""
+    """A table for each workload, sorted by speed-up."""
     lines = [LEGEND]
     for workload in dict.fromkeys(row.workload for row in rows):
         own = [row for row in rows if row.workload == workload]
@@ -58,9 +58,9 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def speedup_figure(rows: Sequence[Row]) -> Figure | None:
-    """Speed-up over size, a part for each shape, batch, dtype, mode and device; ``None`` without speed-ups.
+    """Plot speed-up over image size, with axes for each shape, batch, dtype, mode and device; ``None`` without data.
 
-    Settings measured at one size are drawn only where none was at several.
+    Settings that were measured at one size only are drawn if all were.
     """
     timed = [row for row in rows if row.speedup and row.setting != UNTOUCHED.name]
     groups = list(dict.fromkeys((row.shape, *row.workload[2:]) for row in timed))
@@ -75,8 +75,8 @@ def speedup_figure(rows: Sequence[Row]) -> Figure | None:
     for axis, group in zip(axes.flat, groups):
         own = [row for row in timed if (row.shape, *row.workload[2:]) == group]
         axis.set_prop_cycle(color=[colormaps["tab20"](index) for index in range(MAX_LINES)])
-        counts = Counter(row.label for row in own)  # those of most sizes are drawn, and presets
-        if max(counts.values()) > 1:  # one size makes no line
+        counts = Counter(row.label for row in own)  # settings with the most sizes come first, then presets
+        if max(counts.values()) > 1:  # a single size makes no line
             counts = Counter({label: count for label, count in counts.items() if count > 1})
         for label in sorted(counts, key=lambda label: (-counts[label], not label.startswith("preset")))[:MAX_LINES]:
             line = sorted((row for row in own if row.label == label), key=lambda row: int(row.size))
@@ -102,7 +102,7 @@ def speedup_figure(rows: Sequence[Row]) -> Figure | None:
 
 
 def _order(row: Row) -> tuple[bool, bool, float]:
-    """The untouched UNet first, then by speed-up; what failed comes last."""
+    """Sort key: the untouched UNet first, then by speed-up, failures last."""
     return row.setting != UNTOUCHED.name, bool(row.note.startswith("failed")), float(row.speedup or 0)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's table: its rows, how they come from measured times, and their CSV file."""
+"""The rows of the benchmark's table: computed from measured times, stored as CSV."""
 
 import csv
 import io
@@ -20,24 +20,24 @@ from tomesd_plus.version import __version__
 
 @dataclass(frozen=True)
 class Row:
-    """A setting on a workload, all as text, so that a file gives back what was written; ``""`` is not known.
+    """A setting on a workload. All values are text, so that a file is read as it was written; ``""`` is unknown.
 
     Args:
-        shape, size, batch, dtype, mode, device: What ran where. Size in pixels; the batch counts both guidance
-            branches; the mode is eager or compiled.
+        shape, size, batch, dtype, mode, device: The workload and its device. Size in pixels; the batch includes both
+            guidance branches; the mode is eager or compiled.
         setting, ratio, levels: See :class:`~tomesd_plus.benchmark.settings.Setting`.
-        step_ms, step_ms_low, step_ms_high: Time of a UNet call, ms: median, least and greatest over the runs.
-        speedup, speedup_low, speedup_high: The untouched UNet's time divided by this one's, round by round.
-        efficiency: Share of what merging can save that is saved, see :func:`merge_efficiency`.
-        matching_ms: Of a UNet call: drawing cells and finding plans; eager, and on a GPU by events around each.
-        merging_ms: The same of merging and unmerging.
-        memory_mib: Peak: what PyTorch allocated on a GPU; on a CPU the process's resident memory, in which there is
-            also what other settings keep from step to step.
-        psnr: dB, of pictures of the embedded pipeline to the untouched one's with the same seeds.
-        runs, calls: How many runs were timed, and UNet calls a run.
+        step_ms, step_ms_low, step_ms_high: Time of a UNet call, ms: median, minimum and maximum over the runs.
+        speedup, speedup_low, speedup_high: The untouched UNet's time divided by this one's in the same round.
+        efficiency: Share of the possible saving that is reached, see :func:`merge_efficiency`.
+        matching_ms: Time per UNet call of drawing cells and finding plans, eager; on a GPU measured by events.
+        merging_ms: The same for merging and unmerging.
+        memory_mib: Peak memory: allocated by PyTorch on a GPU; on a CPU resident memory of the process, which includes
+            what other settings keep between steps.
+        psnr: dB, of the embedded pipeline's images against the untouched pipeline's with the same seeds.
+        runs, calls: Timed runs, and UNet calls per run.
         tomesd_plus, torch, diffusers: Versions.
-        date: When it was measured, UTC.
-        note: A peer's version, or why there are no times.
+        date: Date of the measurement, UTC.
+        note: Version of another package, or why there are no times.
     """
 
     shape: str
@@ -70,23 +70,23 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells it from others: a row with the same is not measured again."""
+        """Identifies a row: an existing row with the same key is not measured again."""
         return astuple(self)[:12]
 
     @property
     def workload(self) -> tuple[str, ...]:
-        """What it shares with the rows that it is compared with."""
+        """Workload, device and versions: rows are compared with rows of the same."""
         return (*self.key[:6], *self.key[9:])
 
     @property
     def label(self) -> str:
-        """Its setting and ratio in a few words."""
+        """Short name of setting, ratio and levels."""
         depth = f", {self.levels} levels" if self.levels != "1" else ""
         return f"{self.setting}{f', {self.ratio}' if self.ratio else ''}{depth}"
 
 
 def blank_row(workload: Workload, setting: Setting, device: str) -> Row:
-    """A row that was not measured yet."""
+    """A row without measurements."""
     return Row(
         workload.shape, str(workload.size), str(workload.batch), workload.dtype, workload.mode, device, *setting.key,
         __version__, torch.__version__, diffusers.__version__,
@@ -96,13 +96,13 @@ def blank_row(workload: Workload, setting: Setting, device: str) -> Row:
 def make_rows(
     workload: Workload, measured: Sequence[Measured], device: str, psnr: dict[tuple[str, str, str], float]
 ) -> list[Row]:
-    """The rows of settings that were measured together, the untouched UNet first.
+    """Make the rows of settings that were measured together.
 
     Args:
-        workload: What ran.
-        measured: The times.
-        device: Its name.
-        psnr: dB by the settings' keys.
+        workload: The workload.
+        measured: The measurements, the untouched UNet's first.
+        device: Name of the device.
+        psnr: PSNR in dB by setting key.
     """
     base, *_ = measured
     shares = {each.setting.key: _share(each, base) for each in measured if each.seconds}
@@ -110,7 +110,7 @@ def make_rows(
     for each in measured:
         values: dict[str, str] = {"note": each.failure or each.setting.note}
         if each.seconds:
-            speedups = [whole / own for whole, own in zip(base.seconds, each.seconds, strict=True)]
+            speedups = [untouched / own for untouched, own in zip(base.seconds, each.seconds, strict=True)]
             ideal, efficiency = each.setting.ideal, None
             if ideal is not None and ideal.key in shares:
                 efficiency = merge_efficiency(1.0, shares[each.setting.key], shares[ideal.key])
@@ -135,15 +135,15 @@ def make_rows(
 
 
 def merge_efficiency(base: float, merged: float, ideal: float) -> float | None:
-    """Share of what merging can save that is in fact saved: (base − merged) / (base − ideal).
+    """Share of the possible saving that merging reaches: (base − merged) / (base − ideal).
 
     Args:
         base: Time of the untouched network.
         merged: Time with merging.
-        ideal: Time of the same network whose merged layers run on fewer tokens at no cost.
+        ideal: Time if the merged layers run on fewer tokens without overhead.
 
     Returns:
-        1 at best, and less than 0 where merging makes it slower; ``None`` where there is nothing to save.
+        1 at best, below 0 if merging is slower than the untouched network; ``None`` if nothing can be saved.
 
     Example:
         >>> merge_efficiency(base=10.0, merged=8.5, ideal=8.0)
@@ -153,10 +153,10 @@ def merge_efficiency(base: float, merged: float, ideal: float) -> float | None:
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Read a CSV file that :func:`save_rows` wrote; none if there is no file.
+    """Read a CSV file that :func:`save_rows` wrote; empty if there is no file.
 
     Raises:
-        EvaluationError: It is another program's.
+        EvaluationError: It has another format.
     """
     if not path.exists():
         return []
@@ -168,7 +168,7 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def save_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write a CSV file, a line a row."""
+    """Write rows to a CSV file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [each.name for each in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -177,8 +177,8 @@ def save_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def _share(measured: Measured, base: Measured) -> float:
-    """The time as a share of the untouched UNet's, in pairs, so that a machine that slows down meets both alike."""
-    return statistics.median(own / whole for own, whole in zip(measured.seconds, base.seconds, strict=True))
+    """The time as a share of the untouched UNet's: the median over pairs of the same round."""
+    return statistics.median(own / untouched for own, untouched in zip(measured.seconds, base.seconds, strict=True))
 
 
 def _text(value: float | None, digits: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""Runs a suite: what is missing of its table, workload by workload, until all is there or time is up."""
+"""Run a suite: measure the missing rows of its table, workload by workload, until the time limit."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ FIDELITY = "fidelity.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a benchmark left.
+    """The outcome of a benchmark.
 
     Args:
-        rows: The whole table, what earlier runs had put there included.
-        files: What was written.
-        unfinished: Workloads for which there was no time.
-        left_out: Why settings were not measured, each reason once.
+        rows: The whole table, including rows of earlier runs.
+        files: The files written.
+        unfinished: Workloads that were not measured before the time limit.
+        left_out: Reasons why settings were not measured, without duplicates.
     """
 
     rows: list[Row]
@@ -39,23 +39,23 @@ class Outcome:
 def run_suite(
     suite: Suite, device: torch.device, out: Path, name: str, on_progress: Callable[[str, str], None] | None = None
 ) -> Outcome:
-    """Measure what ``NAME.csv`` lacks, and write it and the report of all its rows.
+    """Measure the rows that ``NAME.csv`` lacks, and write it and a report of all rows.
 
-    The file is written after each workload, so a run that is stopped loses one at most; run it again to go on. Rows of
+    The file is written after each workload, so an interrupted run loses at most one; run it again to continue. Rows of
     the same versions and device are not measured again.
 
     Args:
         suite: What to measure, how, and for how long.
-        device: Where.
-        out: The folder, which is there.
-        name: Of the files.
-        on_progress: Called with what is under way and the setting, before each run.
+        device: Where to run.
+        out: An existing folder.
+        name: Name of the files.
+        on_progress: Called with the current workload and setting before each run.
     """
     deadline = time.monotonic() + 60 * suite.minutes if suite.minutes is not None else float("inf")
-    of_the_suite = Protocol(suite.repeats, suite.run_seconds, deadline)
+    suite_protocol = Protocol(suite.repeats, suite.run_seconds, deadline)
     progress = on_progress or (lambda what, setting: None)
     path, where = out / f"{name}.csv", device_name(device)
-    rows = [row for row in load_rows(path) if row.step_ms]  # what failed is tried again
+    rows = [row for row in load_rows(path) if row.step_ms]  # failures are measured again
     available, left_out = _available(list({s.key: s for task in suite.tasks for s in task.settings}.values()))
     psnr = embedded_psnr(
         available, out / FIDELITY, device, suite.prompts, suite.steps, lambda setting: progress("fidelity", setting)
@@ -73,7 +73,7 @@ def run_suite(
         def before_run(setting: str, what: str = str(task.workload)) -> None:
             progress(what, setting)
 
-        protocol = replace(of_the_suite, repeats=min(task.repeats or suite.repeats, suite.repeats))
+        protocol = replace(suite_protocol, repeats=min(task.repeats or suite.repeats, suite.repeats))
         measured = [] if protocol.is_over else measure(task.workload, needed, device, protocol, before_run)
         if not measured:
             unfinished.append(str(task.workload))
@@ -85,7 +85,7 @@ def run_suite(
 
 
 def _available(settings: Sequence[Setting]) -> tuple[list[Setting], list[str]]:
-    """Those whose peers are installed, and why the others are left out."""
+    """The settings whose packages are installed, and why the others are left out."""
     chosen, reasons = [], []
     for setting in settings:
         try:

@@ -1,4 +1,4 @@
-"""The settings that are compared: ways of merging, their ideals, the peers, and the untouched UNet."""
+"""The settings that a benchmark compares: ways of merging, their ideals, other packages, and the untouched UNet."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,21 +14,21 @@ from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.presets import PRESETS
 
-STEPS = 25  # of a whole denoising
+STEPS = 25  # of one generation
 IDEAL = "ideal: "
 PACKAGE = TOMESD_PACKAGE
-INTERVALS = (2, 3, 4, 5, 7)  # of caches
+INTERVALS = (2, 3, 4, 5, 7)  # of feature caches
 FEW_INTERVALS = (2, 3, 5)
 LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_block", "keys_values_only",
           "queries_only", "cell_size")  # fmt: skip
-"""The options that decide which layers run on how many tokens, and so what merging could save at best."""
+"""The options that determine which layers run on how many tokens, and with it the ideal."""
 
 _ALL_LAYERS = {"merge_cross_attention": True, "merge_mlp": True}
 _BLOCK = {"merge_block": True}
 _PRESETS = _ALL_LAYERS | {"whole_every": "full", "plan_per": "block"}
 NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "attn1": {"merge": {}},
-    "attn1, gate": {"merge": {"levels": "remeasure"}},  # not what an earlier run found out
+    "attn1, gate": {"merge": {"levels": "remeasure"}},  # ignores the decisions of earlier runs
     "attn1, plan per block": {"merge": {"plan_per": "block"}},
     "attn1, whole every 4": {"merge": {"whole_every": 4, "plan_per": "block"}},
     "attn1, reused, whole every 4": {"merge": {"whole_every": 4, "reuse_attention": True}},
@@ -47,18 +47,19 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "as presets + cache 5": {"merge": _PRESETS, "cache": {"interval": 5}},
     "as presets, skipped 0.5 + cache 5": {"merge": _PRESETS | {"skipped_ratio": 0.5}, "cache": {"interval": 5}},
 }
-"""Settings by name; those that merge are taken at each ratio."""
+"""Settings by name; those that merge are measured at each ratio."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to run a UNet.
+    """A way of running a UNet.
 
     Args:
-        name: In tables.
-        switches: What is on, as in a :class:`~tomesd_plus.evaluation.Configuration`; nothing is the untouched UNet.
+        name: Shown in tables.
+        switches: The methods to switch on, as in :class:`~tomesd_plus.evaluation.configurations.Configuration`; empty
+            for the untouched UNet.
         ratio: Share of tokens to remove, the same at every step; ``None`` if nothing merges.
-        levels: At how many levels to merge, from the finest that has self-attention.
+        levels: Number of levels at which to merge, starting at the finest that has self-attention.
     """
 
     name: str
@@ -68,12 +69,12 @@ class Setting:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells it from others, as a table of text has it."""
+        """Identifies a setting: name, ratio and levels as they stand in tables."""
         return self.name, "" if self.ratio is None else f"{self.ratio:g}", str(self.levels)
 
     @property
     def ideal(self) -> "Setting | None":
-        """The same layers on as few tokens at no cost; ``None`` if merging is not all that the setting does."""
+        """The same layers on as few tokens without overhead; ``None`` if the setting does more than merging."""
         if len(self.switches) != 1:
             return None
         [(kind, options)] = self.switches.items()
@@ -84,35 +85,35 @@ class Setting:
 
     @property
     def cycle(self) -> int:
-        """After how many UNet calls its work repeats: at most a whole denoising, which presets and forecasts take."""
+        """The number of UNet calls after which its work repeats; with presets and forecasts, the whole generation."""
         if "preset" in self.switches or self.switches.get("cache", {}).get("forecast"):
             return STEPS
         merge = self.switches.get("merge", {})
         caches = [options for kind, options in self.switches.items() if kind in ("cache", "deepcache")]
         counts = [merge.get("whole_every"), merge.get("plan_every"), *(each.get("interval", 3) for each in caches)]
-        whole = lcm(*(count for count in counts if isinstance(count, int)))  # not those that go with the cache
-        return min(whole, STEPS)
+        # values that are not integers follow the cache
+        return min(lcm(*(count for count in counts if isinstance(count, int))), STEPS)
 
     def check(self) -> None:
-        """Raise an EvaluationError if an option is wrong, or a peer is not installed."""
+        """Raise an EvaluationError if an option is wrong or a package is not installed."""
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise EvaluationError(f"{self.name}: a ratio must lie in [0, 1), not {self.ratio:g}")
         self.configuration()
 
     @property
     def note(self) -> str:
-        """Which version of a peer it is."""
-        peers = {PACKAGE: "tomesd", "deepcache": "DeepCache"}
-        return ", ".join(f"{peers[kind]} {version(peers[kind])}" for kind in self.switches if kind in peers)
+        """The versions of other packages that it uses."""
+        packages = {PACKAGE: "tomesd", "deepcache": "DeepCache"}
+        return ", ".join(f"{packages[kind]} {version(packages[kind])}" for kind in self.switches if kind in packages)
 
     @contextmanager
     def switched_on(self, pipe: Any, finest: int = 1, latent_size: tuple[int, int] | None = None) -> Iterator[Any]:
-        """Hold the setting on a pipeline, or what has a UNet and a scheduler like one, inside a ``with`` block.
+        """Apply the setting to a pipeline inside a ``with`` block; yields the report of merging, if any.
 
         Args:
-            pipe: The pipeline.
-            finest: The least downsample at which its UNet has self-attention.
-            latent_size: Height and width of the latents; needed by ideals.
+            pipe: A pipeline, or an object with a UNet and a scheduler.
+            finest: The smallest downsample at which the UNet has self-attention.
+            latent_size: Height and width of the latents; required by ideals.
         """
         if "ideal" in self.switches:
             assert latent_size is not None
@@ -128,7 +129,7 @@ class Setting:
         return int(min(8, finest * 2 ** (self.levels - 1)))
 
     def configuration(self, finest: int = 1) -> Configuration:
-        """The same for an evaluation, on a UNet with self-attention from a downsample on; not of an ideal."""
+        """The setting as a configuration, for a UNet with self-attention from ``finest`` on; not for ideals."""
         merging: dict[str, Any] = {"ratio": self.ratio, "max_downsample": self._max_downsample(finest)}
         added = {"merge": {**merging, "schedule": "constant"}, "tomesd": merging, PACKAGE: merging}
         own = {kind: options for kind, options in self.switches.items() if kind != "ideal"}
@@ -139,12 +140,12 @@ UNTOUCHED = Setting("untouched")
 
 
 def settings_from(names: Sequence[str], ratios: Sequence[float], levels: int = 1) -> list[Setting]:
-    """Settings by name or as a configuration's text; those that merge at each ratio.
+    """Make settings from names or configurations' texts; those that merge once per ratio.
 
     Args:
-        names: Of :data:`NAMED`, or text such as ``"merge: {merge_block: true, window: 4}"``.
+        names: Keys of :data:`NAMED`, or texts such as ``"merge: {merge_block: true, window: 4}"``.
         ratios: Shares of tokens to remove.
-        levels: At how many levels to merge, from the finest that has self-attention.
+        levels: Number of levels at which to merge, starting at the finest that has self-attention.
 
     Example:
         >>> [setting.key for setting in settings_from(["attn1", "cache 3"], [0.25, 0.5])]
@@ -153,7 +154,7 @@ def settings_from(names: Sequence[str], ratios: Sequence[float], levels: int = 1
     chosen = []
     for name in names:
         if name == UNTOUCHED.name:
-            continue  # it is always there
+            continue  # always included
         if name not in NAMED and ":" not in name:
             raise EvaluationError(
                 f"unknown setting {name!r}: choose from {'; '.join(NAMED)}; or a configuration's text"
@@ -168,7 +169,7 @@ def settings_from(names: Sequence[str], ratios: Sequence[float], levels: int = 1
 
 
 def with_ideals(settings: Sequence[Setting]) -> list[Setting]:
-    """The untouched UNet, then the settings, each after its ideal; none twice."""
+    """The untouched UNet, then the settings, each after its ideal, without duplicates."""
     chosen = {UNTOUCHED.key: UNTOUCHED}
     for setting in settings:
         for each in (setting.ideal, setting):
@@ -190,7 +191,7 @@ def _parsed(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _layers(options: dict[str, Any]) -> str:
-    """A name for the layers that run on fewer tokens."""
+    """Name of the layers that run on fewer tokens."""
     if options.get("merge_block"):
         name = "block"
     else:

@@ -1,4 +1,4 @@
-"""The UNets that are measured: of the published shapes, with random weights, because time depends on shapes only."""
+"""UNets with the shapes of published models and random weights, because time depends on shapes only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-LATENT_PIXELS = 8  # pixels of a latent's side
+LATENT_PIXELS = 8  # image pixels per latent, in each direction
 TEXT_TOKENS = 77
 POOLED_TEXT = 1280  # channels of SDXL's pooled prompt
 TIME_IDS = 6
@@ -21,7 +21,7 @@ class Shape:
 
     Args:
         config: Arguments of diffusers' ``UNet2DConditionModel``, from the published model.
-        image_size: Pixels of a side of the pictures that the model was trained for.
+        image_size: Height and width of the images that the model was trained on, pixels.
     """
 
     config: dict[str, Any]
@@ -29,12 +29,12 @@ class Shape:
 
     @property
     def finest(self) -> int:
-        """The least downsample at which there is self-attention."""
+        """The smallest downsample at which there is self-attention."""
         return 2 ** next(i for i, kind in enumerate(self.config["down_block_types"]) if kind.startswith("Cross"))
 
 
 def _unet(attention: str, **config: Any) -> dict[str, Any]:
-    """A configuration; ``attention`` tells for each resolution, from the finest, whether it has any: x or -."""
+    """A configuration; ``attention`` has an x or - for each resolution, from the finest: attention or none."""
     blocks = ["CrossAttn" if mark == "x" else "" for mark in attention]
     return {
         "in_channels": 4,
@@ -89,21 +89,21 @@ SHAPES = {
 
 
 def build_unet(shape: Shape, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """Build a UNet with random weights, right where and as it is wanted; the same ones every time."""
+    """Build a UNet with random weights directly on the device and in the dtype; the weights are reproducible."""
     with torch.random.fork_rng(), _default_dtype(dtype), torch.device(device):
         torch.manual_seed(0)
         return UNet2DConditionModel(**shape.config).eval().requires_grad_(False)
 
 
 def make_inputs(shape: Shape, size: int, batch: int, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """What a pipeline calls the UNet with, but for the timestep; random.
+    """Random inputs of the UNet as a pipeline would pass them, except the timestep.
 
     Args:
-        shape: The UNet's.
-        size: Height and width of the picture, pixels.
-        batch: Samples, both guidance branches counted.
-        dtype: Of all tensors.
-        device: Where they are wanted.
+        shape: Shape of the UNet.
+        size: Height and width of the image, pixels.
+        batch: Batch size, which includes both guidance branches.
+        dtype: The dtype of all tensors.
+        device: The device of all tensors.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -1,9 +1,9 @@
-"""What results/ publishes: the workloads and settings of each suite."""
+"""The workloads and settings of the benchmarks that ``results/`` publishes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tomesd_plus.benchmark.measure import LEAST_ROUNDS, Workload
+from tomesd_plus.benchmark.measure import MIN_ROUNDS, Workload
 from tomesd_plus.benchmark.settings import (
     FEW_INTERVALS,
     INTERVALS,
@@ -23,12 +23,12 @@ GRID = [f"attn1 + cache {interval}" for interval in FEW_INTERVALS]  # of example
 
 @dataclass(frozen=True)
 class Task:
-    """A workload and what is compared on it.
+    """A workload and the settings to compare on it.
 
     Args:
         workload: The UNet and its input.
-        settings: Those to compare, with the untouched one and the ideals.
-        repeats: At most so many rounds; ``None``: as many as the suite has.
+        settings: The settings to compare, including the untouched UNet and the ideals.
+        repeats: Maximum number of rounds; ``None`` for the suite's.
     """
 
     workload: Workload
@@ -38,13 +38,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Everything that one published table has, the most important first.
+    """The tasks of one published table.
 
     Args:
-        tasks: In this order.
+        tasks: The tasks, the most important first.
         repeats, run_seconds: See :class:`~tomesd_plus.benchmark.measure.Protocol`.
-        prompts, steps: Of the pictures that PSNR is computed from.
-        minutes: When to stop.
+        prompts, steps: Number of prompts and denoising steps for PSNR.
+        minutes: Time limit.
     """
 
     tasks: tuple[Task, ...]
@@ -62,25 +62,25 @@ def task(
     levels: int = 1,
     repeats: int | None = None,
 ) -> Task:
-    """A task of settings by name; see :func:`~tomesd_plus.benchmark.settings.settings_from`.
+    """Make a task from names of settings; see :func:`~tomesd_plus.benchmark.settings.settings_from`.
 
-    Compiled workloads have no ideals: a compiler would see that there the layers' output is not used.
+    Compiled workloads have no ideals: the compiler would remove layers whose output is not used.
     """
     settings = settings_from(names, ratios, levels)
     return Task(workload, (UNTOUCHED, *settings) if workload.compiled else tuple(with_ideals(settings)), repeats)
 
 
 def cpu_suite() -> Suite:
-    """SD 1.5's shape in float32: about five hours on two cores, and 8 GB.
+    """SD 1.5's shape in float32: about five hours and 8 GB on two cores.
 
-    What saves a tenth takes many rounds on a noisy machine; long runs are of three.
+    A saving of a tenth needs many rounds on a noisy machine; long runs have three rounds.
     """
     at = {size: Workload("sd15", size) for size in (256, 512, 768, 1024)}
-    long = LEAST_ROUNDS
+    long = MIN_ROUNDS
     presets = settings_from(PRESET_NAMES, [])
     presets += settings_from(["as presets + cache 5", "as presets, skipped 0.5 + cache 5"], [0.75])
     details = settings_from(["attn1, whole every 4", "attn1, reused, whole every 4"], [0.5])
-    details += settings_from(["attn1, plan per block"], [0.36, 0.5])  # 0.36: as many as with whole steps on average
+    details += settings_from(["attn1, plan per block"], [0.36, 0.5])  # 0.36: the average ratio with full steps
     return Suite(
         (
             task(at[512], FIRST),
@@ -100,7 +100,7 @@ def cpu_suite() -> Suite:
 
 
 def gpu_suite() -> Suite:
-    """The shapes of SD 1.5 and SDXL in float16, eager and compiled: at most ten minutes on one H200."""
+    """The shapes of SD 1.5, SD 2.1 and SDXL in float16, eager and compiled: at most ten minutes on one H200."""
     main = [*FIRST, *MORE, *_caches(FEW_INTERVALS), "block + cache 3", *PRESET_NAMES]
     few = ["attn1", "block", "keys and values", PACKAGE]
 
@@ -135,7 +135,7 @@ def gpu_suite() -> Suite:
 
 
 def smoke_suite() -> Suite:
-    """The GPU suite's settings with a tiny UNet, small pictures and two steps, anywhere: to see that all runs."""
+    """The GPU suite with a tiny UNet, small images and two steps, on any device: a test that everything runs."""
     return Suite(tuple(map(_small, gpu_suite().tasks)), repeats=1, run_seconds=0, prompts=1, steps=2)
 
 
@@ -144,7 +144,7 @@ def _caches(intervals: Sequence[int]) -> list[str]:
 
 
 def _small(each: Task) -> Task:
-    dtype = "float32" if each.workload.dtype == "float32" else "bfloat16"  # which CPUs have too
+    dtype = "float32" if each.workload.dtype == "float32" else "bfloat16"  # which CPUs support too
     return replace(each, workload=replace(each.workload, shape="tiny", size=each.workload.size // 16, dtype=dtype))
 
 

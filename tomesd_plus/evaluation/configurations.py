@@ -1,4 +1,4 @@
-"""Configurations: the ways to run a pipeline that an evaluation compares, each in a line of YAML."""
+"""Configurations: the ways of running a pipeline that an evaluation compares, each one line of YAML."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,21 +14,21 @@ from tomesd_plus.evaluation.file_io import plain
 from tomesd_plus.evaluation.switches import SWITCHES, Switch, prepare
 from tomesd_plus.merging.report import TokenMergingReport
 
-OTHER_SEED = 1_000_003  # added to a seed to make "another seed"
+OTHER_SEED = 1_000_003  # offset of the noise floor's seeds
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A way to run a pipeline; as data, so that a folder of images can say how it was made.
+    """A way of running a pipeline, as plain data that can be stored with the images.
 
     Args:
-        name: Shown in tables; names the folder.
-        switches: What is switched on, in this order: a name among ``SWITCHES``, and its options.
-        steps: Denoising steps, if other than the evaluation's.
+        name: Shown in tables; also gives the folder's name.
+        switches: The methods to switch on, in this order: a key of ``SWITCHES`` and its options.
+        steps: Denoising steps, if different from the evaluation's.
         seed_offset: Added to every seed.
 
     Raises:
-        EvaluationError: A switch or an option is unknown or out of range.
+        EvaluationError: A method or an option is unknown or out of range.
     """
 
     name: str
@@ -45,35 +45,35 @@ class Configuration:
 
     @property
     def folder(self) -> str:
-        """The name as a folder's."""
+        """The name in a form that suits a folder."""
         return re.sub(r"[^\w.]+", "-", self.name).strip("-.").lower()
 
     @property
     def is_baseline(self) -> bool:
-        """True for the untouched pipeline on the evaluation's own seeds and steps."""
+        """True for the unmodified pipeline with the evaluation's own seeds and steps."""
         return not self.switches and self.steps is None and not self.seed_offset
 
     @contextmanager
     def switched_on(self, pipe: Any) -> Iterator[TokenMergingReport | None]:
-        """Hold the configuration on a pipeline inside a ``with`` block; yields the merging's report, if it merges."""
+        """Apply the configuration to a pipeline inside a ``with`` block; yields token merging's report, if any."""
         with ExitStack() as stack:
             reports = [stack.enter_context(switch.on(pipe)) for switch in self._prepared().values()]
             yield next((report for report in reports if isinstance(report, TokenMergingReport)), None)
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The switches as JSON, with all their options: what the images depend on, whatever the defaults become."""
+        """The methods with all options, defaults included, as JSON: it stays valid when defaults change."""
         return {kind: plain(switch.resolved) for kind, switch in self._prepared().items()}
 
     @property
-    def by_batch(self) -> bool:
-        """True if an image depends on what else is in its batch."""
-        return any(switch.by_batch for switch in self._prepared().values())
+    def depends_on_batch(self) -> bool:
+        """True if an image depends on the other images in its batch."""
+        return any(switch.depends_on_batch for switch in self._prepared().values())
 
     @property
-    def by_time(self) -> bool:
-        """True if measured times decide about the images, so that they cannot be had twice."""
-        return any(switch.by_time for switch in self._prepared().values())
+    def depends_on_timing(self) -> bool:
+        """True if images depend on measured times, so that they are not reproducible."""
+        return any(switch.depends_on_timing for switch in self._prepared().values())
 
     def _prepared(self) -> dict[str, Switch]:
         return {kind: prepare(self.name, kind, options) for kind, options in self.switches.items()}
@@ -84,10 +84,10 @@ NOISE_FLOOR = Configuration("another seed (noise floor)", seed_offset=OTHER_SEED
 
 
 def parse_configuration(entry: str | Mapping[str, Any]) -> Configuration:
-    """Read a configuration from what YAML gives, or from a command line's text, which is YAML without the braces.
+    """Parse a configuration from a YAML mapping, or from a command line's text: a YAML mapping without the braces.
 
-    A switch may have a bare value instead of options: ``merge: 0.5`` is ``merge: {ratio: 0.5}``, ``cache: 3`` is
-    ``cache: {interval: 3}``. Without a ``name`` the text is the name.
+    A single value stands for a method's main option: ``merge: 0.5`` is ``merge: {ratio: 0.5}``, and ``cache: 3`` is
+    ``cache: {interval: 3}``. The name defaults to the text.
 
     Example:
         >>> parse_configuration("merge: 0.5, cache: 3").switches

@@ -1,4 +1,4 @@
-"""What goes wrong in a way that its user can put right."""
+"""Errors that a user can fix, and optional dependencies."""
 
 import importlib
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class EvaluationError(Exception):
-    """Something that the user can put right; the message is one line that says what, and how."""
+    """An error that the user can fix; the message says in one line what is wrong and what to do."""
 
 
 class ModelError(Exception):
@@ -14,17 +14,17 @@ class ModelError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in one line, or its class where it says nothing."""
+    """The first line of an error's message, or its class name if the message is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def installed(module: str) -> bool:
-    """True if a library can be imported."""
+    """True if a module can be imported."""
     return find_spec(module) is not None
 
 
 def optional_import(module: str, purpose: str, package: str | None = None) -> Any:
-    """Import a library that only some evaluations need; an EvaluationError says what it is for and how to get it."""
+    """Import an optional dependency; if it is missing, an EvaluationError says what needs it and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

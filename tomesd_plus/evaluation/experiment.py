@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what is to be generated, a folder of images for each configuration, how it was made."""
+"""The folder of an evaluation: an index of items and configurations, and a folder of images for each configuration."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -19,29 +19,29 @@ INDEX = "experiment.json"
 MANIFEST = "manifest.json"
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it came just now, and how much there is of it."""
+"""Called with the name of the current task, the number of units just finished, and the total (0 if unknown)."""
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images of one configuration, a PNG an item; a text file with the reason where an item gave none."""
+    """The images of one configuration: a PNG per item, or a text file with the reason why there is none."""
 
     path: Path
 
     def image(self, item: Item) -> Path:
-        """Where an item's image is, or will be."""
+        """Path of an item's image."""
         return self.path / f"{item.name}.png"
 
     def failure(self, item: Item) -> Path:
-        """Where it says why an item gave no image."""
+        """Path of the text file that says why an item has no image."""
         return self.path / f"{item.name}.failed"
 
     def is_done(self, item: Item) -> bool:
-        """True if the item has its image, or will never have one."""
+        """True if the item has an image or has failed."""
         return self.image(item).exists() or self.failure(item).exists()
 
     def save(self, item: Item, pixels: Tensor, withheld: bool = False) -> bool:
-        """Write an item's image, (3, height, width) in [0, 1]; False if it is none and a reason was written."""
+        """Write an item's image, (3, height, width) in [0, 1]; or, if it is unusable, the reason, and return False."""
         if withheld or not pixels.isfinite().all():
             reason = (
                 "withheld by the safety checker" if withheld else "not a number: the model overflows in this dtype"
@@ -55,19 +55,19 @@ class ImageFolder:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """How the images were made."""
+        """The record of how the images were generated."""
         return dict(read_json(self.path / MANIFEST))
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an evaluation generates, in one folder.
+    """The items and configurations of an evaluation.
 
     Args:
-        out: The folder.
-        items: Every prompt with every seed.
-        prompts: Where the prompts come from.
-        skipped_prompts: How many were left out because they are empty.
+        out: The evaluation's folder.
+        items: The images to generate with each configuration.
+        prompts: Source of the prompts.
+        skipped_prompts: Number of empty prompts, which are skipped.
         configurations: Names of the configurations' folders, in order.
     """
 
@@ -79,9 +79,9 @@ class Experiment:
 
     @classmethod
     def load(cls, out: Path) -> "Experiment":
-        """Read what :meth:`opened` wrote; an EvaluationError if the folder holds no experiment.
+        """Read the index that :meth:`prepare` wrote; an EvaluationError if there is none.
 
-        A configuration whose folder was deleted since is no longer part of it.
+        Configurations whose folders have been deleted are left out.
         """
         if not (out / INDEX).exists():
             raise EvaluationError(f"{out} holds no evaluation (no {INDEX}): generate one first")
@@ -93,26 +93,29 @@ class Experiment:
         except (KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{out / INDEX} is not an evaluation's: {error}") from error
 
-    def opened(
+    def prepare(
         self,
         configurations: Sequence[Configuration],
         conditions: dict[str, Any],
         batch: dict[str, int] | None = None,
     ) -> "Experiment":
-        """Make or check the folder of each configuration and write the index; returns the experiment with both.
+        """Create or check the folder of each configuration and write the index.
 
         Args:
-            configurations: To generate; those that are in the folder already stay.
-            conditions: What :func:`describe` says.
-            batch: What tells batches apart; kept where a configuration decides by what is in them.
+            configurations: What to generate; configurations that are already in the folder are kept.
+            conditions: Model, sampling, scheduler, dtype, device and versions: what else determines the images.
+            batch: How items are split into batches; recorded for configurations whose images depend on it.
 
         Raises:
-            EvaluationError: A folder was made with another configuration, or with other prompts or seeds; or measured
-                times decide about the images of a configuration. Nothing has been written then.
+            EvaluationError: A folder was made with another configuration, other prompts or other seeds; or a
+                configuration's images depend on measured times. Nothing has been written then.
+
+        Returns:
+            The experiment with the configurations of this call and those that were there.
         """
         experiment = replace(self, configurations=tuple(configuration.folder for configuration in configurations))
         if (self.out / INDEX).exists():
-            experiment = experiment._joined(Experiment.load(self.out))
+            experiment = experiment._merged_with(Experiment.load(self.out))
         manifests = {configuration.folder: make_manifest(configuration, conditions, batch)
                      for configuration in configurations}  # fmt: skip
         for name in experiment.configurations:
@@ -123,14 +126,14 @@ class Experiment:
         for name, manifest in manifests.items():
             (self.out / name).mkdir(parents=True, exist_ok=True)
             write_json(self.out / name / MANIFEST, manifest)
-        return experiment._listed()
+        return experiment._write_index()
 
-    def _listed(self) -> "Experiment":
-        """Write the index, with what other processes put there meanwhile."""
+    def _write_index(self) -> "Experiment":
+        """Write the index and include what other processes have written to it meanwhile."""
         experiment = self
         while True:
             if (self.out / INDEX).exists():
-                experiment = experiment._joined(Experiment.load(self.out))
+                experiment = experiment._merged_with(Experiment.load(self.out))
                 if read_json(self.out / INDEX) == experiment._index():
                     return experiment
             write_json(self.out / INDEX, experiment._index())
@@ -139,12 +142,12 @@ class Experiment:
         return {key: value for key, value in plain(asdict(self)).items() if key != "out"}
 
     def folder(self, configuration: str | Configuration) -> ImageFolder:
-        """The images of a configuration."""
+        """The folder of a configuration."""
         name = configuration if isinstance(configuration, str) else configuration.folder
         return ImageFolder(self.out / name)
 
     def missing(self) -> dict[str, int]:
-        """How many items are yet to be generated, by configuration; only those where any is."""
+        """The number of items still to be generated, for each configuration that has any."""
         counts = {}
         for name in self.configurations:
             done = {path.stem for path in (self.out / name).iterdir() if path.suffix in (".png", ".failed")}
@@ -153,13 +156,13 @@ class Experiment:
 
     @property
     def baseline(self) -> ImageFolder:
-        """The images of the untouched pipeline; an EvaluationError if they are not there."""
+        """The folder of the unmodified pipeline's images; an EvaluationError if there is none."""
         if BASELINE.folder not in self.configurations:
             raise EvaluationError(f"{self.out} has no images of the baseline: run the generate pass again")
         return self.folder(BASELINE)
 
-    def _joined(self, old: "Experiment") -> "Experiment":
-        """With all configurations of both, and the longer of two lists of items, one of which starts the other."""
+    def _merged_with(self, old: "Experiment") -> "Experiment":
+        """Combine the configurations of both and take the longer list of items, which must start with the shorter."""
         shared = min(len(self.items), len(old.items))
         if self.items[:shared] != old.items[:shared]:
             raise EvaluationError(
@@ -167,5 +170,5 @@ class Experiment:
             )
         longer = self if len(self.items) >= len(old.items) else old
         names = dict.fromkeys([*old.configurations, *self.configurations])
-        # The baseline is first, whatever was deleted and made again
+        # the baseline comes first, even if its folder was deleted and generated again
         return replace(longer, configurations=tuple(sorted(names, key=lambda name: name != BASELINE.folder)))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes, JSON and hashes of files."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from tomesd_plus.evaluation.errors import EvaluationError
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write under a temporary name beside ``path``, then rename, so that nobody ever sees half a file.
+    """Write to a temporary file in the same folder, then rename it, so that no process sees an incomplete file.
 
-    The temporary name is nobody else's: processes in containers may share a number, on machines a disk.
+    The temporary name is random: processes in containers may have the same id, and machines may share a disk.
 
     Raises:
-        OSError: The disk is full, or the like. Nothing is left behind, and what was at ``path`` is still there.
+        OSError: For example, the disk is full. The temporary file is removed and ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{_writer()}.tmp")
     try:
@@ -35,7 +35,7 @@ def _writer() -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: objects with their class's name, and what JSON has no word for as text.
+    """Convert a value to what JSON can hold: dataclasses to objects with their class name, other types to text.
 
     Example:
         >>> from tomesd_plus import LinearSchedule
@@ -59,7 +59,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a value that :func:`write_json` wrote; an EvaluationError if that cannot be."""
+    """Read a JSON file; an EvaluationError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -67,9 +67,9 @@ def read_json(path: Path) -> Any:
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove what a killed process left half written of these files, where they are whole by now.
+    """Remove temporary files that a killed process left for these paths, if the final files exist.
 
-    Only of files that are this process's own to write: what another is writing just now looks the same.
+    Pass only paths that no other process writes: its temporary files would look the same.
     """
     by_folder: dict[Path, set[str]] = {}
     for path in paths:
@@ -82,10 +82,10 @@ def remove_leftovers(paths: Iterable[Path]) -> None:
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """A hash of the names and sizes of files, which tells cheaply whether one was replaced."""
+    """A hash of the names and sizes of files: a cheap test for replaced files."""
     return digest([[path.name, path.stat().st_size] for path in paths])
 
 
 def digest(value: Any) -> str:
-    """A hash of a JSON value, 16 characters."""
+    """A hash of a JSON value, 16 hexadecimal characters."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

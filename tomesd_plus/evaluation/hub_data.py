@@ -1,4 +1,4 @@
-"""Data sets from the hub, read by the library datasets."""
+"""Data sets from the Hugging Face hub, loaded by the library datasets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ def load_data_set(name: str, split: str, content: str) -> Any:
     """Load one split of a data set by its hub id or folder.
 
     Args:
-        name: The id.
-        split: Of the data set.
-        content: What is wanted of it, for error messages.
+        name: Hub id or folder.
+        split: Which split to load.
+        content: What is read from it, for error messages.
 
     Raises:
         EvaluationError: The library datasets is not installed, or there is no such data set or split.
@@ -25,7 +25,7 @@ def load_data_set(name: str, split: str, content: str) -> Any:
 
 
 def choose_column(names: Sequence[str], wanted: str | None, source: Any, usual: Sequence[str]) -> str:
-    """The column wanted, or else a usual one, or the only one; an EvaluationError with the names if there is none."""
+    """Choose the column asked for, else one with a usual name, else the only one; or raise an EvaluationError."""
     if wanted is not None and wanted in names:
         return wanted
     if wanted is None:

@@ -1,4 +1,4 @@
-"""Read images in batches, whatever there is on the disk."""
+"""Read images from files, folders and data sets."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +16,18 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """A picture (3, height, width) in [0, 1], rounded to 8 bits as diffusers does."""
+    """Convert pixels (3, height, width) in [0, 1] to 8 bits, rounded as in diffusers."""
     return Image.fromarray(pixels.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass
 class Images:
-    """Images that are read when they are asked for, so that memory does not grow with their number.
+    """A sequence of images that are read on access, so that memory does not grow with their number.
 
     Args:
-        names: Of each.
-        open: From an index to the opened image.
-        unreadable: Names of those that could not be read so far.
+        names: Name of each image.
+        open: Opens the image with a given index.
+        unreadable: Names of the images that could not be read so far.
     """
 
     names: Sequence[str]
@@ -39,12 +39,12 @@ class Images:
 
     @classmethod
     def of_paths(cls, paths: Sequence[Path]) -> "Images":
-        """Of files."""
+        """The images in these files."""
         return cls([str(path) for path in paths], lambda index: Image.open(paths[index]))
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Images":
-        """Of a folder and those below it, in the order of their names."""
+        """The images in a folder and its subfolders, sorted by path."""
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise EvaluationError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
@@ -52,22 +52,22 @@ class Images:
 
     @classmethod
     def of_data_set(cls, name: str, split: str = "validation", column: str | None = None) -> "Images":
-        """Of a data set by its id; needs the library datasets."""
+        """The images of a data set; needs the library datasets."""
         data = load_data_set(name, split, "images")
         chosen = choose_column(data.column_names, column, name, ("image", "jpg", "img"))
         return cls([f"{name}[{index}]" for index in range(len(data))], lambda index: data[index][chosen])
 
     def read(self, index: int) -> Tensor | None:
-        """An image as (3, height, width), uint8; ``None`` if it cannot be read, and :attr:`unreadable` gets it."""
+        """Read an image as uint8 (3, height, width); ``None``, and an entry in :attr:`unreadable`, if that fails."""
         try:
             with self.open(index) as image:
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except Exception:  # truncated, no image at all, too large, gone: each format has its own errors
+        except Exception:  # truncated, not an image, too large, deleted: each format raises its own errors
             self.unreadable.append(self.names[index])
             return None
 
     def batches(self, size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Indices and images, (count, 3, height, width), uint8; where the size changes, a new batch begins."""
+        """Yield indices and uint8 images (count, 3, height, width); a change of size starts a new batch."""
         indices: list[int] = []
         images: list[Tensor] = []
         for index in range(len(self)):

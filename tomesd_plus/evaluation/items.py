@@ -1,4 +1,4 @@
-"""Items: a prompt and a seed, from which every configuration makes one image."""
+"""Items: pairs of a prompt and a seed; each configuration generates one image per item."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Item:
-    """One image to generate, under every configuration.
+    """One image to generate with each configuration.
 
     Args:
-        prompt_id: The prompt's place in its source.
-        prompt: The caption.
-        seed: Tells the images of one prompt apart.
+        prompt_id: The prompt's index in its source.
+        prompt: The prompt.
+        seed: Distinguishes several images of one prompt.
     """
 
     prompt_id: str
@@ -22,17 +22,17 @@ class Item:
 
     @property
     def name(self) -> str:
-        """Of its files. It changes with the prompt, so that another prompt's image is never taken for this one's."""
+        """Name of the item's files, with a hash of the prompt: an image of another prompt is never mistaken for it."""
         return f"{self.prompt_id}-{self.seed}-{self._digest(0)[:8]}"
 
     def noise_seed(self, offset: int = 0) -> int:
-        """Seed of the generator of its noise: a hash of the item.
+        """Seed of the generator for the initial noise: a hash of the item.
 
-        So the noise depends neither on the batch nor on the order nor on the process. It is the same for every
-        configuration, whose images can therefore be compared one by one.
+        So the noise does not depend on batch, order or process. It is the same for every configuration, so that their
+        images can be compared one to one.
 
         Args:
-            offset: Added to the seed, for another set of noises.
+            offset: Added to the item's seed, for other noise.
         """
         return int(self._digest(offset)[:15], 16)
 
@@ -41,5 +41,5 @@ class Item:
 
 
 def make_items(prompts: Iterable[tuple[str, str]], seeds: Sequence[int] = (0,)) -> list[Item]:
-    """Each of the prompts, (id, text), with each of the seeds."""
+    """Combine every prompt, (id, text), with every seed."""
     return [Item(prompt_id, text, seed) for prompt_id, text in prompts for seed in seeds]

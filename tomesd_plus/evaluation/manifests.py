@@ -1,4 +1,4 @@
-"""Manifests: how a configuration's images were made, and whether two of them are the same."""
+"""Manifests: the record of how the images in a folder were generated."""
 
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,29 @@ from tomesd_plus.evaluation.errors import EvaluationError
 def make_manifest(
     configuration: Configuration, conditions: dict[str, Any], batch: dict[str, int] | None
 ) -> dict[str, Any]:
-    """How the images of a configuration are made."""
-    if configuration.by_time:
+    """Describe how the images of a configuration are generated; see ``Experiment.prepare`` for the arguments."""
+    if configuration.depends_on_timing:
         raise EvaluationError(
-            f"{configuration.name}: levels are chosen by measured times, so that no two runs need give the same "
-            "pictures: name the levels instead, by max_downsample"
+            f"{configuration.name}: levels are chosen by measured times, so two runs may give different images: "
+            "set max_downsample instead"
         )
     made_by: dict[str, Any] = {
         "name": configuration.name, "switches": configuration.resolved, "steps": configuration.steps,
         "seed_offset": configuration.seed_offset,
     }  # fmt: skip
-    if configuration.by_batch and batch:
+    if configuration.depends_on_batch and batch:
         made_by["batch"] = batch
     return manifest_under(conditions, made_by)
 
 
 def manifest_under(conditions: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a configuration under these conditions."""
+    """Combine conditions and the description of a configuration."""
     sampling = {**conditions["sampling"], "steps": made_by.get("steps") or conditions["sampling"]["steps"]}
     return {**conditions, "sampling": sampling, "configuration": made_by}
 
 
 def refuse_another(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise an EvaluationError that names the differences, if the images of a folder were made in another way."""
+    """Raise an EvaluationError that lists the differences between two manifests of a folder, if there are any."""
     old, new = _flat(old), _flat(new)
     differences = [
         f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"

@@ -1,4 +1,4 @@
-"""Speeds: what was measured of each configuration, as data and on the disk."""
+"""Speeds: measured times and memory of each configuration, and the file that stores them."""
 
 import hashlib
 import json
@@ -15,19 +15,19 @@ SPEED_FILE = "speed.json"
 
 @dataclass(frozen=True)
 class Speed:
-    """What a configuration costs.
+    """Time and memory of a configuration.
 
     Args:
-        seconds: Median time of an image: of a batch, divided by its size.
-        step_seconds: Time of a denoising step, of a whole batch: the mean over the steps, the median over the runs.
-        speedup: Median of the baseline's time divided by this one's, run one after the other.
-        speedup_low, speedup_high: The least and the greatest of these.
-        runs: How many.
-        batch_size: Images at a time.
-        memory_mib: Peak, MiB: what PyTorch allocated on a GPU, or the process's resident memory on a CPU.
-        removed: At each step its noise level, and the share of tokens removed at each downsample.
-        device: What it ran on.
-        manifest: A hash of how the images are made.
+        seconds: Time per image: of a batch, divided by the batch size; median over the runs.
+        step_seconds: Time per denoising step of a batch: mean over the steps, median over the runs.
+        speedup: The baseline's time divided by this configuration's, each pair run in turn; median over the pairs.
+        speedup_low, speedup_high: Minimum and maximum over the pairs.
+        runs: Number of timed runs.
+        batch_size: Images per batch.
+        memory_mib: Peak memory in MiB: allocated by PyTorch on a GPU, resident memory of the process on a CPU.
+        removed: For each step, its noise level and the share of tokens removed at each downsample.
+        device: Name of the device.
+        manifest: Hash of the configuration's manifest.
     """
 
     seconds: float
@@ -44,14 +44,14 @@ class Speed:
 
 
 def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = None) -> dict[str, Speed]:
-    """What was measured so far, by the configurations' folders, as far as it still holds.
+    """Load the measured speeds that are still valid, by folder name.
 
-    It does not where the folder is of other images by now, nor where the baseline's batch or device is another.
+    A speed is invalid if the folder's manifest has changed, or if batch size or device differ from the baseline's.
 
     Args:
-        experiment: Its folders are open.
-        runs: The fewest that count.
-        batch_size: The only one that counts; whichever the baseline has by default.
+        experiment: With prepared folders.
+        runs: Minimum number of timed runs.
+        batch_size: Required batch size; the baseline's by default.
     """
     path = experiment.out / SPEED_FILE
     if not path.exists():
@@ -59,7 +59,7 @@ def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = 
     try:
         speeds = {name: Speed(**entry) for name, entry in read_json(path).items()}
     except (TypeError, AttributeError) as error:
-        raise EvaluationError(f"{path} is not of this version: delete it, and speeds are measured again") from error
+        raise EvaluationError(f"{path} is not of this version: delete it to measure speeds again") from error
     base = speeds.get(BASELINE.folder)
     return {
         name: speed
@@ -73,6 +73,6 @@ def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = 
 
 
 def manifest_digest(experiment: Experiment, name: str) -> str:
-    """A hash of how a configuration's images are made."""
+    """A hash of a configuration's manifest."""
     manifest = json.dumps(experiment.folder(name).manifest, sort_keys=True)
     return hashlib.sha256(manifest.encode()).hexdigest()[:16]

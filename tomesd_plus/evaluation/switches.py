@@ -1,4 +1,4 @@
-"""What a configuration can switch on in a pipeline: this package's merging and cache, and its peers."""
+"""The methods that a configuration can switch on: this package's merging and cache, and comparable ones."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -20,23 +20,23 @@ TOMESD_PACKAGE = "tomesd package"
 
 @dataclass(frozen=True)
 class Switch:
-    """Something that can be on.
+    """A method with its options, ready to be switched on.
 
     Args:
-        on: From a pipeline to a context manager inside which it is on, and which may yield a report.
-        resolved: All its options, those included that were left at their defaults: the same method for ever.
-        by_batch: It decides for a whole batch, so that an image depends on what else is in its batch.
-        by_time: It decides by measured times, so that no image can be had twice.
+        on: Takes a pipeline; returns a context manager that switches the method on and may yield a report.
+        resolved: All options, defaults included, so that the record stays valid when defaults change.
+        depends_on_batch: It decides for a batch as a whole, so an image depends on the others in its batch.
+        depends_on_timing: It decides by measured times, so images are not reproducible.
     """
 
     on: Callable[[Any], AbstractContextManager[Any]]
     resolved: Any
-    by_batch: bool = False
-    by_time: bool = False
+    depends_on_batch: bool = False
+    depends_on_timing: bool = False
 
 
 def prepare(name: str, kind: str, options: dict[str, Any]) -> Switch:
-    """Make a switch of a kind among :data:`SWITCHES`; an EvaluationError that names the configuration."""
+    """Make a switch by its key in :data:`SWITCHES`; errors are EvaluationErrors that name the configuration."""
     if kind not in SWITCHES:
         raise EvaluationError(f"{name}: unknown switch {kind!r}: choose from {', '.join(SWITCHES)}, name, steps")
     try:
@@ -48,7 +48,8 @@ def prepare(name: str, kind: str, options: dict[str, Any]) -> Switch:
 def _merge(**options: Any) -> Switch:
     """Token merging by this package.
 
-    A number as ratio is the mean of a cosine, unless a schedule is named; ``{similarity: …}`` is an adaptive one.
+    A number as ratio is the mean of a cosine schedule, unless a schedule is named; ``{similarity: …}`` is an adaptive
+    ratio.
     """
     if isinstance(options.get("ratio", 0.5), (int, float)):
         options = {"schedule": "cosine"} | options
@@ -62,7 +63,7 @@ def _merge(**options: Any) -> Switch:
 
 
 def _cache(**options: Any) -> Switch:
-    """The package's feature cache."""
+    """The feature cache of this package."""
     from tomesd_plus.caching import FeatureCacheConfig, feature_cache
 
     config = FeatureCacheConfig(**options)
@@ -70,7 +71,7 @@ def _cache(**options: Any) -> Switch:
 
 
 def _tomesd(**options: Any) -> Switch:
-    """Token merging as tomesd does it."""
+    """Token merging with tomesd's algorithm, from this package."""
     bound = inspect.signature(tomesd.apply_patch).bind(None, **options)
     bound.apply_defaults()
     resolved = dict(list(bound.arguments.items())[1:])  # without the model
@@ -82,7 +83,7 @@ def _tomesd(**options: Any) -> Switch:
 
 @contextmanager
 def tomesd_patch(pipe: Any, **options: Any) -> Iterator[TokenMergingReport]:
-    """Merge as tomesd does inside a ``with`` block; takes what ``tomesd.apply_patch`` takes, and yields a report."""
+    """Apply ``tomesd.apply_patch`` inside a ``with`` block; takes its options and yields a report."""
     tomesd.apply_patch(pipe, **options)
     try:
         yield merging_report(pipe)
@@ -91,7 +92,7 @@ def tomesd_patch(pipe: Any, **options: Any) -> Iterator[TokenMergingReport]:
 
 
 def _tomesd_package(ratio: float = 0.5, max_downsample: int = 1) -> Switch:
-    """The package tomesd itself, where that is installed; the drop-in gives the same pictures on a CPU."""
+    """The original package tomesd, if it is installed; on a CPU its images equal those of this package's drop-in."""
     package = optional_import("tomesd", f"the configuration {TOMESD_PACKAGE!r}")
     resolved = _tomesd(ratio=ratio, max_downsample=max_downsample).resolved
 
@@ -107,7 +108,7 @@ def _tomesd_package(ratio: float = 0.5, max_downsample: int = 1) -> Switch:
 
 
 def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
-    """The feature cache of the package DeepCache, where that is installed."""
+    """The package DeepCache, if it is installed."""
     deepcache = optional_import("DeepCache", "the configuration 'deepcache'")
     for name, value, least in (("interval", interval, 1), ("branch", branch, 0)):
         if type(value) is not int or value < least:
@@ -127,7 +128,7 @@ def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
 
 
 def _preset(name: str = "balanced") -> Switch:
-    """One of the package's presets."""
+    """One of this package's presets."""
     chosen = preset_by_name(name)
 
     @contextmanager
@@ -135,7 +136,7 @@ def _preset(name: str = "balanced") -> Switch:
         with preset(pipe, name) as reports:
             yield reports.merging
 
-    # at which level it merges goes with the model, which a manifest names too
+    # the level at which it merges depends on the model, which the manifest records too
     return Switch(switch_on, {"merge": chosen.merging, "inside": chosen.merging_inside, "cache": chosen.cache})
 
 
@@ -147,4 +148,4 @@ SWITCHES: dict[str, tuple[Callable[..., Switch], str]] = {
     "deepcache": (_deepcache, "interval"),
     "preset": (_preset, "name"),
 }
-"""A function of the options, and the option that a bare value is. A new kind is a new line here."""
+"""By key: the function that takes the options, and the main option, which a single value sets."""

@@ -1,4 +1,4 @@
-"""Feature extractors: from images and prompts to feature vectors."""
+"""Feature extractors for images and texts, and the CLIP score."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ from transformers import CLIPModel, CLIPTokenizer
 
 
 class Extractor(Protocol):
-    """Turns pictures into features.
+    """Computes features of images.
 
     Attributes:
-        name: Shown beside distances over its features.
-        dimensions: Of a feature.
-        batch_size: Pictures at a time.
+        name: Shown in the names of distances that use its features.
+        dimensions: Length of a feature vector.
+        batch_size: Images per batch.
     """
 
     name: str
@@ -24,18 +24,18 @@ class Extractor(Protocol):
     batch_size: int
 
     def of_images(self, images: Tensor) -> Tensor:
-        """From (count, 3, height, width), uint8, to (count, dimensions), float32, on the CPU."""
+        """Map uint8 images (count, 3, height, width) to float32 features (count, dimensions) on the CPU."""
 
 
 class ClipFeatures:
     """The image and text features of a CLIP model.
 
     Args:
-        model: Its weights.
-        tokenizer: Its tokenizer.
-        processor: What prepares its pictures: resizes, crops, normalizes.
-        batch_size: Pictures or texts at a time.
-        name: Shown beside figures that rest on it.
+        model: The CLIP model.
+        tokenizer: The model's tokenizer.
+        processor: The model's image processor, which resizes, crops and normalizes.
+        batch_size: Images or texts per batch.
+        name: Shown in the names of metrics that use its features.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class ClipFeatures:
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu", label: str | None = None) -> "ClipFeatures":
-        """Load a CLIP model by hub id or from a folder, in float32; ``label`` is its name in tables."""
+        """Load a CLIP model by hub id or from a folder, in float32; ``label`` is the name shown in tables."""
         model = CLIPModel.from_pretrained(name).to(device, torch.float32)
-        # Of two that transformers 5 has, the one that resizes with Pillow: features do not hang on what is installed
+        # transformers 5 has two processors; with Pillow's, features do not depend on whether torchvision is installed
         processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
         return cls(
             model, CLIPTokenizer.from_pretrained(name), processor.from_pretrained(name), name=label or str(name)
         )
 
     def of_images(self, images: Tensor) -> Tensor:
-        """Features (count, dimensions) of length 1, float32, on the CPU.
+        """Compute float32 features (count, dimensions) of unit length, on the CPU.
 
         Args:
             images: (count, 3, height, width), uint8, of any size.
@@ -77,13 +77,13 @@ class ClipFeatures:
         return self._features(self._image_features, images)
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
-        """Features (count, dimensions) of length 1, float32, on the CPU. Texts that are too long are cut off."""
+        """Compute float32 features (count, dimensions) of unit length, on the CPU. Long texts are truncated."""
         return self._features(self._text_features, texts)
 
     @torch.inference_mode()
     def _features(self, function: Any, items: Any) -> Tensor:
         parts = [function(items[start : start + self.batch_size]) for start in range(0, len(items), self.batch_size)]
-        # transformers 5 returns the features inside an output, 4 as they are
+        # transformers 5 wraps the features in an output object, transformers 4 returns the tensor
         tensors = [part if isinstance(part, Tensor) else part.pooler_output for part in parts]
         return torch.cat([torch.nn.functional.normalize(tensor, dim=-1).cpu() for tensor in tensors])
 
@@ -99,11 +99,11 @@ class ClipFeatures:
 
 
 class InceptionFeatures:
-    """InceptionV3's pooled features, (count, 2048), over which Fréchet and kernel distances are called FID and KID.
+    """InceptionV3's pooled features, (count, 2048), with which Fréchet and kernel distances are called FID and KID.
 
-    Network and resizing are torch-fidelity's ports of the original ones in TensorFlow, without antialiasing, as in
-    torchmetrics with ``antialias=False``. pytorch-fid places the pixels of a resized picture a little differently, so
-    its figures may differ in their last digits; compare only figures of one extractor.
+    Network and resizing are torch-fidelity's ports of the original TensorFlow code, without antialiasing, as in
+    torchmetrics with ``antialias=False``. pytorch-fid resizes slightly differently, so its values may differ in the
+    last digits; compare only values from one extractor.
 
     Args:
         model: torch-fidelity's ``FeatureExtractorInceptionV3`` with the output "2048".
@@ -119,7 +119,7 @@ class InceptionFeatures:
 
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | torch.device = "cpu") -> "InceptionFeatures":
-        """Load the port's weights from a file; they are downloaded by default. Needs torch-fidelity."""
+        """Load weights from a file; by default they are downloaded. Needs torch-fidelity."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = None if weights is None else str(weights)
@@ -127,13 +127,17 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def of_images(self, images: Tensor) -> Tensor:
-        """Features (count, 2048), float32, on the CPU, of uint8 images (count, 3, height, width)."""
+        """Compute float32 features (count, 2048), on the CPU, of uint8 images (count, 3, height, width)."""
         return self.model(images.to(self.device))[0].flatten(1).float().cpu()
 
 
 def clip_scores(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """100 · max(cosine, 0) for each picture and its text: (count,), from features (count, dimensions) of length 1.
+    """The CLIP score, 100 · max(cosine, 0), of each image and its text: (count,).
 
-    From Hessel et al., "CLIPScore", https://arxiv.org/abs/2104.08718, with the factor that reports use.
+    From Hessel et al., "CLIPScore", https://arxiv.org/abs/2104.08718, with the usual factor of 100. torchmetrics'
+    CLIPScore does not work with transformers 5 (torchmetrics 1.9.0).
+
+    Args:
+        image_features, text_features: (count, dimensions), of unit length.
     """
     return 100 * (image_features * text_features).sum(dim=-1).clamp(min=0)

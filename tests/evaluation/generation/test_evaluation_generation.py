@@ -31,7 +31,7 @@ CONFIGURATIONS = complete([parse_configuration("merge: 0.5")])
 
 
 def opened(pipe, out, items=ITEMS, configurations=CONFIGURATIONS, sampling=SAMPLING):
-    return Experiment(out, items, "a test").opened(configurations, describe(pipe, "random weights", sampling))
+    return Experiment(out, items, "a test").prepare(configurations, describe(pipe, "random weights", sampling))
 
 
 def contents(folder):
@@ -185,11 +185,11 @@ def test_what_decides_by_batch_or_by_time_is_seen(pipe, tmp_path):
     by_batch = [parse_configuration("cache: {interval: 3, threshold: 0.1}")]
     batch = {"size": 2, "processes": 1}
     conditions = describe(pipe, "random weights", SAMPLING)
-    Experiment(tmp_path, ITEMS, "a test").opened([*CONFIGURATIONS, *by_batch], conditions, batch)
-    again = Experiment(tmp_path, ITEMS, "a test").opened(CONFIGURATIONS, conditions, {"size": 3, "processes": 1})
+    Experiment(tmp_path, ITEMS, "a test").prepare([*CONFIGURATIONS, *by_batch], conditions, batch)
+    again = Experiment(tmp_path, ITEMS, "a test").prepare(CONFIGURATIONS, conditions, {"size": 3, "processes": 1})
     assert "batch" not in again.folder("merge-0.5").manifest["configuration"]
     with pytest.raises(EvaluationError, match=r"batch\.size was 2, is now 3"):
-        again.opened(by_batch, conditions, {"size": 3, "processes": 1})
+        again.prepare(by_batch, conditions, {"size": 3, "processes": 1})
     with pytest.raises(EvaluationError, match="chosen by measured times"):
         opened(pipe, tmp_path, configurations=[parse_configuration("merge: {ratio: 0.5, levels: auto}")])
 

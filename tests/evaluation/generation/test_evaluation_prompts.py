@@ -97,8 +97,8 @@ def test_missing_files_and_libraries_are_said(tmp_path, monkeypatch):
 def test_data_sets_give_prompts_and_images(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    pictures = [Image.new("RGB", (4, 4), (value, 8, 7)) for value in (9, 10)]
-    data = datasets.Dataset.from_dict({"Prompt": ["a cat", ""], "image": pictures})
+    images = [Image.new("RGB", (4, 4), (value, 8, 7)) for value in (9, 10)]
+    data = datasets.Dataset.from_dict({"Prompt": ["a cat", ""], "image": images})
     (tmp_path / "set").mkdir()
     data.to_parquet(tmp_path / "set" / "test.parquet")
     prompts = load_prompts(str(tmp_path / "set"), split="test")

@@ -190,7 +190,7 @@ def test_lost_images_are_counted_and_said(out, scoring):
     row = rows(out)["merge: 0.25"]
     assert (row.images, row.failed, row.unreadable) == (2, 1, 1)
     assert {estimate.count for estimate in row.metrics.values()} == {2}
-    assert any("1 items gave no image: not a number" in note for note in row.notes)
+    assert any("1 items have no image: not a number" in note for note in row.notes)
     assert any("over fewer images" in note for note in row.notes)
     assert any(f"1 images cannot be read: {ITEMS[0].name}.png" in note for note in row.notes)
     assert "| 2 (2 lost) |" in (out / "results.md").read_text()
@@ -205,7 +205,7 @@ def test_losses_of_the_baseline_are_said_in_the_rows_that_are_compared_with_it(o
     score(out, scoring)
     row = rows(out)["merge: 0.25"]
     assert row.images == 4 and row.metrics["PSNR dB"].count == 2 and row.metrics[TINY[0]].count == 4
-    assert any(note.startswith("merge: 0.25: 1 images have none of the baseline") for note in row.notes)
+    assert any(note.startswith("merge: 0.25: 1 images have no baseline image") for note in row.notes)
     assert "merge: 0.25: 1 images of the baseline cannot be read." in row.notes
     with (out / "results.csv").open() as file:
         line = list(csv.DictReader(file))[1]
@@ -257,16 +257,16 @@ def test_references_may_be_folders_or_other_tools_statistics(out, scoring, tmp_p
 def test_a_reference_can_be_saved_and_taken_again(out, scoring, tmp_path):
     own = Experiment.load(out).folder("baseline")
     score(out, replace(scoring, reference=str(own.path)))
-    from_pictures = rows(out)["baseline"].metrics
+    from_images = rows(out)["baseline"].metrics
     arguments = ["statistics", str(own.path), "--features", "tiny", "--device", "cpu"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "reference.npz")])
     assert result.exit_code == 0 and "4 pictures by tiny CLIP" in result.output
     score(out, replace(scoring, reference=str(tmp_path / "reference.npz")))
-    assert rows(out)["baseline"].metrics == from_pictures
+    assert rows(out)["baseline"].metrics == from_images
     with np.load(tmp_path / "reference.npz") as file:
         others = {**file, "extractor": np.array("another CLIP")}
     np.savez(tmp_path / "others.npz", **others)
-    with pytest.raises(EvaluationError, match="by another CLIP, but the pictures' are by tiny CLIP"):
+    with pytest.raises(EvaluationError, match="by another CLIP, but the images' are by tiny CLIP"):
         score(out, replace(scoring, reference=str(tmp_path / "others.npz")))
     assert CliRunner().invoke(app, [*arguments, "--out", "reference.csv"]).exit_code == 2
 

@@ -1,4 +1,4 @@
-"""The first pass: images and speeds of each configuration; and a quick comparison in memory."""
+"""The first pass: generate and time the images of each configuration; also compare a few images in memory."""
 
 from tomesd_plus.evaluation.generation.compare import Comparison, Row, compare, peers_of
 from tomesd_plus.evaluation.generation.models import load_model

@@ -1,4 +1,4 @@
-"""The same prompts and seeds under several configurations, interleaved, beside the untouched pipeline."""
+"""Compare configurations with the unmodified pipeline on the same prompts and seeds, interleaved, in memory."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from tomesd_plus.metrics.fidelity import psnr, ssim
 
 @dataclass
 class Row:
-    """What one setting gave: one entry a prompt in each list, but for the step records, which are the last one's."""
+    """The results of one configuration. Lists have an entry per prompt; the step records are the last prompt's."""
 
     name: str
     steps: int
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def removed(self) -> dict[int, float]:
-        """Share of tokens removed at each level, the mean over prompts."""
+        """Share of tokens removed at each level; mean over prompts."""
         levels = sorted({level for shares in self.removed_by_prompt for level in shares})
         return {
             level: statistics.fmean(shares.get(level, 0.0) for shares in self.removed_by_prompt) for level in levels
@@ -39,23 +39,23 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Median time of an image."""
+        """Time per image; median over prompts."""
         return statistics.median(image.seconds for image in self.generated)
 
     @property
     def step_seconds(self) -> float:
-        """Time of a denoising step: the mean over its steps, the median over prompts."""
+        """Time per denoising step: mean over the steps, median over prompts."""
         return statistics.median(image.step_seconds for image in self.generated)
 
     @property
     def speedup(self) -> float:
-        """Median over prompts of the baseline's time divided by this setting's, run one after the other."""
+        """The baseline's time divided by this configuration's, run one after the other; median over prompts."""
         return statistics.median(self.speedups)
 
 
 @dataclass
 class Comparison:
-    """The baseline's row and one for each setting."""
+    """The baseline's row and one for each configuration."""
 
     prompts: list[str]
     baseline: Row
@@ -71,19 +71,19 @@ def compare(
     equal_time: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Run the untouched pipeline and each setting on the same prompts and seeds.
+    """Run the unmodified pipeline and each configuration on the same prompts and seeds.
 
-    Prompt i has seed ``seed + i``. For every prompt the baseline and all settings run in turn, so that a machine's
-    noise meets them alike. A short run of each goes before, as a warm-up.
+    Prompt i has seed ``seed + i``. For each prompt, the baseline and all configurations run in turn, so that changes
+    in the machine's load affect all of them alike. A short warm-up of each comes first.
 
     Args:
-        pipe: A text-to-image pipeline, untouched.
+        pipe: An unmodified text-to-image pipeline.
         prompts: At least one.
-        settings: What to compare.
-        sampling: Steps, guidance, size.
-        seed: Of the first prompt.
-        equal_time: Add, for every setting that was faster, the untouched pipeline with as many fewer steps.
-        on_step: Called with a setting's name after each of its steps, warm-ups included.
+        settings: The configurations to compare.
+        sampling: Steps, guidance and size.
+        seed: Seed of the first prompt.
+        equal_time: For every faster configuration, add the unmodified pipeline with fewer steps at about equal time.
+        on_step: Called with a configuration's name after each of its steps, including warm-ups.
     """
     if not prompts:
         raise ValueError("compare needs at least one prompt")
@@ -110,9 +110,9 @@ def compare(
 def peers_of(
     ratios: Sequence[float], max_downsample: int = 1, cache_interval: int | None = None
 ) -> list[Configuration]:
-    """What frames a comparison: tomesd at the same ratios, DeepCache at the same interval, and another seed.
+    """Configurations to compare with: tomesd at the same ratios, DeepCache at the same interval, and another seed.
 
-    DeepCache is left out where its package is not installed.
+    DeepCache is left out if its package is not installed.
     """
     peers = [
         Configuration(f"tomesd's way, {ratio:g}", {"tomesd": {"ratio": ratio, "max_downsample": max_downsample}})
@@ -162,7 +162,7 @@ def _run(
         def after(step: int) -> None:
             nonlocal merge_map
             if report is not None and (merge_map is None or step <= sampling.steps // 2):
-                merge_map = report.merge_map() if report.steps[-1].removed else merge_map  # whole steps may have none
+                merge_map = report.merge_map() if report.steps[-1].removed else merge_map  # full steps have none
             if on_step:
                 on_step(setting.name)
 

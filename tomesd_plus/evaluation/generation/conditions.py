@@ -1,4 +1,4 @@
-"""Conditions: what decides about an image besides its configuration, prompt and seed."""
+"""Conditions: what determines an image besides its configuration, prompt and seed."""
 
 import hashlib
 from dataclasses import asdict
@@ -14,11 +14,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "tomesd-plus")
 
 
 def describe(pipe: Any, model: str, sampling: Sampling) -> dict[str, Any]:
-    """Everything beside the configuration that decides about the pixels; ``pipe`` must be untouched.
+    """Describe the conditions under which images are generated, for their manifest.
 
     Args:
-        pipe: A pipeline.
-        model: What it was loaded from.
+        pipe: An unmodified pipeline.
+        model: The name, path or hub id from which it was loaded.
         sampling: Steps, guidance and size.
     """
     parameter = next(pipe.unet.parameters())
@@ -30,7 +30,7 @@ def describe(pipe: Any, model: str, sampling: Sampling) -> dict[str, Any]:
         "model": model,
         "fingerprint": {name: _fingerprint(module) for name, module in sorted(modules.items())},
         "sampling": {**asdict(sampling), "height": sampling.height or own, "width": sampling.width or own},
-        "scheduler": plain({"class": type(pipe.scheduler).__name__, **scheduler}),  # DPM-Solver's holds an infinity
+        "scheduler": plain({"class": type(pipe.scheduler).__name__, **scheduler}),  # DPM-Solver's has an infinity
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "versions": {name: version(name) for name in LIBRARIES},
@@ -38,7 +38,7 @@ def describe(pipe: Any, model: str, sampling: Sampling) -> dict[str, Any]:
 
 
 def _fingerprint(module: torch.nn.Module) -> str:
-    """What other weights would not have: a hash of some bytes of each tensor, the same on every machine."""
+    """A hash that identifies a module's weights, from a sample of each tensor; the same on every machine."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         values = tensor.detach().flatten()

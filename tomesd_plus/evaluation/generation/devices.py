@@ -1,4 +1,4 @@
-"""The device that images are generated on: its name, its dtypes, its peak memory."""
+"""Devices and dtypes by name, and peak memory."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ MEBIBYTE = 2**20
 
 
 def local_device(device: str | None = None) -> str:
-    """The device asked for, or the best there is; ``cuda`` is, in a launcher's process, the GPU of its number."""
+    """Choose the given device or the best available; in a launched process ``cuda`` is the GPU of its local rank."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
@@ -41,7 +41,7 @@ def dtype_by_name(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the CPU's architecture and the number of threads."""
+    """The name of the accelerator, or the CPU's architecture and PyTorch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -51,14 +51,14 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """The peak in bytes, as the one entry of a list, once the block is left."""
+    """Measure peak memory in bytes inside a ``with`` block; afterwards it is the only entry of the yielded list."""
     peak = [0.0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
         peak[0] = float(torch.cuda.max_memory_allocated(device))
         return
-    process = psutil.Process()  # resident memory has no peak that can be reset, so it is sampled
+    process = psutil.Process()  # the peak of resident memory cannot be reset, so sample the memory instead
     done = threading.Event()
 
     def watch() -> None:

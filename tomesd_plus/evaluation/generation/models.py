@@ -1,4 +1,4 @@
-"""Load a pipeline by name: the embedded one, a hub id, a folder, or a single checkpoint file."""
+"""Load a pipeline: the embedded one, or from the hub, a folder or a checkpoint file."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tomesd_plus.tiny import load_tiny_pipeline
 
 
 def usual_guidance(model: str) -> float:
-    """A guidance scale that suits a model: 3 for the embedded pipeline, by its model card, else 7.5."""
+    """The default guidance scale of a model: 3 for the embedded pipeline, as in its model card, else 7.5."""
     return 3.0 if model == TINY else 7.5
 
 
@@ -26,9 +26,9 @@ def load_model(
     Args:
         name: ``"tiny"`` for the embedded pipeline, a hub id, a folder in diffusers' layout, or a ``.safetensors``
             or ``.ckpt`` file in the original layout of SD 1.x, 2.x or SDXL (its configuration comes from the hub).
-        device: As PyTorch names it; see :func:`local_device`. A GPU becomes the process's current one.
-        dtype: Of all its models.
-        safety_checker: Keep the model's, if it has one. In a comparison it would decide which images a row has.
+        device: PyTorch's name of the device; see :func:`~.devices.local_device`. A GPU becomes the current device.
+        dtype: The dtype of all its models.
+        safety_checker: Keep the safety checker, if the model has one. In comparisons it would remove images.
 
     Raises:
         ModelError: It cannot be found or read, or it has no UNet.
@@ -52,7 +52,7 @@ def load_model(
             pipe.safety_checker = None
             pipe.register_to_config(requires_safety_checker=False)
         pipe = pipe.to(device)
-    except Exception as error:  # whatever a stranger's files make the loaders raise, the user gets one line
+    except Exception as error:  # loaders of unknown files raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"cannot load model {name!r}: {reason[:300]}") from error
     pipe.set_progress_bar_config(disable=True)

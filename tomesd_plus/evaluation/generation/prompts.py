@@ -1,4 +1,8 @@
-"""Prompts from a file, a data set or the package."""
+"""Read prompts from a file or a data set, or take the embedded ones.
+
+The standard library reads CSV and JSON: pandas would save a few lines, but it is a large dependency, and by default it
+turns prompts such as "NA" or "1" into other values.
+"""
 
 import csv
 import json
@@ -12,18 +16,18 @@ from tomesd_plus.evaluation.hub_data import choose_column, load_data_set
 from tomesd_plus.evaluation.names import EMBEDDED
 from tomesd_plus.tiny import held_out_captions
 
-ENCODING = "utf-8-sig"  # spreadsheets put a byte order mark before the text
-COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "sentence")  # what published lists call it
+ENCODING = "utf-8-sig"  # spreadsheets write a byte order mark
+COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "sentence")  # names in published lists
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Captions and where they come from.
+    """Prompts and their source.
 
     Args:
-        source: As it was given.
-        entries: (id, text) of each; the id is its place in the source, from 0.
-        skipped: How many were left out because they are empty.
+        source: The source as it was given.
+        entries: (id, text) of each prompt; the id is its index in the source.
+        skipped: Number of empty prompts, which are left out.
     """
 
     source: str
@@ -37,15 +41,15 @@ def load_prompts(
     """Load prompts.
 
     Args:
-        source: ``"embedded"`` for the package's held-out captions; a file: ``.txt`` (one a line), ``.tsv`` or
-            ``.csv`` (with a header line), ``.json`` (a list of texts or of objects, or COCO's annotations),
-            ``.jsonl``, ``.parquet`` (needs pyarrow), any other as a text's; or the id of a data set (needs datasets).
-        column: Which column or key holds them; by default one named prompt, caption, text or the like.
-        split: Of a data set.
-        limit: Take the first so many.
+        source: ``"embedded"`` for the package's held-out captions; a file: ``.txt`` (one prompt per line), ``.tsv`` or
+            ``.csv`` (with a header line), ``.json`` (a list of texts or objects, or COCO's annotations), ``.jsonl``,
+            ``.parquet`` (needs pyarrow), any other as ``.txt``; or the id of a data set (needs datasets).
+        column: The column or key with the prompts; by default one named prompt, caption, text or similar.
+        split: Split of a data set.
+        limit: Maximum number of prompts.
 
     Raises:
-        EvaluationError: The source cannot be found or read, has no such column, or no prompt that is not empty.
+        EvaluationError: The source is missing or unreadable, has no such column, or has only empty prompts.
     """
     if source == EMBEDDED and column is not None:
         raise EvaluationError(f"the embedded prompts have no columns, so there is no {column!r}")
@@ -71,7 +75,7 @@ def load_prompts(
 def _from_file(path: Path, column: str | None) -> Iterable[Any]:
     try:
         return READERS.get(path.suffix.lower(), _read_text)(path, column)
-    except (OSError, ValueError, csv.Error) as error:  # broken JSON and broken UTF-8 are ValueErrors
+    except (OSError, ValueError, csv.Error) as error:  # invalid JSON and invalid UTF-8 raise ValueErrors
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"cannot read prompts from {path}: {reason}") from error
 
@@ -90,7 +94,7 @@ def _read_text(path: Path, column: str | None) -> list[str]:
 def _read_table(path: Path, column: str | None) -> list[Any]:
     tabs = path.suffix.lower() == ".tsv"
     with path.open(encoding=ENCODING, newline="") as file:
-        # In lists with tabs a quote is a quote: a lone one would swallow the lines up to the next
+        # with tabs, quotes are literal: an unpaired one would otherwise swallow the following lines
         rows = csv.DictReader(
             file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
         )

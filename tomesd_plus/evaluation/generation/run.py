@@ -1,4 +1,4 @@
-"""The first pass: folders, speeds, rows of equal time, and each image once, in any number of processes."""
+"""The generation pass: time the configurations and generate all images, in any number of processes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,41 +28,42 @@ def generate_experiment(
     equal_time: bool = True,
     on_progress: OnProgress | None = None,
 ) -> tuple[Experiment, int]:
-    """Generate all images of this process's share, and speeds where it is the first; what is there already stays.
+    """Time the configurations and generate the images of this process's share; existing images and speeds are kept.
 
-    Speeds are measured by process 0 alone, before images are generated; processes launched with it wait meanwhile, so
-    as not to disturb. They tell which rows of equal time there are. A shard on a machine of its own has no such rows
+    Only process 0 measures speeds, before any image is generated; processes launched with it wait, so as not to
+    disturb the times. The speeds determine the equal-time configurations. A shard on another machine has none of these
     unless ``speed.json`` of shard 0 is in its folder.
 
     Args:
-        pipe: A text-to-image pipeline, untouched.
-        model: What it was loaded from.
+        pipe: An unmodified text-to-image pipeline.
+        model: The name, path or hub id from which it was loaded.
         experiment: What to generate, and where.
-        configurations: The ways to run the pipeline, the baseline first (see ``complete``).
+        configurations: The configurations, the baseline first (see ``complete``).
         sampling: Steps, guidance and size.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
         share: This process's part of the items.
-        timed_runs: How often each configuration is timed; 0 for no speeds and no rows of equal time.
-        equal_time: Add, for every configuration that is faster, the baseline with as many steps as fit in its time.
+        timed_runs: Timed runs per configuration; 0 for no speeds and no equal-time configurations.
+        equal_time: For every faster configuration, add the baseline with the number of steps that fit in its time.
         on_progress: See :data:`~tomesd_plus.evaluation.experiment.OnProgress`.
 
     Returns:
-        The experiment with all its configurations, and how many items gave no image.
+        The experiment with all its configurations, and the number of items without an image.
 
     Raises:
         EvaluationError: A folder was made with another configuration.
     """
     share = share or Share()
     conditions = describe(pipe, model, sampling)
-    batch = {"size": batch_size, "processes": share.count if batch_size > 1 else 1}  # each takes every so many-th item
-    experiment = experiment.opened(configurations, conditions, batch)
+    # with other batches or processes, other items share a batch
+    batch = {"size": batch_size, "processes": share.count if batch_size > 1 else 1}
+    experiment = experiment.prepare(configurations, conditions, batch)
     chosen = list(configurations)
     if timed_runs:
         _measure(pipe, experiment, chosen, sampling, timed_runs, batch_size, share, on_progress)
         if equal_time:
             slower = equal_time_rows(chosen, load_speeds(experiment), sampling)
             chosen += [row for row in slower if row.folder not in {other.folder for other in chosen}]
-            experiment = experiment.opened(chosen, conditions, batch)
+            experiment = experiment.prepare(chosen, conditions, batch)
             _measure(pipe, experiment, chosen, sampling, timed_runs, batch_size, share, on_progress)
     total = len(chosen) * len(share.of(experiment.items))
 
@@ -82,25 +83,25 @@ def generate_images(
     share: Share | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> int:
-    """Generate what is missing of an experiment; what is there already is left as it is.
+    """Generate the missing images of an experiment; existing images are not changed.
 
-    Stop it at any moment and call it again. Where an image of a batch is missing the whole batch runs again: a matrix
-    product's last bits may depend on its size, so pixels may differ by one in 255 from those of another batch size.
+    It can be interrupted at any time and called again. If an image of a batch is missing, the whole batch is generated
+    again: the last bits of a matrix product may depend on the batch size, and with them pixels by 1/255.
 
     Args:
-        pipe: A text-to-image pipeline, untouched.
-        experiment: What to generate; its folders are open.
-        configurations: The ways to run the pipeline.
+        pipe: An unmodified text-to-image pipeline.
+        experiment: What to generate; with prepared folders.
+        configurations: The configurations.
         sampling: Steps, guidance and size.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
         share: This process's part of the items.
-        on_images: Called with the number of images that have come, those that were there included.
+        on_images: Called with the number of images of each batch, including existing ones.
 
     Returns:
-        How many items of this share gave no image, so far; their folders say why.
+        The number of items of this share without an image; text files in their folders say why.
 
     Raises:
-        OSError: An image cannot be written. All that were written stay.
+        OSError: An image cannot be written. Images already written are kept.
     """
     failures = 0
     items = (share or Share()).of(experiment.items)
@@ -123,7 +124,7 @@ def generate_images(
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until other processes' files have come. A launcher ends all its processes when one of them fails."""
+    """Wait for the files of other processes. If one of them fails, the launcher ends all of them."""
     while not condition():
         time.sleep(POLL_SECONDS)
 

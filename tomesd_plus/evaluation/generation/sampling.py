@@ -1,4 +1,4 @@
-"""Pictures from prompts and seeds, with their times."""
+"""Call a pipeline: generate images from prompts and seeds, and time it."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +17,13 @@ from tomesd_plus.host.clock import now
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are sampled.
+    """Sampling options.
 
     Args:
         steps: Denoising steps.
-        guidance_scale: Of classifier-free guidance; 1 or less switches it off.
-        height, width: Of the picture in pixels; the model's own size by default.
-        negative_prompt: What the picture should not show.
+        guidance_scale: Scale of classifier-free guidance; 1 or less switches it off.
+        height, width: Size of the image in pixels; the model's default size by default.
+        negative_prompt: What the image should not show.
     """
 
     steps: int = 25
@@ -35,13 +35,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """A picture and how long it took.
+    """An image and its time.
 
     Args:
         pixels: (3, height, width) in [0, 1], float32, on the CPU.
-        seconds: The whole call: text encoding, denoising, decoding; without what ``on_step`` took.
-        step_seconds: The mean denoising step, since a cache's steps are not alike; without the first, which encloses
-            other work, where there are more.
+        seconds: Time of the call: text encoding, denoising and decoding, without the time spent in ``on_step``.
+        step_seconds: Mean time of a denoising step; a mean, because full and cached steps differ. Without the first
+            step, whose time includes other work, if there are more.
     """
 
     pixels: Tensor
@@ -51,12 +51,12 @@ class Generated:
 
 @dataclass(frozen=True)
 class GeneratedBatch:
-    """Pictures made in one call, and how long it took.
+    """The images of one call and its time.
 
     Args:
-        pixels: (count, 3, height, width) in [0, 1], float32, on the CPU; NaN where a half-precision model overflows.
-        seconds, step_seconds: As in :class:`Generated`, for all pictures together.
-        withheld: Which pictures the pipeline's safety checker replaced by black ones.
+        pixels: (count, 3, height, width) in [0, 1], float32, on the CPU; NaN if a half-precision model overflows.
+        seconds, step_seconds: As in :class:`Generated`, for the whole batch.
+        withheld: For each image, whether the pipeline's safety checker replaced it by a black one.
     """
 
     pixels: Tensor
@@ -72,14 +72,14 @@ def generate(
     sampling: Sampling,
     on_step: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Generate one picture.
+    """Generate one image.
 
     Args:
         pipe: A text-to-image pipeline.
-        prompt: The caption.
-        seed: Of the initial noise, drawn on the CPU, so that it is the same on every device.
+        prompt: The prompt.
+        seed: Seed of the initial noise, which is drawn on the CPU so that it is the same on every device.
         sampling: Steps, guidance and size.
-        on_step: Called with the number of the step after each one.
+        on_step: Called after each step with its index.
     """
     batch = generate_batch(pipe, [prompt], [seed], sampling, on_step)
     return Generated(batch.pixels[0], batch.seconds, batch.step_seconds)
@@ -92,7 +92,7 @@ def generate_batch(
     sampling: Sampling,
     on_step: Callable[[int], None] | None = None,
 ) -> GeneratedBatch:
-    """Generate a picture for each prompt and seed in one call; each has a generator of its own."""
+    """Generate an image for each prompt and seed in one call; each image has its own random generator."""
     ticks: list[float] = []
     watched = 0.0  # seconds spent in on_step
     device = pipe.unet.device
@@ -128,7 +128,7 @@ def generate_batch(
 
 
 def run_batch(pipe: Any, items: Sequence[Item], configuration: Configuration, sampling: Sampling) -> GeneratedBatch:
-    """Generate one batch under a configuration that is switched on."""
+    """Generate one batch with a configuration that has been switched on."""
     sampling = replace(sampling, steps=configuration.steps or sampling.steps)
     seeds = [item.noise_seed(configuration.seed_offset) for item in items]
     with _fixed_global_generator(pipe.unet.device):
@@ -137,7 +137,7 @@ def run_batch(pipe: Any, items: Sequence[Item], configuration: Configuration, sa
 
 @contextmanager
 def _fixed_global_generator(device: torch.device) -> Iterator[None]:
-    """For what draws from PyTorch's global generator, as tomesd does: the same numbers for every image."""
+    """Seed PyTorch's global generator, from which tomesd for one draws, so that images are reproducible."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield

@@ -1,4 +1,4 @@
-"""Which process generates which items."""
+"""Sharding: which process generates which items."""
 
 import os
 import re
@@ -11,12 +11,15 @@ from tomesd_plus.evaluation.items import Item
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the items that falls to one process: every ``count``-th, from the one numbered ``index``.
+    """The items of one process: every ``count``-th item, starting with ``index``.
+
+    accelerate's ``split_between_processes`` needs a process group, in which independent machines would wait for each
+    other, and splits into contiguous blocks.
 
     Args:
-        index: This process's number, from 0.
-        count: Processes in all.
-        launched: Of these, how many a launcher started together with this one.
+        index: Index of this process, from 0.
+        count: Total number of processes.
+        launched: Number of processes that a launcher started together with this one.
     """
 
     index: int = 0
@@ -24,18 +27,18 @@ class Share:
     launched: int = 1
 
     def of(self, items: Sequence[Item]) -> list[Item]:
-        """The items of this process."""
+        """Select the items of this process."""
         return list(items[self.index :: self.count])
 
     @classmethod
     def here(cls, shard: str | None = None, environment: Mapping[str, str] = os.environ) -> "Share":
-        """The share of this process, as the launcher (torchrun, accelerate) and the user say.
+        """The share of this process, from the launcher's environment (torchrun, accelerate) and the user's shard.
 
-        The launcher's environment is read and no process group is made: the processes never talk to each other.
+        No process group is created: the processes do not communicate.
 
         Args:
-            shard: ``"i/n"``, i from 0 to n − 1: which of n independent runs this is. Each may have many processes.
-            environment: Where the launcher has set RANK and WORLD_SIZE.
+            shard: ``"i/n"``, i from 0 to n − 1: this is run i of n independent runs, each of one or more processes.
+            environment: The launcher's RANK and WORLD_SIZE.
         """
         match = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
         if not match or int(match[1]) >= int(match[2]):

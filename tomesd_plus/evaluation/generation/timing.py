@@ -1,4 +1,4 @@
-"""Measure time and memory of each configuration, interleaved with the baseline's."""
+"""Measure time and memory of configurations, interleaved with the baseline; and equal-time configurations."""
 
 import math
 import statistics
@@ -24,15 +24,18 @@ def measured_speeds(
     batch_size: int = 1,
     on_run: Callable[[int], None] | None = None,
 ) -> dict[str, Speed]:
-    """Measure what ``speed.json`` lacks, each configuration in turn with the baseline; returns all speeds, by folder.
+    """Measure the speeds that ``speed.json`` lacks, each configuration interleaved with the baseline.
 
-    The file is written after each configuration, so a killed run loses one at most.
+    The file is written after each configuration, so an interrupted run loses at most one.
 
     Args:
         pipe, configurations, sampling, runs: As in :func:`measure_speeds`.
-        experiment: Its folders are open. Its first items are what is generated.
-        batch_size: Images at a time.
-        on_run: Called after each run with how many there are.
+        experiment: With prepared folders; its first items are generated.
+        batch_size: Images per batch.
+        on_run: Called after each run with the total number of runs.
+
+    Returns:
+        All speeds, by folder name.
     """
     items = experiment.items[:batch_size]
     device = device_name(pipe.unet.device)
@@ -45,7 +48,7 @@ def measured_speeds(
     total = sum(map(len, pairs)) * (runs + 1)
     for pair in pairs:
         measured = measure_speeds(pipe, pair, items, sampling, runs, (lambda: on_run(total)) if on_run else None)
-        for name, speed in measured.items():  # the baseline's first stays
+        for name, speed in measured.items():  # keeps the first measurement of the baseline
             known.setdefault(name, replace(speed, manifest=manifest_digest(experiment, name)))
         entries = read_json(experiment.out / SPEED_FILE) if (experiment.out / SPEED_FILE).exists() else {}
         entries |= {name: asdict(speed) for name, speed in known.items()}
@@ -54,17 +57,17 @@ def measured_speeds(
 
 
 def equal_time_steps(steps: int, speedup: float, seconds: float, step_seconds: float) -> int:
-    """How many steps the baseline can do in a faster configuration's time.
+    """The number of steps that the baseline can do in a faster configuration's time.
 
-    Only steps can be left out: encoding the prompt and decoding the image take their time whatever their number.
+    Only the time of steps can be saved; encoding the prompt and decoding the image take the same time as before.
 
     Args:
-        steps: The baseline's.
-        speedup: The configuration's.
-        seconds, step_seconds: The baseline's times of an image and of a step of one image.
+        steps: Steps of the baseline.
+        speedup: Speed-up of the configuration.
+        seconds, step_seconds: The baseline's times per image and per step of one image.
 
     Example:
-        >>> equal_time_steps(20, speedup=2.0, seconds=1.0, step_seconds=0.04)  # 0.8 s are steps, 0.5 s have to go
+        >>> equal_time_steps(20, speedup=2.0, seconds=1.0, step_seconds=0.04)  # saves 0.5 s: 13 steps of 0.04 s
         7
     """
     saved = seconds - seconds / speedup
@@ -74,7 +77,7 @@ def equal_time_steps(steps: int, speedup: float, seconds: float, step_seconds: f
 def equal_time_rows(
     configurations: Sequence[Configuration], speeds: dict[str, Speed], sampling: Sampling
 ) -> list[Configuration]:
-    """For each configuration that is faster, the baseline with as many steps as fit in its time."""
+    """For each faster configuration, the baseline with the number of steps that fit in its time."""
     base = speeds.get(BASELINE.folder)
     if base is None:
         return []
@@ -96,23 +99,24 @@ def measure_speeds(
     runs: int = 5,
     on_run: Callable[[], None] | None = None,
 ) -> dict[str, Speed]:
-    """Run all configurations in turn, so that a machine's noise meets them alike; a warm-up of each goes before.
+    """Run all configurations in turn, so that changes in the machine's load affect all of them alike.
 
-    Switching on is not timed, nor the first two steps after it, in which some set themselves up.
+    A warm-up of each comes first. Switching a configuration on is not timed, nor are two steps after it, in which some
+    methods set themselves up.
 
     Args:
-        pipe: A text-to-image pipeline, untouched.
-        configurations: The first is what the others are compared with.
+        pipe: An unmodified text-to-image pipeline.
+        configurations: The first one is the baseline.
         items: One batch, the same for every run.
         sampling: Steps, guidance and size.
-        runs: How often each is timed.
-        on_run: Called after each run; there are ``(runs + 1)`` a configuration.
+        runs: Timed runs per configuration.
+        on_run: Called after each run; there are ``runs + 1`` per configuration.
     """
     seconds: dict[str, list[float]] = {configuration.folder: [] for configuration in configurations}
     steps: dict[str, list[float]] = {configuration.folder: [] for configuration in configurations}
     memory: dict[str, float] = {}
     removed: dict[str, list[dict[str, Any]]] = {}
-    for run in range(-1, runs):  # the first is the warm-up; memory is watched in it, which would disturb the times
+    for run in range(-1, runs):  # run −1 is the warm-up, in which memory is sampled: that would disturb the times
         for configuration in configurations:
             name = configuration.folder
             with configuration.switched_on(pipe) as report:

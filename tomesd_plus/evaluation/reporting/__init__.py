@@ -1,4 +1,4 @@
-"""The third pass: tables and plots as files."""
+"""The third pass: write tables and plots."""
 
 from tomesd_plus.evaluation.reporting.comparison_plot import comparison_figure
 from tomesd_plus.evaluation.reporting.overlays import difference, merge_map_overlay

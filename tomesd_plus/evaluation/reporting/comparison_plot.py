@@ -1,4 +1,4 @@
-"""Pictures of a comparison."""
+"""Plot of a comparison: images, differences, merge maps, and the tokens removed at each step."""
 
 import textwrap
 from typing import Any
@@ -12,22 +12,22 @@ from tomesd_plus.evaluation.generation.compare import Comparison, Row
 from tomesd_plus.evaluation.reporting.overlays import DIFFERENCE_GAIN, merge_map_overlay
 from tomesd_plus.evaluation.reporting.overlays import difference as difference_of
 
-MAX_PROMPTS = 8  # a picture with more rows is hard to read
+MAX_PROMPTS = 8  # more rows are hard to read
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Draw baseline, each merging setting, its difference and its merge map, and below them the ratio over steps.
+    """Plot the baseline and each merging configuration with difference and merge map; below, tokens removed per step.
 
-    Settings without merge maps (fewer steps, another seed, tomesd's way) show their pictures alone. Of more than eight
-    prompts the first eight are drawn.
+    Configurations without merge maps (fewer steps, another seed) show their images only. At most eight prompts are
+    shown.
     """
     prompts = comparison.prompts[:MAX_PROMPTS]
     merging = [row for row in comparison.rows if any(m is not None for m in row.merge_maps)]
     others = [row for row in comparison.rows if row not in merging]
     columns = 1 + 3 * len(merging) + len(others)
     figure = Figure(figsize=(1.5 * columns + 0.6, 1.62 * len(prompts) + 2.4), layout="constrained")
-    pictures, curve = np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=(1.62 * len(prompts), 2.2))))
-    axes = pictures.subplots(len(prompts), columns, squeeze=False)
+    images, curve = np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=(1.62 * len(prompts), 2.2))))
+    axes = images.subplots(len(prompts), columns, squeeze=False)
     for index, prompt in enumerate(prompts):
         base = comparison.baseline.generated[index].pixels
         cells = iter(axes[index])
@@ -36,11 +36,11 @@ def comparison_figure(comparison: Comparison) -> Figure:
         axis.set_ylabel(_wrapped(prompt), fontsize=6)
         _title(axis, index, f"{comparison.baseline.name}\n{comparison.baseline.seconds:.2f} s")
         for row in merging:
-            picture, difference, merge_map = next(cells), next(cells), next(cells)
+            image, difference, merge_map = next(cells), next(cells), next(cells)
             pixels = row.generated[index].pixels
-            picture.imshow(_image(pixels))
-            _title(picture, index, f"{row.name}\n{row.speedup:.2f}×")
-            picture.set_xlabel(f"{row.psnr[index]:.1f} dB", fontsize=6)
+            image.imshow(_image(pixels))
+            _title(image, index, f"{row.name}\n{row.speedup:.2f}×")
+            image.set_xlabel(f"{row.psnr[index]:.1f} dB", fontsize=6)
             difference.imshow(_image(difference_of(pixels, base)))
             _title(difference, index, f"difference\n× {DIFFERENCE_GAIN}")
             merge_map.imshow(_image(merge_map_overlay(pixels, row.merge_maps[index])))

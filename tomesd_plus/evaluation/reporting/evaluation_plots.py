@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: speed against quality, the images side by side, and how much merged at which step."""
+"""Plots of an evaluation: speed against quality, a grid of images, and the tokens removed at each step."""
 
 import io
 import textwrap
@@ -16,28 +16,28 @@ from tomesd_plus.evaluation.file_io import atomic_write
 from tomesd_plus.evaluation.images import Images
 from tomesd_plus.evaluation.scoring.results import Result
 
-GRID_ROWS, GRID_COLUMNS = 8, 12  # a picture with more is hard to read
-MAX_NAMES = 12  # of more points only the front's names are written
+GRID_ROWS, GRID_COLUMNS = 8, 12  # more are hard to read
+MAX_NAMES = 12  # with more points, only those on the Pareto front are labelled
 HIGHER_IS_BETTER = ("PSNR", "SSIM", "CLIP score")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A row in the plane of speed and one metric; ``goodness`` is the metric, or its negative if lower is better."""
+    """A row's speed-up and quality: the metric's value, or its negative if lower is better."""
 
     name: str
     speedup: float
-    goodness: float
+    quality: float
 
 
-def save_pictures(rows: Sequence[Result], out: Path) -> list[Path]:
-    """Write ``pareto.png``, ``grid.png`` and ``ratios.png``, each if there is something to draw; returns which."""
+def save_plots(rows: Sequence[Result], out: Path) -> list[Path]:
+    """Write ``pareto.png``, ``grid.png`` and ``ratios.png``, each if there is data for it; returns their paths."""
     figures = {"pareto": pareto_figure(rows), "grid": grid_figure(rows), "ratios": ratio_figure(rows)}
     paths = []
     for name, figure in figures.items():
         path = out / f"{name}.png"
         if figure is None:
-            path.unlink(missing_ok=True)  # of an earlier report
+            path.unlink(missing_ok=True)  # from an earlier report
             continue
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
@@ -47,7 +47,7 @@ def save_pictures(rows: Sequence[Result], out: Path) -> list[Path]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other point beats in one respect without being worse in the other, from slow to fast.
+    """The points that no other point beats in both speed-up and quality, from slow to fast.
 
     Example:
         >>> slow, fast, worse = Point("a", 1.0, 40.0), Point("b", 1.5, 30.0), Point("c", 1.4, 29.0)
@@ -55,16 +55,16 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
         ['a', 'b']
     """
     front: list[Point] = []
-    for point in sorted(points, key=lambda point: (-point.speedup, -point.goodness)):
-        if not front or point.goodness > front[-1].goodness:
+    for point in sorted(points, key=lambda point: (-point.speedup, -point.quality)):
+        if not front or point.quality > front[-1].quality:
             front.append(point)
     return front[::-1]
 
 
 def pareto_figure(rows: Sequence[Result]) -> Figure | None:
-    """Speed-up against fidelity, and against the first distance and the first CLIP score where there are such.
+    """Plot PSNR, the first distance and the first CLIP score, where available, against speed-up.
 
-    Up is better. The noise floor is a line: its time is the baseline's.
+    Up is better. The noise floor, whose time is the baseline's, is a horizontal line.
     """
     timed = [row for row in rows if row.speed]
     metrics = list(dict.fromkeys(name for row in timed for name in row.metrics))
@@ -89,19 +89,19 @@ def pareto_figure(rows: Sequence[Result]) -> Figure | None:
             axis.errorbar(row.speed.speedup, estimate.value, bars, fmt="o", markersize=4, linewidth=0.8)
         front = pareto_front(points)
         for point in points if len(points) <= MAX_NAMES else front:
-            axis.annotate(point.name, (point.speedup, sign * point.goodness), fontsize=6, xytext=(3, 3),
+            axis.annotate(point.name, (point.speedup, sign * point.quality), fontsize=6, xytext=(3, 3),
                           textcoords="offset points")  # fmt: skip
-        axis.plot([p.speedup for p in front], [sign * p.goodness for p in front], "k--", linewidth=0.8, zorder=0,
+        axis.plot([p.speedup for p in front], [sign * p.quality for p in front], "k--", linewidth=0.8, zorder=0,
                   label="Pareto front")  # fmt: skip
         axis.set(xlabel="speed-up", ylabel=metric)
         if sign < 0:
-            axis.invert_yaxis()  # better is always up
+            axis.invert_yaxis()  # up is better
         axis.legend(fontsize=7)
     return figure
 
 
 def grid_figure(rows: Sequence[Result]) -> Figure | None:
-    """The first images of the first configurations: a row an item, a column a configuration."""
+    """Plot the first images of the first configurations: a row per item, a column per configuration."""
     rows = rows[:GRID_COLUMNS]
     names = [{path.name for path in row.images_at.glob("*.png")} for row in rows]
     shared = sorted(set.intersection(*names))[:GRID_ROWS] if names else []
@@ -124,7 +124,7 @@ def grid_figure(rows: Sequence[Result]) -> Figure | None:
 
 
 def ratio_figure(rows: Sequence[Result]) -> Figure | None:
-    """The share of tokens removed at each step, by configuration and downsample."""
+    """Plot the share of tokens removed at each step, by configuration and downsample."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axis = figure.subplots()
     for row in rows:
@@ -141,7 +141,7 @@ def ratio_figure(rows: Sequence[Result]) -> Figure | None:
 
 
 def _prompts(row: Result) -> dict[str, str]:
-    """The prompt of each image's file name, where the experiment is at hand."""
+    """Prompts by file name, if the experiment's index is available."""
     try:
         experiment = Experiment.load(row.images_at.parent)
     except EvaluationError:

@@ -1,23 +1,23 @@
-"""Pictures of a picture: its difference from another, and its merge map, as pure functions of tensors."""
+"""Images of differences and of merge maps, as pure functions of tensors."""
 
 from torch import Tensor, stack, zeros_like
 from torch.nn.functional import interpolate
 
 DIFFERENCE_GAIN = 4
-_MOST = 4.0  # doublings: groups of 16 tokens and more look alike
+_MAX_DOUBLINGS = 4.0  # groups of 16 or more tokens have the same colour
 
 
 def difference(pixels: Tensor, reference: Tensor, gain: float = DIFFERENCE_GAIN) -> Tensor:
-    """The absolute difference of two pictures (3, height, width) in [0, 1], ``gain`` times, in [0, 1]."""
+    """The absolute difference of two images (3, height, width) in [0, 1], times ``gain``, clamped to [0, 1]."""
     return ((pixels - reference).abs() * gain).clamp(0, 1)
 
 
 def merge_map_overlay(pixels: Tensor, merge_map: Tensor | None) -> Tensor:
-    """A picture in grey with its merged tokens in colour: yellow for pairs, the redder the larger the group.
+    """A grey image with merged tokens in colour: yellow for pairs, redder for larger groups.
 
     Args:
         pixels: (3, height, width) in [0, 1].
-        merge_map: (rows, columns), how many tokens each token was merged with, itself counted; ``None``: none was.
+        merge_map: (rows, columns), the size of the group that each token was merged into; ``None`` if none merged.
 
     Returns:
         (3, height, width) in [0, 1].
@@ -26,6 +26,6 @@ def merge_map_overlay(pixels: Tensor, merge_map: Tensor | None) -> Tensor:
     if merge_map is None:
         return grey.clamp(0, 1)
     doublings = interpolate(merge_map[None, None].float().log2(), size=pixels.shape[1:], mode="nearest")[0, 0]
-    red = (doublings / _MOST).clamp(0, 1)
+    red = (doublings / _MAX_DOUBLINGS).clamp(0, 1)
     colour = stack([zeros_like(red) + 1, 1 - red, zeros_like(red)])  # (3, height, width)
     return (grey * 0.3 + colour * 0.7).where(doublings > 0, grey).clamp(0, 1)

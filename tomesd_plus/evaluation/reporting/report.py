@@ -1,19 +1,19 @@
-"""Make the files of a report again, or join several evaluations in one."""
+"""Write the tables and plots of one or several evaluations."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tomesd_plus.evaluation.reporting.evaluation_plots import save_pictures
+from tomesd_plus.evaluation.reporting.evaluation_plots import save_plots
 from tomesd_plus.evaluation.scoring.results import Result, load_results
 from tomesd_plus.evaluation.scoring.tables import save_results
 
 
 def joined(folders: Sequence[Path]) -> list[Result]:
-    """The rows of several evaluations; where there is more than one, names start with the folder's.
+    """The rows of several evaluations; if there is more than one, names are prefixed with the folder's name.
 
-    Folders of one name are told apart by those above them, as far up as they differ.
+    For folders of the same name, the prefix is the path from their common parent.
     """
     if len(folders) == 1:
         return load_results(folders[0])
@@ -30,7 +30,7 @@ def joined(folders: Sequence[Path]) -> list[Result]:
 
 
 def write_report(rows: Sequence[Result], out: Path) -> list[Path]:
-    """Write tables and pictures into a folder; returns the pictures."""
+    """Write tables and plots to a folder; returns the paths of the plots."""
     out.mkdir(parents=True, exist_ok=True)
     save_results(rows, out)
-    return save_pictures(rows, out)
+    return save_plots(rows, out)

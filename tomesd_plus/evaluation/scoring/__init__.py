@@ -1,4 +1,4 @@
-"""The second pass: from folders of images to a table of figures with intervals."""
+"""The second pass: compute a table of metrics with intervals from folders of images."""
 
 from tomesd_plus.evaluation.scoring.extractors import load_extractor, load_lpips
 from tomesd_plus.evaluation.scoring.reference import save_reference

@@ -1,4 +1,4 @@
-"""From the features of a row's images, and from pairs of images, to figures with intervals."""
+"""Metrics with intervals, from the features of a configuration's images and from pairs of images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ from tomesd_plus.metrics.intervals import Estimate, mean_estimate, resampling_we
 
 
 def distance_names(extractor: Extractor) -> dict[str, Kernel | None]:
-    """What distances over an extractor's features are called, with their kernel; ``None`` is the Fréchet distance.
+    """The names of an extractor's distances, with their kernels; ``None`` for the Fréchet distance.
 
-    FID and KID are distances over InceptionV3's features; those over any other's say whose.
+    Only distances over InceptionV3's features are called FID and KID; others name their extractor.
     """
     if isinstance(extractor, InceptionFeatures):
         return {"FID": None, "KID": polynomial_kernel}
@@ -45,9 +45,9 @@ def distances(
     resamples: int,
     on_resample: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Estimate], list[str]]:
-    """All distances of generated pictures' features (count ≥ 2, dimensions) to a reference, and notes.
+    """All distances of generated images' features (count ≥ 2, dimensions) to a reference, and notes.
 
-    They are computed where the reference's statistics lie; ``on_resample`` is called with 1 after each resample.
+    They are computed on the reference's device; ``on_resample`` is called with 1 after each resample.
     """
     estimates, notes, resampled = {}, [], []
     count, dimensions = features.shape
@@ -55,7 +55,7 @@ def distances(
     weights = resampling_weights(count, resamples)
     for name, kernel in distance_names(extractor).items():
         if kernel is None:
-            for row in weights:  # at 2,048 dimensions each takes seconds
+            for row in weights:  # with 2,048 dimensions each takes seconds
                 resampled.append(frechet_distance(reference.statistics, Statistics.of(features, row, device)))
                 if on_resample:
                     on_resample(1)
@@ -82,11 +82,11 @@ def distances(
 
 @dataclass
 class Fidelity:
-    """The figures of each pair.
+    """Metrics of pairs of images.
 
     Args:
-        values: By metric, one for each pair that could be compared.
-        unequal: Pairs that were left out because their sizes differ.
+        values: For each metric, its value for each pair that could be compared.
+        unequal: Number of pairs left out because their sizes differ.
     """
 
     values: dict[str, list[float]] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Fidelity:
 def fidelity(
     images: Images, references: Images, metrics: dict[str, Metric], on_images: Callable[[int], None] | None = None
 ) -> Fidelity:
-    """Compare images one by one; the i-th of each belong together. Those that cannot be read are left out."""
+    """Compare the i-th image of one sequence with the i-th of the other. Unreadable images are left out."""
     result = Fidelity({name: [] for name in metrics})
     for index in range(len(images)):
         pixels, reference = images.read(index), references.read(index)
@@ -126,7 +126,7 @@ def fidelities(
 
 
 def clip_score(extractor: ClipFeatures, features: np.ndarray, prompts: Sequence[str], resamples: int) -> Estimate:
-    """The mean CLIP score of images' features (count, dimensions) and their prompts."""
+    """The mean CLIP score of image features (count, dimensions) and the images' prompts."""
     parts = []
     for start in range(0, len(prompts), extractor.batch_size):
         texts = extractor.of_texts(prompts[start : start + extractor.batch_size])

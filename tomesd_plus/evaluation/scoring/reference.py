@@ -1,4 +1,4 @@
-"""The pictures that generated ones are to resemble: a folder, a data set, or statistics that were saved."""
+"""Reference images for distances: a folder, a data set, or saved statistics."""
 
 import hashlib
 import tempfile
@@ -23,14 +23,14 @@ from tomesd_plus.tiny import TINY_REFERENCE
 
 @dataclass
 class Reference:
-    """Features of the reference pictures.
+    """Statistics and features of the reference images.
 
     Args:
-        source: Where they come from.
-        statistics: Their mean and covariance.
-        features: Themselves, for kernel distances; files of other tools lack them.
-        unreadable: How many pictures could not be read.
-        device: Where distances to it are computed.
+        source: Where the images come from.
+        statistics: Mean and covariance of their features.
+        features: The features, for kernel distances; ``None`` if a file has only statistics.
+        unreadable: Number of unreadable images.
+        device: Where distances are computed.
     """
 
     source: str
@@ -41,7 +41,7 @@ class Reference:
     _within: dict[Kernel, float] = field(default_factory=dict)
 
     def within(self, kernel: Kernel) -> float:
-        """The reference's own part of a kernel distance, computed once."""
+        """The mean of the kernel over pairs of reference images, cached."""
         if kernel not in self._within and self.features is not None:
             self._within[kernel] = within(self.features, kernel, device=self.device).item()
         return self._within[kernel]
@@ -55,19 +55,19 @@ def load_reference(
     column: str | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> Reference:
-    """Load the reference of one extractor.
+    """Load the reference for one extractor.
 
     Args:
-        source: ``"embedded"`` for the package's own pictures, by the embedded CLIP; a folder of pictures; a ``.npz``
-            file (``mu`` and ``sigma`` as pytorch-fid writes them; with ``features``, as ours have, kernel distances
-            too); or a data set's id.
-        extractor: What makes the features of the generated pictures too.
-        file: Where the features of pictures go.
+        source: ``"embedded"`` for the embedded pipeline's reference (features by the embedded CLIP); a folder of
+            images; a ``.npz`` file with ``mu`` and ``sigma`` as pytorch-fid writes it, and, for kernel distances,
+            ``features`` as :func:`save_reference` adds them; or a data set's id.
+        extractor: The extractor that is also used for the generated images.
+        file: Where to write the features of images.
         split, column: Of a data set.
-        on_images: Called with the number of pictures done.
+        on_images: Called with the number of images in each batch.
 
     Raises:
-        EvaluationError: It cannot be read, or its features are of another extractor.
+        EvaluationError: It cannot be read, or its features are by another extractor.
     """
     path = TINY_REFERENCE if source == EMBEDDED else Path(source)
     if path.suffix == ".npz":
@@ -75,7 +75,7 @@ def load_reference(
     images = Images.of_folder(path) if path.is_dir() else Images.of_data_set(source, split, column)
     features, kept = extract(extractor, images, file, on_images)
     if len(kept) < 2:
-        raise EvaluationError(f"{source} has {len(kept)} readable pictures; a distance needs at least 2")
+        raise EvaluationError(f"{source} has {len(kept)} readable images; a distance needs at least 2")
     device = distance_device(extractor)
     return Reference(source, Statistics.of(features, device=device), features, len(images.unreadable), device)
 
@@ -88,10 +88,10 @@ def save_reference(
     column: str | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> Reference:
-    """Save a reference's statistics and features as ``.npz``, with the extractor's name; arguments as for loading.
+    """Save a reference's statistics, features and extractor name as ``.npz``; arguments as for loading.
 
     Returns:
-        What was saved.
+        The saved reference, without its features.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         reference = load_reference(source, extractor, Path(folder) / "features.npy", split, column, on_images)
@@ -99,11 +99,11 @@ def save_reference(
         more = {} if reference.features is None else {"features": np.asarray(reference.features)}
         save_statistics(reference.statistics, new, extractor=np.array(extractor.name), **more)
         new.replace(path)
-        return replace(reference, features=None)  # they were in the folder
+        return replace(reference, features=None)  # their file was temporary
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Read a ``.npz`` file with the entries ``mu`` and ``sigma``, as pytorch-fid writes it."""
+    """Read a ``.npz`` file with the arrays ``mu`` and ``sigma``, as pytorch-fid writes it."""
     with np.load(path) as file:
         if missing := {"mu", "sigma"} - set(file.files):
             raise ValueError(f"{path} has no {' and '.join(sorted(missing))}: not a file of statistics")
@@ -116,7 +116,7 @@ def load_statistics(path: Path) -> Statistics:
 
 
 def save_statistics(statistics: Statistics, path: Path, **more: np.ndarray) -> None:
-    """Write a ``.npz`` file that pytorch-fid can read; ``more`` are further arrays to store with it."""
+    """Write a ``.npz`` file that pytorch-fid can read, with further arrays if given."""
     arrays: dict[str, Any] = {
         "mu": statistics.mean.cpu().numpy(),
         "sigma": statistics.covariance.cpu().numpy(),
@@ -128,7 +128,7 @@ def save_statistics(statistics: Statistics, path: Path, **more: np.ndarray) -> N
 
 
 def reference_version(source: str, split: str = "validation", column: str | None = None) -> str:
-    """What changes with the pictures of a reference, told without reading them."""
+    """A text that changes when the images of a reference change, found without reading them."""
     path = TINY_REFERENCE if source == EMBEDDED else Path(source)
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -151,6 +151,6 @@ def _load_statistics(path: Path, extractor: Extractor, source: str) -> Reference
             f"{extractor.dimensions}: they were made with another network"
         )
     if made_with != extractor.name:
-        raise EvaluationError(f"{path} holds statistics by {made_with}, but the pictures' are by {extractor.name}")
+        raise EvaluationError(f"{path} holds statistics by {made_with}, but the images' are by {extractor.name}")
     device = distance_device(extractor)
     return Reference(source, statistics.to(device), features, device=device)

@@ -1,4 +1,4 @@
-"""Results: what each configuration of an evaluation gave."""
+"""Results: one row per configuration, stored as ``results.json``."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +14,21 @@ RESULTS = "results"
 
 @dataclass(frozen=True)
 class Result:
-    """What one configuration gave.
+    """The results of one configuration.
 
     Args:
-        name: The configuration's.
+        name: Name of the configuration.
         images_at: The folder of its images.
-        images: How many were scored.
-        failed: Items that gave no image.
-        unreadable: Images that could not be read.
-        seeds: Of the items.
-        prompts: Where the prompts come from.
-        manifest: How the images were made.
-        metrics: Estimates by name.
-        references: What distances are to, by the extractor's name.
-        speed: Times and memory, where they were measured.
-        notes: What a reader of the figures must know.
+        images: Number of scored images.
+        failed: Number of items without an image.
+        unreadable: Number of unreadable images.
+        seeds: Seeds of the items.
+        prompts: Source of the prompts.
+        manifest: How the images were generated.
+        metrics: Estimates by metric.
+        references: Source of the reference images, by extractor name.
+        speed: Times and memory, if measured.
+        notes: Remarks for the reader of the table.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Result:
 
     @property
     def conditions(self) -> str:
-        """All but the configuration, in a line."""
+        """Everything but the configuration, in one line."""
         made, sampling = self.manifest, self.manifest["sampling"]
         size = f"{sampling['width']} × {sampling['height']}" if sampling["width"] else "the model's own size"
         model = "the embedded tiny model" if made["model"] == "tiny" else made["model"]
@@ -60,7 +60,7 @@ class Result:
 
 
 def load_results(folder: Path) -> list[Result]:
-    """Read ``results.json`` of a folder; an EvaluationError if there is none, or if it is another program's."""
+    """Read ``results.json`` of a folder; an EvaluationError if it is missing or in another format."""
     path = folder / f"{RESULTS}.json"
     if not path.exists():
         raise EvaluationError(

@@ -1,4 +1,4 @@
-"""The second pass: from folders of images to a table."""
+"""The scoring pass: compute the metrics of all configurations of an experiment."""
 
 import os
 import platform
@@ -33,14 +33,14 @@ OnCount = Callable[[int], None] | None
 
 @dataclass(frozen=True)
 class Scoring:
-    """What to score with.
+    """Scoring options.
 
     Args:
-        extractors: Networks for distances; CLIP ones give CLIP scores too.
-        reference: A folder of pictures, a data set's id, or a ``.npz`` file of statistics; no distances without.
-        reference_split, reference_column: Of a data set.
-        resamples: Bootstrap resamples for the intervals; 0 for none.
-        lpips: The metric, if it is wanted.
+        extractors: Feature extractors for distances; those of CLIP also give CLIP scores.
+        reference: A folder of images, a data set's id, or a ``.npz`` file of statistics; ``None`` for no distances.
+        reference_split, reference_column: Split and column of a data set.
+        resamples: Bootstrap resamples for intervals; 0 for no intervals.
+        lpips: The metric LPIPS, if it is to be computed.
     """
 
     extractors: Sequence[Extractor] = ()
@@ -54,21 +54,23 @@ class Scoring:
 def score(out: Path, scoring: Scoring, on_progress: OnProgress | None = None) -> list[Result]:
     """Score every configuration of an experiment.
 
-    Images are read one batch at a time and features lie on the disk, so memory does not grow with their number. Each
-    row's figures are kept beside its images: stop it at any moment and call it again. The table has all of them, also
-    those over extractors that this call does not name.
+    Images are read in batches and features are stored on the disk, so memory does not grow with their number. Scores
+    are cached in the folders of the images, so it can be interrupted at any time and called again. The table also
+    includes earlier scores by extractors that are not in ``scoring``.
 
     Args:
         out: The experiment's folder.
-        scoring: Extractors, reference, intervals.
-        on_progress: Called with what is done, how many images it was done to just now, and to how many in all (0 where
-            that is not known before).
+        scoring: Extractors, reference and intervals.
+        on_progress: See :data:`~tomesd_plus.evaluation.experiment.OnProgress`; units are images or resamples.
 
     Raises:
         EvaluationError: Images are missing, or the reference cannot be used.
+
+    Returns:
+        A row for each configuration.
     """
     experiment = Experiment.load(out)
-    experiment.baseline  # noqa: B018  it says so where there is none
+    experiment.baseline  # noqa: B018  raises an error if there is none
     if missing := experiment.missing():
         which = ", ".join(f"{count} of {name!r}" for name, count in missing.items())
         raise EvaluationError(
@@ -84,7 +86,7 @@ def score(out: Path, scoring: Scoring, on_progress: OnProgress | None = None) ->
 
 
 def _earlier(out: Path) -> dict[str, Result]:
-    """The rows of an earlier table, which stay in it until they are scored again."""
+    """The rows of an earlier table, which are kept until they are scored again."""
     try:
         return {row.images_at.name: row for row in load_results(out)}
     except EvaluationError:
@@ -92,7 +94,7 @@ def _earlier(out: Path) -> dict[str, Result]:
 
 
 class Scorer:
-    """Makes the rows of an experiment one by one; loads a reference when the first row needs it."""
+    """Scores the configurations of an experiment one by one; loads references on first use."""
 
     def __init__(
         self, experiment: Experiment, scoring: Scoring, scratch: Path, on_progress: OnProgress | None = None
@@ -105,14 +107,14 @@ class Scorer:
         self.references: dict[str, Reference] = {}
         self.metrics: list[dict[str, Metric]] = [{"PSNR dB": psnr, "SSIM": ssim}]
         if scoring.lpips:
-            self.metrics.append({"LPIPS": scoring.lpips})  # a part of its own, so that it can come later
+            self.metrics.append({"LPIPS": scoring.lpips})  # cached separately, so that it can be added later
         self.against = ""
         if scoring.reference is not None:
             version = reference_version(scoring.reference, scoring.reference_split, scoring.reference_column)
             self.against = f" against {scoring.reference} ({version})"
 
     def row(self, name: str) -> Result:
-        """Score one configuration: make the parts that are not there yet, and join all."""
+        """Score one configuration: compute the parts that are not cached, and combine all parts."""
         folder, baseline = self.experiment.folder(name), self.experiment.baseline
         title = folder.manifest["configuration"]["name"]
         made = [item for item in self.experiment.items if folder.image(item).exists()]
@@ -136,7 +138,7 @@ class Scorer:
                 known[of] = self._extracted(folder, made, extractor, Part(of, images), tick)
                 known[of].save(folder.path)
             parts.append(known.pop(of))
-        return self._joined(folder, made, pairs, parts, list(known.values()))
+        return self._combine(folder, made, pairs, parts, list(known.values()))
 
     def _compared(
         self, folder: ImageFolder, items: Sequence[Item], metrics: dict[str, Metric], part: Part, tick: OnCount
@@ -168,10 +170,10 @@ class Scorer:
         sources = {extractor.name: reference.source} if reference else {}
         return replace(part, metrics=metrics, notes=notes, unreadable=_names(images), references=sources)
 
-    def _joined(
+    def _combine(
         self, folder: ImageFolder, made: Sequence[Item], pairs: Sequence[Item], parts: list[Part], others: list[Part]
     ) -> Result:
-        """One row of the parts asked for, and of others that are there as far as they add figures."""
+        """Make a row from the requested parts, and from other cached parts that add metrics."""
         for other in others:
             if not other.metrics.keys() & {name for part in parts for name in part.metrics}:
                 parts = [*parts, other]
@@ -180,7 +182,7 @@ class Scorer:
         skipped = self.experiment.skipped_prompts
         notes = [f"{skipped} empty prompts were left out."] if skipped else []
         if folder != self.experiment.baseline and (alone := len(made) - len(pairs)):
-            notes.append(f"{name}: {alone} images have none of the baseline to compare with: no PSNR, SSIM or LPIPS.")
+            notes.append(f"{name}: {alone} images have no baseline image to compare with: no PSNR, SSIM or LPIPS.")
         fidelity = {metric for metrics in self.metrics for metric in metrics}
         for part in parts:
             own = f"{name}: " if part.metrics.keys() & fidelity else ""
@@ -218,19 +220,19 @@ def _names(images: Images) -> list[str]:
 def _losses(name: str, failed: int, reasons: Iterable[str], unreadable: Iterable[str]) -> list[str]:
     notes = []
     if failed:
-        notes.append(f"{name}: {failed} items gave no image: {'; '.join(sorted(reasons))}.")
+        notes.append(f"{name}: {failed} items have no image: {'; '.join(sorted(reasons))}.")
     if files := sorted(unreadable):
         notes.append(f"{name}: {len(files)} images cannot be read: {', '.join(files[:3])}.")
     if notes:
         notes.append(
-            f"{name}: distances are over fewer images than those of whole rows, which alone makes them larger."
+            f"{name}: distances are over fewer images than those of complete rows, which alone makes them larger."
         )
     return notes
 
 
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """A folder for features, gone afterwards; what a killed process of this machine left is removed first."""
+    """A temporary folder for features; removes those of killed processes of this machine first."""
     own = f"{SCRATCH}{platform.node()}-"
     for old in out.glob(f"{own}*"):
         process = old.name.removeprefix(own).split("-")[0]

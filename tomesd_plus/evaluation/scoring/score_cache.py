@@ -1,4 +1,4 @@
-"""Figures of one row that are made together, kept beside its images: none is made twice, and none is lost."""
+"""A cache of scores: metrics that are computed together are stored in the folder of their images."""
 
 import re
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ PREFIX = "score-"
 
 @dataclass(frozen=True)
 class Part:
-    """What one extractor, or one comparison with the baseline, says of a row.
+    """The metrics of one configuration by one extractor, or by one comparison with the baseline.
 
     Args:
-        of: What was asked for: extractor, reference, resamples.
-        images: What it was asked of; see :func:`files_digest`.
-        metrics: Estimates by name.
-        notes: What a reader of the figures must know.
-        unreadable: Images that could not be read.
-        references: What distances are to, by the extractor's name.
+        of: The request, which is the key: extractor or metrics, reference, number of resamples.
+        images: Hash of the images; see :func:`~tomesd_plus.evaluation.file_io.files_digest`.
+        metrics: Estimates by metric.
+        notes: Remarks for the reader of the table.
+        unreadable: Names of unreadable images.
+        references: Source of the reference images, by extractor name.
     """
 
     of: str
@@ -33,20 +33,20 @@ class Part:
     references: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write it into a row's folder."""
+        """Write the part to the folder of the images."""
         words = re.sub(r"[^\w]+", "-", self.of)[:40].strip("-").lower()
         write_json(folder / f"{PREFIX}{words}-{digest(self.of)[:8]}.json", asdict(self))
 
 
 def load_parts(folder: Path, images: Iterable[str]) -> dict[str, Part]:
-    """All parts in a row's folder that are of these images, by what was asked for."""
+    """Load the parts in a folder that were computed from these images (hashes), by request."""
     wanted, parts = set(images), {}
     for path in sorted(folder.glob(f"{PREFIX}*.json")):
         try:
             entry = read_json(path)
             metrics = {name: Estimate(**estimate) for name, estimate in entry.pop("metrics").items()}
             part = Part(metrics=metrics, **entry)
-        except (EvaluationError, AttributeError, KeyError, TypeError):  # of another version: it is made anew
+        except (EvaluationError, AttributeError, KeyError, TypeError):  # written by another version: compute it again
             continue
         if part.images in wanted:
             parts[part.of] = part

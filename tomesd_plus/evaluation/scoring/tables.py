@@ -1,4 +1,8 @@
-"""Results as tables: JSON with everything, CSV, Markdown."""
+"""Write results as JSON, CSV and Markdown.
+
+The standard library writes CSV: pandas would write integers as floats in columns with gaps, and needs another package
+for Markdown.
+"""
 
 import csv
 import io
@@ -17,7 +21,7 @@ FIDELITY = ("PSNR", "SSIM", "LPIPS")
 
 
 def save_results(rows: Sequence[Result], out: Path) -> None:
-    """Write ``results.json``, ``results.csv`` and ``results.md`` into a folder."""
+    """Write ``results.json``, ``results.csv`` and ``results.md`` to a folder."""
     entries = [{**asdict(row), "images_at": os.path.relpath(row.images_at, out)} for row in rows]
     write_json(out / f"{RESULTS}.json", {"rows": entries})
     atomic_write(out / f"{RESULTS}.csv", as_csv(rows))
@@ -25,7 +29,7 @@ def save_results(rows: Sequence[Result], out: Path) -> None:
 
 
 def table(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: what is printed, and what Markdown shows."""
+    """Header and cells of the table that is printed and written as Markdown."""
     metrics = _metrics(rows)
     made_with = _conditions(rows)
     header = ["configuration", "images", "seeds", "steps", "s / image", "ms / step", "speed-up", "peak MiB",
@@ -50,25 +54,25 @@ def table(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def conditions(rows: Sequence[Result]) -> list[str]:
-    """A line for each letter in the column "made with"."""
+    """The conditions for each letter in the column "made with"."""
     return [f"{chr(ord('a') + index)}: {text}" for index, text in enumerate(_conditions(rows))]
 
 
 def notes(rows: Sequence[Result]) -> list[str]:
-    """All rows' notes, each once."""
+    """The notes of all rows, without duplicates."""
     return list(dict.fromkeys(note for row in rows for note in row.notes))
 
 
 def legend() -> str:
-    """How to read the table."""
+    """An explanation of the table."""
     return (
-        "Brackets: 95 % intervals (bootstrap over images) of figures; least and greatest of speed-ups. Times are "
-        "medians, interleaved with the baseline's. A difference inside that of the noise floor is no result."
+        "Brackets: 95 % intervals (bootstrap over images) of metrics; minimum and maximum of speed-ups. Times are "
+        "medians of runs interleaved with the baseline. A difference within the noise floor is not a result."
     )
 
 
 def as_markdown(rows: Sequence[Result]) -> str:
-    """The table, what it was made with, and notes."""
+    """The table with its conditions and notes."""
     header, cells = table(rows)
     lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]
     lines += ["", legend(), "", "Made with:", "", *(f"- {line}" for line in conditions(rows))]
@@ -78,7 +82,7 @@ def as_markdown(rows: Sequence[Result]) -> str:
 
 
 def as_csv(rows: Sequence[Result]) -> str:
-    """A line a row, with all that decides about its figures."""
+    """A line per row, with everything that determines its metrics."""
     lines = []
     for row in rows:
         made, sampling, speed = row.manifest, row.manifest["sampling"], row.speed
@@ -108,7 +112,7 @@ def as_csv(rows: Sequence[Result]) -> str:
 
 
 def mean_removed(speed: Speed) -> dict[str, float]:
-    """Share of tokens removed at each downsample, the mean over the steps."""
+    """Share of tokens removed at each downsample; mean over the steps."""
     levels = sorted({level for step in speed.removed for level in step["removed"]}, key=int)
     return {
         level: sum(step["removed"].get(level, 0.0) for step in speed.removed) / len(speed.removed) for level in levels
@@ -117,7 +121,9 @@ def mean_removed(speed: Speed) -> dict[str, float]:
 
 def _metrics(rows: Sequence[Result]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row.metrics)
-    return sorted(names, key=lambda name: not name.startswith(FIDELITY))  # these first; the baseline has none
+    return sorted(
+        names, key=lambda name: not name.startswith(FIDELITY)
+    )  # these come first, although the first row, the baseline, has none
 
 
 def _conditions(rows: Sequence[Result]) -> list[str]:
