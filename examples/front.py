@@ -43,7 +43,8 @@ KINDS = {  # in the picture
 PEERS = ["fewer steps", DEEPCACHE, "tomesd"]
 SPEEDS = [1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0]  # of the front
 FREE = {"ratio", "schedule", "more_at", "cell_size"}  # options that decide how many tokens go, and where
-DETAILS = ["attn1, plan per block", "attn1, whole every 4", "attn1, reused, whole every 4"]
+DETAILS = ["attn1, plan per block", "attn1, whole every 4"]
+ATTENTION_CACHE = "attention cache 4"
 AS_PRESETS = "as presets + cache 5"
 
 
@@ -63,10 +64,14 @@ class Speeds:
                 return self._measured[f"preset {switches['preset']['name']}", ""]  # itself a whole denoising
             if "tomesd" in switches:
                 return self._measured["tomesd package", f"{switches['tomesd']['ratio']:g}"]
+            if switches == NAMED[ATTENTION_CACHE]:
+                return self._measured[ATTENTION_CACHE, ""]
             merge = switches.get("merge", {})
             ratio = f"{merge['ratio']:g}" if merge else ""
             options = {name: value for name, value in merge.items() if name not in FREE}
-            skipped = options.pop("skipped_ratio", None)
+            skipped = None
+            if isinstance(full_steps := options.get("full_steps"), dict):
+                options["full_steps"], skipped = full_steps["every"], full_steps["ratio"]
             if options == NAMED[AS_PRESETS]["merge"]:
                 full, cached = self._steps_as_presets(ratio, skipped)
             elif options:
@@ -102,6 +107,8 @@ class Speeds:
 def kind(configuration: Configuration) -> str:
     """Under which heading it goes."""
     switches = configuration.switches
+    if switches == NAMED[ATTENTION_CACHE]:
+        return "merging"  # stands beside detail-keeping, which also keeps outputs of full steps
     if "cache" in switches and "merge" not in switches:
         return "cache with forecast" if switches["cache"].get("forecast") else DEEPCACHE
     names = {"preset": "presets", "tomesd": "tomesd", "cache": "merging and cache", "merge": "merging"}
@@ -139,7 +146,7 @@ def main() -> None:
 
 def _product(speeds: Speeds, configuration: Configuration, steps: int) -> float | None:
     """What merging and the cache would gain together if neither took from what is left for the other."""
-    if "whole_every" in configuration.switches.get("merge", {}):
+    if "full_steps" in configuration.switches.get("merge", {}):
         return None  # without a cache it merges on every step, which is another thing
     parts = [Configuration("part", {each: configuration.switches[each]}) for each in configuration.switches]
     alone = [speeds.of(part, steps) for part in parts]

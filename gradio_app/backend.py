@@ -200,12 +200,11 @@ def _layers(merging: ToMeConfig | None) -> tuple[object, ...]:
     """The parts of a configuration that need a warm-up of their own; ratios and schedules do not."""
     if merging is None:
         return ()
-    layers = (merging.merge_cross_attention, merging.merge_mlp, merging.merge_block)
-    return (merging.max_downsample, merging.whole_every, *layers)
+    return (merging.max_downsample, merging.full_steps, merging.layers)
 
 
 def _notes(report: TokenMergingReport | None) -> tuple[str, ...]:
     if report is None or report.merged:
         return ()
-    reasons = "; ".join(sorted({layer.reason for layer in report.layers if layer.reason}))
+    reasons = "; ".join(sorted({str(layer.reason) for layer in report.layers if layer.reason}))
     return (f"Nothing was merged: {reasons or 'no layer ran on enough tokens'}.",)

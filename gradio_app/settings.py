@@ -7,6 +7,7 @@ from typing import Any
 
 from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
 from tomesd_plus.host.models import attention_levels
+from tomesd_plus.merging.config import LAYERS
 from tomesd_plus.presets import Preset, preset_by_name
 from tomesd_plus.schedules import SCHEDULES, schedule_by_name
 
@@ -20,9 +21,9 @@ MAX_RATIO = 0.75  # of cells of 2 × 2 tokens
 
 MERGED: dict[str, dict[str, Any]] = {
     "self-attention": {},
-    "both attentions": {"merge_cross_attention": True},
-    "attentions, MLP": {"merge_cross_attention": True, "merge_mlp": True},
-    "whole blocks": {"merge_block": True},
+    "both attentions": {"layers": LAYERS[:2]},
+    "attentions, MLP": {"layers": LAYERS},
+    "whole blocks": {"layers": "block"},
 }
 """Around which layers to merge, in words, as options of :class:`tomesd_plus.ToMeConfig`."""
 

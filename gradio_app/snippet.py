@@ -63,8 +63,8 @@ def constructor(value: Any) -> str:
     """A value as code: of a configuration what differs from its defaults, and always the ratio, schedule and interval.
 
     Example:
-        >>> constructor(ToMeConfig(ratio=0.5, merge_mlp=True))
-        'ToMeConfig(ratio=0.5, merge_mlp=True)'
+        >>> constructor(ToMeConfig(ratio=0.5, layers="block"))
+        'ToMeConfig(ratio=0.5, metric="block_input", layers="block")'
     """
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)

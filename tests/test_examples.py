@@ -49,19 +49,20 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     assert speedup("cache: 5") == pytest.approx(3)
     assert speedup("cache: {interval: 5, forecast: 0.85}") == pytest.approx(2.9)  # which the package has not
     assert speedup("cache: 5", 26) == pytest.approx(26 / (6 + 20 / 6))  # a cached step takes a sixth of a full one
-    assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, plan_per: block, whole_every: 4}") == 1.1
+    assert speedup("merge: 0.5") == 1.25 and speedup("merge: {ratio: 0.5, plan_per: block, full_steps: 4}") == 1.1
     assert speedup("merge: 0.5, cache: 5") == pytest.approx(3.2)
-    as_presets = "merge: {ratio: 0.75, merge_cross_attention: true, merge_mlp: true, whole_every: full, "
-    as_presets += "plan_per: block%s}, cache: {%s, forecast: 0.85}"
+    as_presets = "merge: {ratio: 0.75, layers: [self_attention, cross_attention, mlp], full_steps: %s, "
+    as_presets += "plan_per: block}, cache: {%s, forecast: 0.85}"
     six = "full_steps: [0, 4, 8, 12, 16, 20]"  # of times 1 and 1/16, or where skipped layers merge of 3/4 and 1/16
-    assert speedup(as_presets % ("", "interval: 5")) == pytest.approx(4)
-    assert speedup(as_presets % ("", six)) == pytest.approx(25 / (6 + 19 / 16))
-    assert speedup(as_presets % (", skipped_ratio: 0.5", six)) == pytest.approx(25 / (6 * 0.75 + 19 / 16))
-    assert speedup(as_presets % (", skipped_ratio: 0.25", six)) is None
-    assert speedup("merge: {ratio: 0.75, whole_every: full}, cache: 5") is None
-    assert speedup("merge: {ratio: 0.5, plan_per: block, whole_every: 4}, cache: 5") is None
-    assert speedup("merge: {ratio: 0.5, plan_per: block, whole_every: 4, merge_mlp: true}") is None
-    assert speedup("merge: 0.25") is speedup("cache: 4") is speedup("merge: {ratio: 0.5, merge_mlp: true}") is None
+    assert speedup(as_presets % ("cache", "interval: 5")) == pytest.approx(4)
+    assert speedup(as_presets % ("cache", six)) == pytest.approx(25 / (6 + 19 / 16))
+    assert speedup(as_presets % ("{every: cache, ratio: 0.5}", six)) == pytest.approx(25 / (6 * 0.75 + 19 / 16))
+    assert speedup(as_presets % ("{every: cache, ratio: 0.25}", six)) is None
+    assert speedup("merge: {ratio: 0.75, full_steps: cache}, cache: 5") is None
+    assert speedup("merge: {ratio: 0.5, plan_per: block, full_steps: 4}, cache: 5") is None
+    assert speedup("merge: {ratio: 0.5, plan_per: block, full_steps: 4, layers: [self_attention, mlp]}") is None
+    assert speedup("merge: 0.25") is speedup("cache: 4") is None
+    assert speedup("merge: {ratio: 0.5, layers: [self_attention, mlp]}") is None
     names = {"steps: 10": "fewer steps", "cache: 5": front.PEERS[1], "merge: 0.5, cache: 5": "merging and cache"}
     assert {text: front.kind(parse_configuration(text)) for text in names} == names
 

@@ -7,7 +7,7 @@ import torch
 from conftest import INPUTS, hooks, make_pipeline, make_unet
 from diffusers.models.attention import BasicTransformerBlock
 
-from tomesd_plus import ToMeConfig
+from tomesd_plus import FeatureCacheReport, ToMeConfig
 from tomesd_plus.benchmark import (
     SHAPES,
     Workload,
@@ -20,6 +20,7 @@ from tomesd_plus.benchmark import (
 from tomesd_plus.benchmark.measure import _candidate, twin
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.merging.attachment import attachments_on
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny", 64)
@@ -98,12 +99,12 @@ def tokens_seen(unet):
     ("options", "merged"),
     [
         ({}, {"query", "key"}),
-        ({"merge_mlp": True}, {"query", "key", "mlp"}),
-        ({"merge_cross_attention": True, "merge_mlp": True}, {"query", "key", "cross", "mlp"}),
-        ({"merge_block": True}, {"query", "key", "cross", "mlp"}),
-        ({"keys_values_only": True}, {"key"}),
-        ({"queries_only": True}, {"query"}),
-        ({"merge_self_attention": False, "merge_mlp": True}, {"mlp"}),
+        ({"layers": ["self_attention", "mlp"]}, {"query", "key", "mlp"}),
+        ({"layers": ["self_attention", "cross_attention", "mlp"]}, {"query", "key", "cross", "mlp"}),
+        ({"layers": "block"}, {"query", "key", "cross", "mlp"}),
+        ({"sides": "keys_values"}, {"key"}),
+        ({"sides": "queries"}, {"query"}),
+        ({"layers": ["mlp"]}, {"mlp"}),
     ],
 )
 @pytest.mark.parametrize("ratio", [0.25, 0.75])
@@ -133,18 +134,18 @@ def test_ideals_are_of_the_same_layers_and_ratio():
 def test_the_finest_level_of_a_shape_is_the_first_that_is_merged():
     pipe = make_pipeline("sdxl")
     for levels, expected in ((1, 2), (2, 4)):
-        with settings_from(["attn1"], [0.5], levels)[0].switched_on(pipe, finest=2) as report:
-            assert next(iter(report._mergers.values())).config.max_downsample == expected
+        with settings_from(["attn1"], [0.5], levels)[0].switched_on(pipe, finest=2):
+            assert attachments_on(pipe.unet)[0].config.max_downsample == expected
     assert not hooks(pipe)
 
 
 def test_settings_of_ones_own():
-    (one,) = settings_from(["merge: {ratio: 0.25, window: 4, whole_every: 2}, cache: 3"], [0.5])
+    (one,) = settings_from(["merge: {ratio: 0.25, window: 4, full_steps: 2}, cache: 3"], [0.5])
     assert (one.ratio, one.cycle) == (0.25, 6)
     [forecast] = settings_from(["cache: {interval: 3, forecast: 1.0}"], [0.5])
     assert forecast.cycle == 25  # the first steps have no trend to follow
-    with one.switched_on(make_pipeline("sd")) as report:
-        config = next(iter(report._mergers.values())).config
+    with one.switched_on(pipe := make_pipeline("sd")):
+        config = attachments_on(pipe.unet)[0].config
     assert (config.window, config.schedules[1](0.9), config.schedules[1](0.1)) == (4, 0.25, 0.25)
 
 
@@ -173,4 +174,4 @@ def test_each_run_begins_a_generation(name, full):
     with _candidate(build_unet(SHAPES["tiny"]), setting, TINY, CPU) as candidate:
         for _ in range(2):
             candidate.run(setting.cycle)
-            assert [step.reason is not None for step in feature_cache_on(candidate.pipe.unet).steps] == full
+            assert [step.full for step in FeatureCacheReport(feature_cache_on(candidate.pipe.unet)).steps] == full

@@ -52,7 +52,7 @@ def test_an_adaptive_ratio_is_an_option_like_others(pipe):
         parse_configuration(f"merge: {{ratio: {{similarity: {similarity}, ratios: [0, 0.25]}}}}")
         for similarity in (-1, 1)
     ]
-    skipped = parse_configuration("merge: {ratio: {1: 0.5}, whole_every: full, skipped_ratio: {similarity: 0.9}}")
+    skipped = parse_configuration("merge: {ratio: {1: 0.5}, full_steps: {every: cache, ratio: {similarity: 0.9}}}")
     assert all(configuration.depends_on_batch for configuration in [*configurations, skipped])
     rows = compare(pipe, ["a", "b"], configurations, Sampling(2, 1.0, 64, 64)).rows
     assert [row.removed[1] for row in rows] == [0.25, 0.0]

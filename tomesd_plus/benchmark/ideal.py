@@ -58,15 +58,15 @@ def _hooks(
     block: Any, config: ToMeConfig, kept: dict[int, int], zeros: "_Zeros"
 ) -> Iterator[tuple[nn.Module, "_Fewer"]]:
     """The merged layers of a block, each with its hooks."""
-    if config.merge_block:
+    if config.layers == "block":
         yield block, _Fewer(kept, zeros)
         return
-    if config.merge_self_attention:
-        kinds = {"keys_values_only": _FewerKeys, "queries_only": _FewerQueries}
-        yield block.attn1, next((kind for name, kind in kinds.items() if getattr(config, name)), _Fewer)(kept, zeros)
-    if config.merge_cross_attention and block.attn2 is not None:
+    if "self_attention" in config.layers:
+        kinds = {"both": _Fewer, "keys_values": _FewerKeys, "queries": _FewerQueries}
+        yield block.attn1, kinds[config.sides](kept, zeros)
+    if "cross_attention" in config.layers and block.attn2 is not None:
         yield block.attn2, _Fewer(kept, zeros)
-    if config.merge_mlp:
+    if "mlp" in config.layers:
         yield block.ff, _Fewer(kept, zeros)
 
 

@@ -11,7 +11,7 @@ from tomesd_plus.benchmark.ideal import fewer_tokens
 from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
-from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.config import LAYERS, ToMeConfig
 from tomesd_plus.presets import PRESETS
 
 STEPS = 25  # of one generation
@@ -19,24 +19,23 @@ IDEAL = "ideal: "
 PACKAGE = TOMESD_PACKAGE
 INTERVALS = (2, 3, 4, 5, 7)  # of feature caches
 FEW_INTERVALS = (2, 3, 5)
-LAYERS = ("merge_self_attention", "merge_cross_attention", "merge_mlp", "merge_block", "keys_values_only",
-          "queries_only", "cell_size")  # fmt: skip
+OF_IDEAL = ("layers", "sides", "cell_size")
 """The options that determine which layers run on how many tokens, and with it the ideal."""
 
-_ALL_LAYERS = {"merge_cross_attention": True, "merge_mlp": True}
-_BLOCK = {"merge_block": True}
-_PRESETS = _ALL_LAYERS | {"whole_every": "full", "plan_per": "block"}
+_ALL_LAYERS: dict[str, Any] = {"layers": list(LAYERS)}
+_BLOCK = {"layers": "block"}
+_PRESETS = _ALL_LAYERS | {"full_steps": "cache", "plan_per": "block"}
 NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "attn1": {"merge": {}},
-    "attn1, gate": {"merge": {"levels": "remeasure"}},  # ignores the decisions of earlier runs
+    "attn1, gate": {"merge": {"gate": "remeasure"}},  # ignores the decisions of earlier runs
     "attn1, plan per block": {"merge": {"plan_per": "block"}},
-    "attn1, whole every 4": {"merge": {"whole_every": 4, "plan_per": "block"}},
-    "attn1, reused, whole every 4": {"merge": {"whole_every": 4, "reuse_attention": True}},
+    "attn1, whole every 4": {"merge": {"full_steps": 4, "plan_per": "block"}},
+    "attention cache 4": {"cache": {"interval": 4, "branch": "self_attention"}},
     "attn1 + attn2 + mlp": {"merge": _ALL_LAYERS},
     "block": {"merge": _BLOCK},
     "block, plan every 4": {"merge": _BLOCK | {"plan_every": 4}},
-    "block, whole every 4": {"merge": _BLOCK | {"whole_every": 4}},
-    "keys and values": {"merge": {"keys_values_only": True}},
+    "block, whole every 4": {"merge": _BLOCK | {"full_steps": 4}},
+    "keys and values": {"merge": {"sides": "keys_values"}},
     "tomesd": {"tomesd": {}},
     PACKAGE: {PACKAGE: {}},
     "block + cache 3": {"merge": _BLOCK, "cache": {"interval": 3}},
@@ -45,7 +44,10 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     **{f"attn1 + cache {interval}": {"merge": {}, "cache": {"interval": interval}} for interval in FEW_INTERVALS},
     **{f"preset {name}": {"preset": {"name": name}} for name in PRESETS},
     "as presets + cache 5": {"merge": _PRESETS, "cache": {"interval": 5}},
-    "as presets, skipped 0.5 + cache 5": {"merge": _PRESETS | {"skipped_ratio": 0.5}, "cache": {"interval": 5}},
+    "as presets, skipped 0.5 + cache 5": {
+        "merge": _PRESETS | {"full_steps": {"every": "cache", "ratio": 0.5}},
+        "cache": {"interval": 5},
+    },
 }
 """Settings by name; those that merge are measured at each ratio."""
 
@@ -80,7 +82,7 @@ class Setting:
         [(kind, options)] = self.switches.items()
         if kind != "merge" and (kind not in ("tomesd", PACKAGE) or options):
             return None
-        layers = {name: options[name] for name in LAYERS if name in options}
+        layers = {name: options[name] for name in OF_IDEAL if name in options}
         return Setting(IDEAL + _layers(layers), {"ideal": layers}, self.ratio, self.levels)
 
     @property
@@ -90,7 +92,7 @@ class Setting:
             return STEPS
         merge = self.switches.get("merge", {})
         caches = [options for kind, options in self.switches.items() if kind in ("cache", "deepcache")]
-        counts = [merge.get("whole_every"), merge.get("plan_every"), *(each.get("interval", 3) for each in caches)]
+        counts = [merge.get("full_steps"), merge.get("plan_every"), *(each.get("interval", 3) for each in caches)]
         # values that are not integers follow the cache
         return min(lcm(*(count for count in counts if isinstance(count, int))), STEPS)
 
@@ -143,7 +145,7 @@ def settings_from(names: Sequence[str], ratios: Sequence[float], levels: int = 1
     """Make settings from names or configurations' texts; those that merge once per ratio.
 
     Args:
-        names: Keys of :data:`NAMED`, or texts such as ``"merge: {merge_block: true, window: 4}"``.
+        names: Keys of :data:`NAMED`, or texts such as ``"merge: {layers: block, window: 4}"``.
         ratios: Shares of tokens to remove.
         levels: Number of levels at which to merge, starting at the finest that has self-attention.
 
@@ -192,12 +194,8 @@ def _parsed(text: str) -> dict[str, dict[str, Any]]:
 
 def _layers(options: dict[str, Any]) -> str:
     """Name of the layers that run on fewer tokens."""
-    if options.get("merge_block"):
-        name = "block"
-    else:
-        attention = {"keys_values_only": "keys and values", "queries_only": "queries"}
-        first = next((words for option, words in attention.items() if options.get(option)), "attn1")
-        own = [first] if options.get("merge_self_attention", True) else []
-        others = {"merge_cross_attention": "attn2", "merge_mlp": "mlp"}
-        name = " + ".join([*own, *(words for option, words in others.items() if options.get(option))])
+    config = ToMeConfig(**options)
+    attention = {"both": "attn1", "keys_values": "keys and values", "queries": "queries"}[config.sides]
+    words = {"self_attention": attention, "cross_attention": "attn2", "mlp": "mlp"}
+    name = "block" if config.layers == "block" else " + ".join(words[layer] for layer in config.layers)
     return name + (f", cells {options['cell_size']}" if "cell_size" in options else "")

@@ -79,7 +79,7 @@ def cpu_suite() -> Suite:
     long = MIN_ROUNDS
     presets = settings_from(PRESET_NAMES, [])
     presets += settings_from(["as presets + cache 5", "as presets, skipped 0.5 + cache 5"], [0.75])
-    details = settings_from(["attn1, whole every 4", "attn1, reused, whole every 4"], [0.5])
+    details = settings_from(["attn1, whole every 4", "attention cache 4"], [0.5])
     details += settings_from(["attn1, plan per block"], [0.36, 0.5])  # 0.36: the average ratio with full steps
     return Suite(
         (

@@ -10,10 +10,10 @@ from typing import Any
 from tomesd_plus import tomesd
 from tomesd_plus.evaluation.errors import EvaluationError, optional_import
 from tomesd_plus.merging.apply import merging_report, token_merging
-from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets import preset, preset_by_name
-from tomesd_plus.schedules import AdaptiveRatio
+from tomesd_plus.schedules import AdaptiveRatio, Direction, schedule_by_name
 
 TOMESD_PACKAGE = "tomesd package"
 
@@ -45,21 +45,34 @@ def prepare(name: str, kind: str, options: dict[str, Any]) -> Switch:
         raise EvaluationError(f"{name}: {kind}: {error}".replace("ToMeConfig.__init__() ", "")) from error
 
 
-def _merge(**options: Any) -> Switch:
+def _merge(schedule: str | None = None, more_at: str = Direction.noisy, **options: Any) -> Switch:
     """Token merging by this package.
 
-    A number as ratio is the mean of a cosine schedule, unless a schedule is named; ``{similarity: …}`` is an adaptive
-    ratio.
+    Numbers as ratios are means of the schedule of that name; a single one of a cosine, unless another is named.
+    ``{similarity: …}`` is an adaptive ratio, ``{every: …, ratio: …}`` are full steps.
     """
+    if isinstance(gate := options.get("gate"), bool):  # to YAML the words on and off are truth values
+        options["gate"] = "on" if gate else "off"
     if isinstance(options.get("ratio", 0.5), (int, float)):
-        options = {"schedule": "cosine"} | options
-    for name in ("ratio", "cached_ratio", "skipped_ratio"):
-        if isinstance(ratio := options.get(name), Mapping) and "similarity" in ratio:
-            options |= {name: AdaptiveRatio(**ratio)}
+        options, schedule = {"ratio": 0.5} | options, schedule or "cosine"
+    if schedule is None and more_at != Direction.noisy:
+        raise ValueError("more_at needs a schedule by name, or a number as ratio")
+    maximum = ToMeConfig(cell_size=options.get("cell_size", (2, 2))).max_ratio
+
+    def as_ratio(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            adaptive = "similarity" in value
+            return AdaptiveRatio(**value) if adaptive else {level: as_ratio(each) for level, each in value.items()}
+        too_much = isinstance(value, (int, float)) and value > maximum  # which ToMeConfig says best
+        return value if schedule is None or too_much else schedule_by_name(schedule, value, more_at, maximum)
+
+    if isinstance(full := options.get("full_steps"), Mapping):
+        options["full_steps"] = FullSteps(**{n: as_ratio(each) if n == "ratio" else each for n, each in full.items()})
+    options |= {name: as_ratio(options[name]) for name in ("ratio", "cached_ratio") if name in options}
     config = ToMeConfig(**options)
-    kinds = config.schedules, config.cached_schedules, config.skipped_schedules
+    kinds = config.schedules, config.cached_schedules, config.full_schedules
     adaptive = any(isinstance(chosen, AdaptiveRatio) for kind in kinds for chosen in kind.values())
-    return Switch(lambda pipe: token_merging(pipe, config), config, adaptive, config.levels != "all")
+    return Switch(lambda pipe: token_merging(pipe, config), config, adaptive, config.gate != "off")
 
 
 def _cache(**options: Any) -> Switch:

@@ -191,7 +191,7 @@ def test_what_decides_by_batch_or_by_time_is_seen(pipe, tmp_path):
     with pytest.raises(EvaluationError, match=r"batch\.size was 2, is now 3"):
         again.prepare(by_batch, conditions, {"size": 3, "processes": 1})
     with pytest.raises(EvaluationError, match="chosen by measured times"):
-        opened(pipe, tmp_path, configurations=[parse_configuration("merge: {ratio: 0.5, levels: auto}")])
+        opened(pipe, tmp_path, configurations=[parse_configuration("merge: {ratio: 0.5, gate: on}")])
 
 
 def test_what_another_process_put_into_the_index_stays(pipe, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from tomesd_plus.evaluation.configurations import OTHER_SEED, Configuration
 from tomesd_plus.evaluation.errors import installed
 from tomesd_plus.evaluation.generation.sampling import Generated, Sampling, generate
 from tomesd_plus.evaluation.generation.timing import equal_time_steps
-from tomesd_plus.merging.report import StepRecord, TokenMergingReport
+from tomesd_plus.merging.generation import StepRecord
+from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.metrics.fidelity import psnr, ssim
 
 
