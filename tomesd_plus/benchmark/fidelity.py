@@ -67,7 +67,7 @@ def _name(setting: Setting, conditions: str) -> str:
 def _can_generate(setting: Setting) -> bool:
     if setting == UNTOUCHED or "ideal" in setting.switches:
         return False
-    if setting.switches.get("merge", {}).get("levels", "all") != "all":
+    if setting.switches.get("merge", {}).get("gate", "off") != "off":
         return False  # the gate would decide by times on the embedded pipeline, not on the measured UNet
     try:
         setting.check()

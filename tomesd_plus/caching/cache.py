@@ -51,11 +51,11 @@ class CacheRecord:
 
     Args:
         steps: One entry a call of the UNet; of a loop that never begins a new generation the latest.
-        kept_bytes: Memory kept between steps.
+        features: What full steps have left, by the number of the call in its step.
     """
 
     steps: deque[CacheStep] = field(default_factory=lambda: deque(maxlen=1000))
-    kept_bytes: int = 0
+    features: dict[int, Features] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,13 +64,11 @@ class Generation:
 
     Args:
         tracker: Reads the calls' steps.
-        record: What was done.
-        features: What full steps left, by the number of the call in its step.
+        record: What was done, and what full steps have left.
     """
 
     tracker: StepTracker
     record: CacheRecord = field(default_factory=CacheRecord)
-    features: dict[int, Features] = field(default_factory=dict)
 
 
 class Current(ThreadLocal):
@@ -130,7 +128,7 @@ class FeatureCache:
             take_forwards_off(layer, SkippableForward)
         self._current = Current()
         if self.record.value is not None:
-            self.record.value.kept_bytes = 0
+            self.record.value.features = {}
 
     def _skipped_layers(self, unet: nn.Module) -> Skipped:
         return skipped_layers(unet, self.config.branch)
@@ -150,7 +148,7 @@ class FeatureCache:
         if step.new_generation:
             generation = Generation(generation.tracker)
         if step.ambiguous:
-            generation.features.clear()
+            generation.record.features.clear()
         current.generation, current.step, self.record.value = generation, step, generation.record
         reason = self._why_full(generation, step)
         if reason is None and self.config.threshold is not None:
@@ -164,12 +162,12 @@ class FeatureCache:
         generation, step = self._current.generation, self._current.step
         assert generation is not None and step is not None
         if self._current.kind == "undecided":
-            early, threshold = generation.features[step.call].early, self.config.threshold
+            early, threshold = generation.record.features[step.call].early, self.config.threshold
             assert early is not None and threshold is not None
             change = float((output - early).abs().mean() / early.abs().mean())
             self._decide(generation, step, "changed" if change > threshold else None, change)
         if self._current.kind == "full":
-            generation.features[step.call].early = output.detach()
+            generation.record.features[step.call].early = output.detach()
 
     def end_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the UNet, also after one that raised an exception: its layers are ordinary ones again.
@@ -177,10 +175,6 @@ class FeatureCache:
         PyTorch does not call it after a ``KeyboardInterrupt``; then they are so from the UNet's next call on.
         """
         current = self._current
-        if current.kind == "full" and current.generation is not None:
-            current.generation.record.kept_bytes = sum(
-                features.bytes(self.boundary) for features in current.generation.features.values()
-            )
         current.kind = "idle"
         current.outputs = {}
         current.waiting = []
@@ -222,7 +216,7 @@ class FeatureCache:
         """Why a step is full whatever the early feature says; ``None`` if nothing asks for it."""
         if step.ambiguous:
             return "too many calls a step"
-        kept = generation.features.get(step.call)
+        kept = generation.record.features.get(step.call)
         if kept is None or not self._complete(kept):
             return "first step" if step.new_generation else "nothing kept"
         if not step.same_size(kept.step):
@@ -235,7 +229,7 @@ class FeatureCache:
         return "same noise level" if age == 0 else None
 
     def _decide(self, generation: Generation, step: Step, reason: str | None, change: float | None = None) -> None:
-        current, features = self._current, generation.features
+        current, features = self._current, generation.record.features
         ahead = 0.0
         if reason is not None:
             features[step.call] = Features(step, before=self._full_before(features.get(step.call), step))

@@ -36,7 +36,7 @@ class FeatureCacheReport:
     @property
     def kept_bytes(self) -> int:
         """Memory kept between steps: the boundary's outputs, twice for a forecast; the early feature if watched."""
-        return self._record.kept_bytes
+        return sum(features.bytes(self._cache.boundary) for features in self._record.features.values())
 
     @property
     def _record(self) -> CacheRecord:
