@@ -64,7 +64,7 @@ def benchmark_command(
 ) -> None:
     """Time a UNet of a published shape, with random weights, under several settings in turn.
 
-    Settings: attn1; attn1, whole every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
+    Settings: attn1; attn1, full every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
     every 4; keys and values; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache
     2, 3 or 5; block + cache 3; preset quality, balanced or fast (a complete run of 25 steps); or a configuration
     as `evaluate` takes it. The untouched UNet is always included, and so is the ideal, fewer tokens at no cost,

@@ -102,7 +102,7 @@ class ToMeProcessor:
         sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend by the inner processor, or in its place where a kernel that it cannot use is to be had."""
+        """Attend by the inner processor, or in its place where a kernel that it cannot use is available."""
         own = self._attention_backend is not None or (sizes is not None and hidden_states.device.type == "cuda")
         if own and type(self.inner) is AttnProcessor2_0 and _is_plain(attn, hidden_states, attention_mask):
             return attention(attn, hidden_states, encoder_hidden_states, sizes, self._attention_backend)
