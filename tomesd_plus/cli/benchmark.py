@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say, usable
 from tomesd_plus.cli.names import PRESETS, SHAPES, SUITES
-from tomesd_plus.cli.options import Device, Dtype
+from tomesd_plus.cli.options import Device, Dtype, check_ratios
 from tomesd_plus.cli.report import MIN_WIDTH
 from tomesd_plus.evaluation.errors import installed
 
@@ -32,7 +32,9 @@ def benchmark_command(
     batch: Annotated[
         list[int] | None, typer.Option(help="Batch size, both guidance branches counted; repeatable.")
     ] = None,
-    ratio: Annotated[list[float] | None, typer.Option(help="Share of tokens to remove; repeatable.")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(callback=check_ratios, help="Share of tokens to remove; repeatable.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(help="A name, or a configuration such as 'merge: {window: 4}'; repeatable. See above."),

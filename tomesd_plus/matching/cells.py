@@ -87,7 +87,7 @@ def make_cells(
 
 
 def _windows(tokens: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
-    """Sort cells (rows, columns, tokens) by windows: (windows, cells, tokens), and the padding mask of their sources."""
+    """Sort cells (rows, columns, tokens) by windows, (windows, cells, tokens), with their sources' padding mask."""
     rows, columns, size = tokens.shape
     down, across = -(-rows // side), -(-columns // side)
     y = torch.arange(down * side, device=tokens.device)
