@@ -11,15 +11,23 @@ from rich.table import Table
 
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, say, usable
 from tomesd_plus.cli.names import PRESETS, SHAPES, SUITES
-from tomesd_plus.cli.options import Device, Dtype, check_ratios
+from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
 from tomesd_plus.evaluation.errors import installed
+from tomesd_plus.schedules import ConstantSchedule
 
 if TYPE_CHECKING:
     from tomesd_plus.benchmark import Outcome, Suite
 
 SINGLE = {"shape", "size", "batch", "ratio", "setting", "preset", "cache_interval", "levels", "dtype", "compiled"}
 SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
+
+
+def _check_ratios(ratios: list[float] | None) -> list[float] | None:
+    try:
+        return None if ratios is None else [ConstantSchedule(ratio).ratio for ratio in ratios]
+    except ValueError as error:
+        fail(str(error))
 
 
 def benchmark_command(
@@ -33,7 +41,7 @@ def benchmark_command(
         list[int] | None, typer.Option(help="Batch size, both guidance branches counted; repeatable.")
     ] = None,
     ratio: Annotated[
-        list[float] | None, typer.Option(callback=check_ratios, help="Share of tokens to remove; repeatable.")
+        list[float] | None, typer.Option(callback=_check_ratios, help="Share of tokens to remove; repeatable.")
     ] = None,
     setting: Annotated[
         list[str] | None,

@@ -22,12 +22,13 @@ PROMPTS = [
 ]
 
 
-def check_ratios(ratios: float | list[float] | None) -> float | list[float] | None:
-    """Refuse ratios out of range, before anything that takes long is imported."""
-    for ratio in ratios if isinstance(ratios, list) else [ratios]:
-        if ratio is not None:
-            _refuse_wrong("constant", ratio)
-    return ratios
+def _check_ratio(ratio: float) -> float:
+    _refuse_wrong("constant", ratio)
+    return ratio
+
+
+def _check_ratios(ratios: list[float] | None) -> list[float] | None:
+    return None if ratios is None else [_check_ratio(ratio) for ratio in ratios]
 
 
 def _check_schedule(name: str) -> str:
@@ -49,12 +50,12 @@ def _refuse_wrong(schedule: str, ratio: float) -> None:
         fail(str(error))
 
 
-Ratio = Annotated[float, typer.Option(callback=check_ratios, help="Mean ratio in [0, 1); 0 merges nothing.")]
+Ratio = Annotated[float, typer.Option(callback=_check_ratio, help="Mean ratio in [0, 1); 0 merges nothing.")]
 Ratios = Annotated[
     list[float] | None,
     typer.Option(
         "--ratio",
-        callback=check_ratios,
+        callback=_check_ratios,
         help="Mean ratio in [0, 1); repeatable. Default: 0.5; none with --preset.",
     ),
 ]
