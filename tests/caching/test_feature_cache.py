@@ -161,3 +161,16 @@ def test_the_context_manager_restores_after_an_error(pipe):
         raise RuntimeError("mine")
     assert not hooks(pipe) and not forwards(pipe)
     assert torch.equal(generate(pipe), plain)
+
+
+def test_an_interval_schedule_or_number_is_taken_as_the_interval(pipe):
+    schedule = IntervalSchedule((2, 4))
+    for interval, options in ((schedule, {}), (2, {"branch": 1})):
+        with feature_cache(pipe, interval, **options) as report:
+            generate(pipe)
+            assert report.cached
+    for wrong in ("3", 0, 2.5, [2, 3]):
+        with pytest.raises(ValueError, match="interval must be"):
+            apply_feature_cache(pipe, wrong)
+    with pytest.raises(TypeError, match="either a config or options"):
+        apply_feature_cache(pipe, schedule, interval=3)
