@@ -25,10 +25,10 @@ class Preset:
     """What a name stands for.
 
     Args:
-        description: When the whole UNet runs, in a line.
+        description: Which steps run in full, in a line.
         merging: What to merge where the outer layers have self-attention, as those of SD 1.x and 2.x have.
         merging_inside: What to merge where they have none, as in SDXL: there is nothing to merge on cached steps.
-        cache: When the whole UNet runs.
+        cache: Which steps run in full.
     """
 
     description: str
@@ -54,16 +54,14 @@ _UNDER_A_CACHE = ToMeConfig(
 )
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "quality": Preset(
-            "the whole UNet on every second step", _UNDER_A_CACHE, FeatureCacheConfig(interval=2, forecast=1.0)
-        ),
+        "quality": Preset("every second step in full", _UNDER_A_CACHE, FeatureCacheConfig(interval=2, forecast=1.0)),
         "balanced": Preset(
-            "the whole UNet on every third step, in the last third on every fourth",
+            "every third step in full, in the last third every fourth",
             _UNDER_A_CACHE,
             FeatureCacheConfig(interval=IntervalSchedule((3, 3, 4)), forecast=0.85),
         ),
         "fast": Preset(
-            "the whole UNet, its inner layers merged, on every fourth step, in the last third on every fifth",
+            "every fourth step in full, its inner layers merged, in the last third every fifth",
             replace(_UNDER_A_CACHE, full_steps=FullSteps("cache", ratio=0.5)),
             FeatureCacheConfig(interval=IntervalSchedule((4, 4, 5)), forecast=0.85),
         ),
@@ -115,7 +113,7 @@ def apply_preset(pipe: Any, name: str) -> PresetReport:
     try:
         cache = apply_feature_cache(pipe, chosen.cache)
     except BaseException:
-        remove_token_merging(pipe)
+        remove_token_merging(unet_of(pipe))
         raise
     return PresetReport(merging, cache)
 
@@ -134,7 +132,7 @@ def preset(pipe: Any, name: str) -> Iterator[PresetReport]:
     try:
         yield reports
     finally:
-        remove_token_merging(pipe)
+        remove_token_merging(unet_of(pipe))
         remove_feature_cache(pipe)
 
 

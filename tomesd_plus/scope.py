@@ -1,11 +1,13 @@
 """Say that a generation begins, where no pipeline tells."""
 
+import warnings
 from types import TracebackType
 from typing import Any
 
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.host.models import models_of
 from tomesd_plus.merging.attachment import Attachment, attachments_on
+from tomesd_plus.merging.processor import attach_to
 
 
 class generation:
@@ -22,7 +24,9 @@ class generation:
             with second:
                 ...
 
-    Each thread has generations of its own in any case.
+    Each thread has generations of its own in any case; steps of one generation that run in several threads, as of a
+    generator that a pool consumes, need a scope around each. What is switched on inside the block does not belong to
+    it. Blocks are left in the reverse order of entering.
 
     Args:
         pipe: A diffusers pipeline, UNet or ControlNet on which merging, a feature cache or a preset is on.
@@ -53,9 +57,14 @@ class generation:
             raise RuntimeError("this generation is under way already: leave its with block first")
         owners: list[Attachment | FeatureCache] = []
         for model in self._models.values():
+            attach_to(model)  # a processor that was set by itself waits for the first call
             cache = feature_cache_on(model)
             owners += [*attachments_on(model), *([] if cache is None else [cache])]
-        self._outside = {owner: owner.swap_generation(self._held.get(owner)) for owner in owners}
+        if not owners:
+            warnings.warn("nothing is switched on here whose generation could begin", stacklevel=2)
+        self._outside = {
+            owner: owner.swap_generation(self._held.pop(owner, None) or owner.explicit_state()) for owner in owners
+        }
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@ here with the package's own processor and hooks, so other processors stay, and s
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.apply import merge_with, remove_token_merging
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Layer, ToMeConfig
-from tomesd_plus.merging.generation import Call, Level
+from tomesd_plus.merging.generation import Call
 from tomesd_plus.merging.planner import levels_of
 
 __all__ = ["apply_patch", "remove_patch"]
@@ -98,21 +99,14 @@ class TomesdPlans:
         self.config = config
         self.ratio = ratio
         self.max_downsample = max_downsample
-        self.stages: dict[nn.Module, str] = {}
-        self.names: dict[nn.Module, str] = {}
         self._draws = _Draws()
+
+    def attach(self, names: Mapping[nn.Module, str]) -> None:
+        """Names say nothing here: each block makes a plan of its own."""
 
     def lay_out(self, call: Call, device: torch.device) -> None:
         """Tell levels apart, for the report."""
         call.levels = levels_of(call.step, self.config, {}, None, device)
-
-    def merges_at(self, level: Level | None) -> bool:
-        """Tomesd knows no full steps, on which this would matter."""
-        return False
-
-    def skipped(self, call: Call, layer: nn.Module) -> bool:
-        """Likewise."""
-        return False
 
     def plan(self, call: Call, hidden_states: Tensor, layer: nn.Module) -> MergePlan | Reason:
         """The plan for a block's input (batch, tokens, channels), or why there is none."""

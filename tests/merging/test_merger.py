@@ -168,8 +168,8 @@ def test_an_error_in_the_middle_of_a_call_leaves_nothing_running():
         unet(torch.randn(2, 4, 16, 16), 500, text)
     failing.remove()
     (attachment,) = attachments_on(unet)
-    call = attachment.decider.current.call
-    assert not call.running and call.block.entered is None  # no activation is held
+    current = attachment.decider.current
+    assert not current.call.running and current.block.entered is None  # no activation is held
     with torch.no_grad():
         by_itself = block(x, encoder_hidden_states=text)
         remove_token_merging(unet)

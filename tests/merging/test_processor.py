@@ -1,5 +1,6 @@
 """``set_attn_processor(ToMeProcessor())`` alone, and each option of the configuration."""
 
+import copy
 import gc
 import math
 
@@ -244,3 +245,34 @@ def test_more_merging_is_further_away():
         with token_merging(pipe, ratio=ratio):
             errors.append((generate(pipe) - plain).square().mean().item())
     assert 0 < errors[0] < errors[1] < errors[2] and not math.isnan(errors[2])
+
+
+def test_processors_that_wait_share_one_hook_and_leave_when_they_have_their_model(pipe):
+    hooks_of_all = torch.nn.modules.module._global_forward_pre_hooks
+    before = len(hooks_of_all)
+    held = [ToMeProcessor(ratio=0.5) for _ in range(200)]
+    assert len(hooks_of_all) == before + 1
+    pipe.unet.set_attn_processor(held[0])
+    generate(pipe)
+    assert held[0].attachment.record.value.steps and len(hooks_of_all) == before + 1  # the others still wait
+    held.clear()
+    gc.collect()
+    generate(pipe)
+    assert len(hooks_of_all) == before
+    assert len(ToMeProcessor(ratio=0.5).attachment.attentions) == 0 and len(hooks_of_all) == before + 1
+    gc.collect()
+    generate(pipe)
+    assert len(hooks_of_all) == before
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_first_call_that_fails_at_its_door_is_made_up_for(by_name, pipe):
+    pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5))
+    expected = copy.deepcopy(pipe.unet)
+    call = {"sample": INPUTS["sample"], "timestep": 700, "encoder_hidden_states": INPUTS["encoder_hidden_states"]}
+    with torch.no_grad():
+        expected = expected(**call).sample
+        with pytest.raises(RuntimeError):
+            wrong = call | {"sample": INPUTS["sample"][:, :3]}  # one channel short
+            pipe.unet(**wrong) if by_name else pipe.unet(*wrong.values())
+        assert torch.equal(pipe.unet(**call).sample, expected)

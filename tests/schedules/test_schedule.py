@@ -61,7 +61,7 @@ def test_steps_fall_at_equal_distances():
         (lambda: CosineSchedule(float("nan"), 0.1), r"\[0, 1\)"),
         (lambda: StepsSchedule(()), "at least one"),
         (lambda: ConstantSchedule("0.5"), r"\[0, 1\)"),
-        (lambda: LinearSchedule().with_mean(0.9), "cannot be had"),
+        (lambda: LinearSchedule().with_mean(0.9), "is impossible"),
         (lambda: LinearSchedule().quantized(0), "at least 1"),
     ],
 )

@@ -5,19 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.report import FeatureCacheReport
-from tomesd_plus.host.models import train_timesteps
+from tomesd_plus.host.models import train_timesteps, unet_of
 from tomesd_plus.schedules import IntervalSchedule
 
 
 def apply_feature_cache(
     pipe: Any, config: FeatureCacheConfig | int | IntervalSchedule | None = None, **options: Any
 ) -> FeatureCacheReport:
-    """Run a pipeline's whole UNet on some steps only, and its outer layers on the others.
+    """Run a pipeline's UNet in full on some steps only, and its outer layers on the others.
 
     What the skipped layers would give, the last full step gave, or the trend of the last two says (``forecast``): the
     deep layers change little from step to step. The idea is DeepCache's (https://arxiv.org/abs/2312.00858), and so
@@ -87,10 +85,7 @@ def feature_cache(
         remove_feature_cache(pipe)
 
 
-def _unet(pipe: Any) -> nn.Module:
-    unet = getattr(pipe, "unet", pipe)
-    if not isinstance(unet, nn.Module) or not hasattr(unet, "down_blocks") or not hasattr(unet, "conv_in"):
-        raise TypeError(
-            f"expected a diffusers pipeline with a UNet (SD 1.x, 2.x, SDXL) or a UNet, not {type(pipe).__name__}"
-        )
-    return unet
+def _unet(pipe: Any) -> Any:
+    """The UNet of a pipeline, or the UNet itself, with what ``torch.compile`` has put around it."""
+    unet_of(pipe)  # refuses what has none
+    return getattr(pipe, "unet", pipe)

@@ -1,85 +1,22 @@
 """A feature cache attached to one UNet: which kind of step is under way, and what the last full steps left."""
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.forecast import Features
+from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Generation, WhyFull
 from tomesd_plus.caching.layers import Run, SkippableForward, Skipped, Take, make_skippable, skipped_layers
 from tomesd_plus.host.arguments import sample_and_timestep
-from tomesd_plus.host.forwards import forwards_on, take_forwards_off
-from tomesd_plus.host.models import owners_of_hooks
+from tomesd_plus.host.forwards import take_forwards_off
+from tomesd_plus.host.models import finest_level, unwrapped
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs
-from tomesd_plus.host.transient import ThreadLocal, Transient
+from tomesd_plus.host.transient import Transient
 
-Kind = Literal["idle", "undecided", "full", "cached"]
-"""Of the UNet's call under way; idle outside of calls."""
-
-
-@dataclass(frozen=True)
-class CacheStep:
-    """One call of the UNet in the latest generation.
-
-    Args:
-        index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
-        noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
-        reason: Why it was full; ``None`` if it was cached.
-        change: Of the early feature since the last full step, as a share; ``None`` unless the choice depended on it.
-        ahead: How far it followed the trend of the last two full steps, as a share of the way between them; 0 for
-            full steps, and for those that took what the last full step had left as it was.
-    """
-
-    index: int | None
-    noise_level: float
-    reason: str | None
-    change: float | None = None
-    ahead: float = 0.0
-
-    @property
-    def full(self) -> bool:
-        """True if all layers ran."""
-        return self.reason is not None
-
-
-@dataclass
-class CacheRecord:
-    """What was done in one generation, as plain data.
-
-    Args:
-        steps: One entry a call of the UNet; of a loop that never begins a new generation the latest.
-        features: What full steps have left, by the number of the call in its step.
-    """
-
-    steps: deque[CacheStep] = field(default_factory=lambda: deque(maxlen=1000))
-    features: dict[int, Features] = field(default_factory=dict)
-
-
-@dataclass
-class Generation:
-    """What a cache holds from a generation's first call to the next one's.
-
-    Args:
-        tracker: Reads the calls' steps.
-        record: What was done, and what full steps have left.
-    """
-
-    tracker: StepTracker
-    record: CacheRecord = field(default_factory=CacheRecord)
-
-
-class Current(ThreadLocal):
-    """Where a thread is."""
-
-    def __init__(self) -> None:
-        self.generation: Generation | None = None
-        self.step: Step | None = None
-        self.kind: Kind = "idle"
-        self.outputs: dict[str, Any] = {}  # those of the call under way
-        self.waiting: list[Callable[[bool], None]] = []  # told of the call's kind once that is known
+CACHE = "_tomesd_plus_cache"  # a UNet's attribute
 
 
 class FeatureCache:
@@ -100,6 +37,7 @@ class FeatureCache:
         self.record: Transient[CacheRecord] = Transient()  # of the latest generation, in any thread
         self._current = Current()
         self._handles: list[Any] = []
+        self.attention_level: int | None = None  # the downsample at which self-attention alone is skipped
 
     # Installing -------------------------------------------------------------------------------------------------
 
@@ -112,6 +50,9 @@ class FeatureCache:
         """Make a UNet's inner layers skippable and put hooks on it."""
         skipped = self._skipped_layers(unet)
         self.skipped, self.boundary = tuple(skipped.layers), skipped.boundary
+        if self.config.branch == "self_attention":
+            self.attention_level = finest_level(unwrapped(unet))
+        setattr(unwrapped(unet), CACHE, self)
         make_skippable(skipped, self.ask)
         # Before all others: token merging asks for the step's kind in its own.
         self._handles.append(unet.register_forward_pre_hook(self.begin_call, prepend=True, with_kwargs=True))
@@ -124,6 +65,7 @@ class FeatureCache:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        vars(unwrapped(unet)).pop(CACHE, None)
         for layer in unet.modules():
             take_forwards_off(layer, SkippableForward)
         self._current = Current()
@@ -140,6 +82,11 @@ class FeatureCache:
         """Before the UNet: tell the kind of this step, unless the early feature must be seen first."""
         if not self.attached:  # a compiled UNet may still call hooks that were removed
             return
+        if self.attention_level is not None and torch.is_grad_enabled() and unwrapped(unet).is_gradient_checkpointing:
+            raise RuntimeError(
+                "branch='self_attention' cannot be used with gradient checkpointing: a block that is run again would "
+                "not take what it took at first. Disable one of the two."
+            )
         make_skippable(self._skipped_layers(unet), self.ask)  # offloading may have put old forwards back
         current = self._current
         current.waiting = []
@@ -160,12 +107,13 @@ class FeatureCache:
     def read_early_feature(self, conv_in: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After ``conv_in``, the UNet's first layer: decide by how much its output has changed."""
         generation, step = self._current.generation, self._current.step
-        assert generation is not None and step is not None
+        if generation is None or step is None:
+            return  # the layer is run by itself
         if self._current.kind == "undecided":
             early, threshold = generation.record.features[step.call].early, self.config.threshold
             assert early is not None and threshold is not None
             change = float((output - early).abs().mean() / early.abs().mean())
-            self._decide(generation, step, "changed" if change > threshold else None, change)
+            self._decide(generation, step, WhyFull.changed if change > threshold else None, change)
         if self._current.kind == "full":
             generation.record.features[step.call].early = output.detach()
 
@@ -205,30 +153,34 @@ class FeatureCache:
         """One that has not begun; ``explicit`` if its beginning was said, so that no other is guessed in it."""
         return Generation(StepTracker(self.train_timesteps, explicit))
 
-    def swap_generation(self, other: Any) -> Any:
-        """Put another generation in this thread's place; ``None``: a new one. Returns what was there before."""
-        before, self._current.generation = self._current.generation, other or self.new_generation(explicit=True)
+    def explicit_state(self) -> Any:
+        """The state of a generation that has not begun, for :meth:`swap_generation`."""
+        return self.new_generation(explicit=True)
+
+    def swap_generation(self, state: Any) -> Any:
+        """Put a generation's state in this thread's place; returns what was there, which may be ``None``."""
+        before, self._current.generation = self._current.generation, state
         return before
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
-    def _why_full(self, generation: Generation, step: Step) -> str | None:
+    def _why_full(self, generation: Generation, step: Step) -> WhyFull | None:
         """Why a step is full whatever the early feature says; ``None`` if nothing asks for it."""
         if step.ambiguous:
-            return "too many calls a step"
+            return WhyFull.ambiguous
         kept = generation.record.features.get(step.call)
         if kept is None or not self._complete(kept):
-            return "first step" if step.new_generation else "nothing kept"
+            return WhyFull.first_step if step.new_generation else WhyFull.nothing_kept
         if not step.same_size(kept.step):
-            return "other batch or size"
+            return WhyFull.other_size
         if self.config.full_steps is not None:
-            return "listed" if step.number in self.config.full_steps else None
+            return WhyFull.listed if step.number in self.config.full_steps else None
         age = step.number - kept.step.number
         if age >= self.config.interval_at(step.noise_level):
-            return "interval"
-        return "same noise level" if age == 0 else None
+            return WhyFull.interval
+        return WhyFull.same_noise_level if age == 0 else None
 
-    def _decide(self, generation: Generation, step: Step, reason: str | None, change: float | None = None) -> None:
+    def _decide(self, generation: Generation, step: Step, reason: WhyFull | None, change: float | None = None) -> None:
         current, features = self._current, generation.record.features
         ahead = 0.0
         if reason is not None:
@@ -256,11 +208,6 @@ class FeatureCache:
 
 
 def feature_cache_on(unet: nn.Module) -> FeatureCache | None:
-    """The cache whose hooks are on a UNet, or ``None``. A compiled UNet's may be on either of its two modules."""
-    found = next(iter(owners_of_hooks(unet, FeatureCache)), None)
-    forwards = [] if found else forwards_on(getattr(unet, "mid_block", None) or nn.Module(), SkippableForward)
-    return found or next((owner for f in forwards if isinstance(owner := _owner(f), FeatureCache)), None)
-
-
-def _owner(forward: SkippableForward) -> Any:
-    return getattr(forward.ask, "__self__", None)
+    """The cache that is attached to a UNet, or ``None``."""
+    cache: FeatureCache | None = getattr(unwrapped(unet), CACHE, None)
+    return cache

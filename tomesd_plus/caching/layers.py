@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tomesd_plus.caching.config import Branch
 from tomesd_plus.host.forwards import forwards_on
-from tomesd_plus.host.models import self_attention_at
+from tomesd_plus.host.models import finest_self_attention, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,13 @@ def skipped_layers(unet: nn.Module, branch: Branch) -> Skipped:
         TypeError: A block is not one of Stable Diffusion's.
         ValueError: There is no such branch.
     """
+    unet = unwrapped(unet)
     if branch == "self_attention":
-        attentions = self_attention_at(unet)
+        attentions = finest_self_attention(unet)
+        if not attentions:
+            raise TypeError(
+                f"branch='self_attention' needs a UNet with transformer blocks, not a {type(unet).__name__}"
+            )
         return Skipped(attentions, tuple(attentions))
     layers = _inner_layers(unet, branch)
     return Skipped(layers, (list(layers)[-1],))

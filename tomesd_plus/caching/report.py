@@ -1,6 +1,7 @@
 """What a feature cache did: which steps were full, and why."""
 
-from tomesd_plus.caching.cache import CacheRecord, CacheStep, FeatureCache
+from tomesd_plus.caching.cache import FeatureCache
+from tomesd_plus.caching.generation import CacheRecord, CacheStep
 
 
 class FeatureCacheReport:

@@ -7,13 +7,21 @@ from torch import Tensor, nn
 
 
 def positions(kind: type[nn.Module]) -> dict[str, int]:
-    """Where each argument of a module class's ``forward`` stands, read off its signature.
+    """Where each argument of a class's ``forward`` stands, read off its signature.
+
+    A subclass that hands on whatever it is given has that of the class below it.
 
     Example:
         >>> positions(nn.Linear)
         {'input': 0}
     """
-    return {name: index - 1 for index, name in enumerate(inspect.signature(kind.forward).parameters) if index}
+    for each in kind.__mro__:
+        if "forward" in vars(each):
+            parameters = list(inspect.signature(vars(each)["forward"]).parameters.values())[1:]
+            named = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+            if named:
+                return {name: index for index, name in enumerate(named)}
+    return {}
 
 
 def argument(places: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

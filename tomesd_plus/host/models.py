@@ -15,14 +15,18 @@ def train_timesteps(pipe: Any) -> int:
     return getattr(config, "num_train_timesteps", 1000)
 
 
+def unwrapped(model: Any) -> Any:
+    """A model as it is without ``torch.compile`` around it."""
+    return getattr(model, "_orig_mod", model)
+
+
 def unet_of(pipe: Any) -> nn.Module:
     """The UNet of a pipeline, or the UNet or ControlNet itself, as it is without ``torch.compile`` around it.
 
     Raises:
         TypeError: There is none.
     """
-    unet = getattr(pipe, "unet", pipe)
-    unet = getattr(unet, "_orig_mod", unet)
+    unet = unwrapped(getattr(pipe, "unet", pipe))
     called_as = positions(type(unet)) if isinstance(unet, nn.Module) else {}
     if not hasattr(unet, "set_attn_processor") or not {"sample", "timestep"} <= called_as.keys():
         raise TypeError(
@@ -57,24 +61,17 @@ def finest_level(unet: nn.Module) -> int:
     return next(iter(attention_levels(unet)), 1)
 
 
-def self_attention_at(unet: nn.Module, downsample: int | None = None) -> dict[str, nn.Module]:
-    """The self-attention layers of an SD UNet's transformer blocks at one level, by name; the finest by default."""
-    downsample = finest_level(unet) if downsample is None else downsample
+def finest_self_attention(unet: nn.Module) -> dict[str, nn.Module]:
+    """The self-attention layers of an SD UNet's transformer blocks at :func:`finest_level`, by name."""
     down_blocks, up_blocks = list(getattr(unet, "down_blocks", ())), list(getattr(unet, "up_blocks", ()))
-    level = downsample.bit_length() - 1
-    prefixes = [f"down_blocks.{level}.", f"up_blocks.{len(up_blocks) - 1 - level}."]
-    prefixes += ["mid_block."] if level == len(down_blocks) - 1 else []
-    return {
-        name: layer
-        for name, layer in unet.named_modules()
-        if name.endswith(".attn1") and name.startswith(tuple(prefixes))
-    }
+    level = finest_level(unet).bit_length() - 1
+    inmost = ["mid_block."] if level == len(down_blocks) - 1 else []
+    stages = (f"down_blocks.{level}.", f"up_blocks.{len(up_blocks) - 1 - level}.", *inmost)
+    layers = unwrapped(unet).named_modules()
+    return {name: layer for name, layer in layers if name.endswith(".attn1") and name.startswith(stages)}
 
 
 def owners_of_hooks(model: nn.Module, kind: type[Owner]) -> list[Owner]:
     """The objects of a class whose methods are forward pre-hooks on a model, or on a compiled model's two modules."""
-    modules = [model, getattr(model, "_orig_mod", None)]
-    hooks = [
-        hook for module in modules if isinstance(module, nn.Module) for hook in module._forward_pre_hooks.values()
-    ]
+    hooks = [hook for module in {model, unwrapped(model)} for hook in module._forward_pre_hooks.values()]
     return [owner for owner in (getattr(hook, "__self__", None) for hook in hooks) if isinstance(owner, kind)]

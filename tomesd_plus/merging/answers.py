@@ -26,6 +26,7 @@ class Why(Enum):
     tomesd = "tomesd leaves it alone: the level is beyond max_downsample, or the ratio removes nothing"
     block_not_merged = "its block's attention was not merged"
     other_tokens = "its input is not the block's tokens"
+    attention_cached = "a feature cache takes its self-attention's outputs again"
     attention_left_alone = "its self-attention is left alone"
     places = "it looks at places in the picture"
     mask = "it has an attention mask"

@@ -13,7 +13,7 @@ from tomesd_plus.host.models import models_of, train_timesteps
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Ratios, ToMeConfig
-from tomesd_plus.merging.processor import ToMeProcessor, adopt
+from tomesd_plus.merging.processor import ToMeProcessor, attach_to
 from tomesd_plus.merging.report import ModelReport, TokenMergingReport
 
 
@@ -111,6 +111,8 @@ def merge_with(pipe: Any, make: Callable[[int, str, dict[str, Reason]], Attachme
     for name, model in models.items():
         if is_merging(model):
             raise ValueError(f"token merging is already applied to {name}: call remove_token_merging first")
+        for attachment in attachments_on(model):  # its processors were replaced since
+            attachment.detach()
     attachments = {}
     for name, model in models.items():
         prefix = f"{name}." if len(models) > 1 else ""
@@ -130,7 +132,7 @@ def merge_with(pipe: Any, make: Callable[[int, str, dict[str, Reason]], Attachme
             )
         for layer in merging:
             layer.set_processor(ToMeProcessor(inner=layer.processor, attachment=attachment))
-        adopt(model, attachment)
+        attach_to(model)
         attachments[name] = attachment
     return _report(attachments)
 

@@ -2,20 +2,22 @@
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.arguments import sample_and_timestep
 from tomesd_plus.host.models import owners_of_hooks
-from tomesd_plus.host.step import StepTracker, outside_graphs
+from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.merging.answers import KeptOutputs, Reason
 from tomesd_plus.merging.blocks import BlockHooks
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.decider import KEPT, Decider, Plans
-from tomesd_plus.merging.generation import BlockState, Call, Current, Generation, LayerRecord, Record, StepRecord
+from tomesd_plus.merging.generation import Call, Current, Generation, LayerRecord, Record, StepRecord
 from tomesd_plus.merging.planner import Planner
 from tomesd_plus.merging.report import why_nothing_merged
 
@@ -48,8 +50,8 @@ class Attachment:
         self.attentions: list[nn.Module] = []
         self.record: Transient[Record] = Transient()  # of the latest generation, in any thread
         self._handles: list[Any] = []
-        self._model: Transient[weakref.ref[nn.Module]] = Transient()  # the one that its processors were lost on
-        self._keeping: list[nn.Module] = []  # the layers that may keep an output
+        self._lost_on: Transient[weakref.ref[nn.Module]] = Transient()  # the model whose processors were replaced
+        self._keeping: dict[nn.Module, KeptOutputs] = {}  # the layers that may keep an output
         self._said = False
 
     @property
@@ -64,14 +66,14 @@ class Attachment:
             model: A UNet or ControlNet.
             attentions: Its attention layers whose processors use this. Once none does, the hooks go away.
         """
-        self._model.value = None
+        self._lost_on.value = None
         self.attentions = attentions
-        self.plans.names = {module: name for name, module in model.named_modules()}
-        self.plans.stages = {module: name.partition(".attentions.")[0] for module, name in self.plans.names.items()}
+        self.decider.names = {module: name for name, module in model.named_modules()}
+        self.plans.attach(self.decider.names)
         if self.config.full_steps is not None:
-            self._keeping = [*attentions, *self.blocks.layers(model)]
-            for layer in self._keeping:
-                setattr(layer, KEPT, KeptOutputs())
+            self._keeping = {layer: KeptOutputs() for layer in [*attentions, *self.blocks.layers(model)]}
+            for layer, kept in self._keeping.items():
+                setattr(layer, KEPT, kept)
         self._handles = [
             model.register_forward_pre_hook(self.begin_call, with_kwargs=True),
             model.register_forward_hook(self.end_call, always_call=True),
@@ -83,15 +85,17 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer in self._keeping:
-            delattr(layer, KEPT)
-        self._keeping = []
-        self.plans.names, self.plans.stages = {}, {}
+        for layer, kept in self._keeping.items():
+            if getattr(layer, KEPT, None) is kept:  # else another attachment has come in the meantime
+                delattr(layer, KEPT)
+        self._keeping = {}
+        self.decider.names = {}
+        self.plans.attach({})
         self.attentions = []
         self.decider.current = Current()
-        self.decider.latest.value = self._model.value = None
+        self.decider.latest.value = self._lost_on.value = None
         if self.record.value is not None:
-            self.record.value.kept_bytes = 0
+            self.record.value.kept_bytes, self.record.value.plans = 0, {}
 
     # The model's hooks ------------------------------------------------------------------------------------------
 
@@ -101,7 +105,7 @@ class Attachment:
         if not any(getattr(attention.processor, "attachment", None) is self for attention in self.attentions):
             attentions = self.attentions
             self.detach()  # the processors were replaced: nothing is left behind
-            self.attentions, self._model.value = attentions, weakref.ref(model)
+            self.attentions, self._lost_on.value = attentions, weakref.ref(model)
             return
         sample, timestep = sample_and_timestep(model, args, kwargs)
         current = self.decider.current
@@ -110,11 +114,13 @@ class Attachment:
         if step.new_generation:
             generation = Generation(generation.tracker)
             record = generation.record
-            record.layers = {name: LayerRecord(name, reason=reason) for name, reason in self.excluded.items()}
-            self._drop_kept(range(len(KeptOutputs().outputs)))
+            record.layers = {name: LayerRecord(name, left_alone=reason) for name, reason in self.excluded.items()}
+            self._drop_kept(range(MOST_CALLS))
         current.generation, self.record.value = generation, generation.record
         generation.record.steps.append(StepRecord(step.index, step.noise_level))
-        current.call = self.decider.latest.value = call = Call(step, record=generation.record)
+        current.call = self.decider.latest.value = call = Call(
+            step, record=generation.record, gradients=torch.is_grad_enabled()
+        )
         cache = feature_cache_on(model)
 
         def settle(cached: bool | None) -> None:
@@ -125,7 +131,7 @@ class Attachment:
         if cache is None:
             settle(None)
         else:
-            call.skips = cache.skips
+            call.skips, call.attention_level = cache.skips, cache.attention_level
             cache.when_decided(settle)
 
     @outside_graphs
@@ -136,13 +142,14 @@ class Attachment:
             return
         if output is not None:  # ``None`` after a failure
             self._say_if_nothing_merged(call, call.record)
-        call.running, call.block = False, BlockState()
+        call.running = False
+        self.decider.current.block.forget()
         levels = {level.downsample: level for level in call.levels.values()}
         call.record.plans = {
             key[0]: (plan, levels[key[0]].height, levels[key[0]].width) for key, plan in call.plans.items()
         }
         if self._keeping:
-            call.record.kept_bytes = sum(map(_bytes, self._keeping))
+            call.record.kept_bytes = sum(map(_bytes, self._keeping.values()))
 
     # Generations ------------------------------------------------------------------------------------------------
 
@@ -150,33 +157,36 @@ class Attachment:
         """One that has not begun; ``explicit`` if its beginning was said, so that no other is guessed in it."""
         return Generation(StepTracker(self.train_timesteps, explicit))
 
-    def swap_generation(self, other: Any) -> Any:
-        """Put another generation in this thread's place, as this method has returned it; ``None``: a new one.
+    def explicit_state(self) -> Any:
+        """The state of a generation that has not begun, for :meth:`swap_generation`."""
+        return self.new_generation(explicit=True), None, [[None] * MOST_CALLS for _ in self._keeping]
+
+    def swap_generation(self, state: Any) -> Any:
+        """Put a generation's state in this thread's place: itself, its call, and what its full steps have kept.
 
         Returns:
-            What was there before: a generation and the outputs that its full steps have kept.
+            The state that was there.
         """
         current = self.decider.current
-        before = current.generation, current.call, [_kept(layer) for layer in self._keeping]
-        fresh = self.new_generation(explicit=True), None, [KeptOutputs().outputs for _ in self._keeping]
-        current.generation, current.call, kept = other or fresh
-        for layer, outputs in zip(self._keeping, kept, strict=True):
-            getattr(layer, KEPT).outputs = outputs
+        before = current.generation, current.call, [kept.outputs for kept in self._keeping.values()]
+        current.generation, current.call, outputs = state
+        for kept, own in zip(self._keeping.values(), outputs, strict=True):
+            kept.outputs = own
         return before
 
-    def _drop_kept(self, places: Any) -> None:
+    def _drop_kept(self, places: Iterable[int]) -> None:
         for place in places:
-            for layer in self._keeping:
-                _kept(layer)[place] = None
+            for kept in self._keeping.values():
+                kept.outputs[place] = None
 
     # Telling the user -------------------------------------------------------------------------------------------
 
     def came_back(self, attention: nn.Module) -> None:
         """A processor is called outside of a call of the model: see whether it is back on a model it was lost on."""
-        found = self._model.value() if self._model.value is not None else None
+        found = self._lost_on.value() if self._lost_on.value is not None else None
         if found is not None:
             self.attach(found, self.attentions)  # as after PAG: merge again from the next call on
-        elif self.attached and attention not in self.plans.names and not self._said:
+        elif self.attached and attention not in self.decider.names and not self._said:
             self._said = True
             warnings.warn(
                 "A ToMeProcessor serves one model only, and this one serves another: give each model its own. "
@@ -198,10 +208,5 @@ def attachments_on(model: nn.Module) -> list[Attachment]:
     return owners_of_hooks(model, Attachment)
 
 
-def _kept(layer: nn.Module) -> list[Any]:
-    kept: KeptOutputs = getattr(layer, KEPT)
-    return kept.outputs
-
-
-def _bytes(layer: nn.Module) -> int:
-    return sum(output.untyped_storage().nbytes() for output in _kept(layer) if output is not None)
+def _bytes(kept: KeptOutputs) -> int:
+    return sum(output.untyped_storage().nbytes() for output in kept.outputs if output is not None)

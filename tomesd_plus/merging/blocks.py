@@ -71,24 +71,26 @@ class BlockHooks:
         call = self.decider.call()
         if call is None:
             return None
-        call.block = BlockState()
+        state = self.decider.current.block
+        state.forget()
         if self.gate is not None:
-            call.block.declined = self._declined(self.gate, call, block, args, kwargs)
+            state.gate_decision = self._gate_decision(self.gate, call, block, args, kwargs)
         if self.decider.config.metric != "block_input":
             return None
-        obstacle = self._obstacle(block, args, kwargs) if self.decider.config.layers == "block" else None
+        obstacle = self._obstacle(call, block, args, kwargs) if self.decider.config.layers == "block" else None
         answer = self.decider.ask(block, "block", hidden_states, obstacle)
         merged = answer.merge(hidden_states) if isinstance(answer, Merge) else None
-        call.block.entered = (answer, hidden_states, merged)
+        if merged is not None or (isinstance(answer, Leave) and answer.keep_in is not None):
+            state.entered = (answer, hidden_states, merged)
         return None if merged is None else with_first(args, kwargs, "hidden_states", merged)
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After it: what the block has added to a merged token is added to all tokens that it stands for."""
-        call = self.decider.call()
-        if call is None or call.block.entered is None:
+        state = self.decider.current.block
+        if state.entered is None:
             return None
-        answer, hidden_states, merged = call.block.entered
-        call.block = BlockState()
+        answer, hidden_states, merged = state.entered
+        state.forget()
         if isinstance(answer, Merge) and merged is not None:
             return hidden_states + answer.unmerge(output - merged)
         if isinstance(answer, Leave) and answer.keep_in is not None:
@@ -101,21 +103,27 @@ class BlockHooks:
         PyTorch gives it the very tensors of the first time, but on CUDA in another thread, and perhaps after other
         calls of the model.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        current, call = self.decider.current, self.decider.current.call
+        if torch.compiler.is_compiling():
             return
-        current = self.decider.current
         if self._calls.value is None:
             self._calls.value = WeakTensorKeyDictionary()
-        if current.call is not None and current.call.running:
-            self._calls.value[hidden_states] = current.call
-        else:
-            # Re-entrant checkpointing gives it copies: then the latest call, in whatever thread, is the likeliest.
-            current.call = self._calls.value.get(hidden_states, current.call) or self.decider.latest.value
+        if call is not None and call.running:
+            if call.gradients:
+                self._calls.value[hidden_states] = call
+        elif torch.is_grad_enabled():
+            # Re-entrant checkpointing gives it copies: then it is the thread's latest call, or in a thread of
+            # autograd's own the latest of all.
+            likeliest = call if current.generation is not None else self.decider.latest.value
+            current.call = self._calls.value.get(hidden_states, likeliest)
 
-    def _obstacle(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
+    def _obstacle(self, call: Call, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
         """Why a block cannot run on merged tokens as a whole, or ``None``."""
         if argument(self._places, args, kwargs, "attention_mask") is not None:
             return Reason(Why.mask)
+        level = call.levels.get(argument(self._places, args, kwargs, "hidden_states").shape[1])
+        if level is not None and level.downsample == call.attention_level:
+            return Reason(Why.attention_cached)
         extra = argument(self._places, args, kwargs, "cross_attention_kwargs") or {}
         if extra.get("gligen") is not None or extra.get("ip_adapter_masks") is not None:
             return Reason(Why.places)
@@ -125,16 +133,18 @@ class BlockHooks:
 
     # The gate ---------------------------------------------------------------------------------------------------
 
-    def _declined(
+    def _gate_decision(
         self, gate: Gate, call: Call, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Reason | None:
         """Why merging is left off in a block; it is measured both ways, unless that was done before."""
-        if call.trial is not None:
-            return call.trial.declined
+        if call.record is None:  # the gate's own call
+            return call.trial
         hidden_states = argument(self._places, args, kwargs, "hidden_states")
         level = call.levels.get(hidden_states.shape[1])
         if call.full or level is None or level.cells is None or torch.compiler.is_compiling():
             return None
+        if level.downsample == call.attention_level:
+            return None  # a block without its attention tells nothing of it
         judged = _judged(level)
         states = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
         kind = (*states, block.attn1.heads, _kernel_of(block.attn1), level.height, judged)
@@ -153,10 +163,8 @@ class BlockHooks:
         levels = call.levels | {hidden_states.shape[1]: replace(level, removed=judged, ratio=None)}
 
         @torch.no_grad()
-        def run(declined: Reason | None) -> None:
-            trial = replace(
-                call, levels=levels, plans={}, too_few={}, record=None, ran=set(), trial=BlockState(declined=declined)
-            )
+        def run(decision: Reason | None) -> None:
+            trial = replace(call, levels=levels, plans={}, too_few={}, record=None, ran=set(), trial=decision)
             with self._instead(trial):
                 inputs, keywords = self.enter(block, args, kwargs) or (args, kwargs)
                 self.leave(block, inputs, block.forward(*inputs, **keywords))
@@ -168,12 +176,13 @@ class BlockHooks:
     @contextmanager
     def _instead(self, call: Call) -> Iterator[None]:
         """Let a call of the gate's own be this thread's for a while."""
-        current, before = self.decider.current, self.decider.current.call
-        current.call = call
+        current = self.decider.current
+        before = current.call, current.block
+        current.call, current.block = call, BlockState()
         try:
             yield
         finally:
-            current.call = before
+            current.call, current.block = before
 
 
 class LayerHooks:
@@ -192,22 +201,17 @@ class LayerHooks:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the layer: merge its input by the block's plan."""
-        call = self.decider.call()
-        if call is None:
-            return None
         hidden_states = first(args, kwargs, "hidden_states")
         obstacle = Reason(Why.places) if kwargs.get("ip_adapter_masks") is not None else None
-        call.block.layer = answer = self.decider.ask(layer, self.role, hidden_states, obstacle)
+        self.decider.current.block.layer = answer = self.decider.ask(layer, self.role, hidden_states, obstacle)
         if not isinstance(answer, Merge):
             return None
         return with_first(args, kwargs, "hidden_states", answer.merge(hidden_states))
 
     def unmerge_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After it: bring the output back to the block's tokens."""
-        call = self.decider.call()
-        if call is None:
-            return None
-        answer, call.block.layer = call.block.layer, None
+        block = self.decider.current.block
+        answer, block.layer = block.layer, None
         if isinstance(answer, Merge):
             return answer.unmerge(output)
         if isinstance(answer, Leave):

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from tomesd_plus.matching import MergeMode
 from tomesd_plus.schedules import AdaptiveRatio, ConstantSchedule, CosineSchedule, Schedule
+from tomesd_plus.schedules.checks import is_whole
 
 Ratio = float | Schedule | AdaptiveRatio
 Ratios = Ratio | Mapping[int, Ratio]
@@ -38,7 +39,8 @@ class FullSteps:
     Pictures become much closer for little less saved. Each merged layer keeps one output in memory.
 
     Args:
-        every: A full step every so many steps, at least 2, a generation's first among them. ``"cache"``: the full
+        every: A full step every so many steps, at least 2, a generation's first among them: rarer is faster, and less
+            close. ``"cache"``: the full
             steps of a feature cache, so that only its cached steps merge; models without such a cache, ControlNets
             too, then have no full steps.
         ratio: With ``every="cache"``: the ratio at which self-attention merges on full steps too, in the layers that
@@ -54,7 +56,7 @@ class FullSteps:
     ratio: Ratios | None = None
 
     def __post_init__(self) -> None:
-        if self.every != "cache" and not _whole(self.every, 2):
+        if self.every != "cache" and not is_whole(self.every, 2):
             raise ValueError(f"full_steps must be 'cache' or a whole number of at least 2, not {self.every!r}")
         if self.ratio is not None and self.every != "cache":
             raise ValueError("a ratio on full steps needs every='cache': other full steps skip no layers")
@@ -141,13 +143,13 @@ class ToMeConfig:
                 f"layers must be 'block', or one or more of {', '.join(map(repr, LAYERS))}, not {self.layers!r}"
             )
         sides = self.cell_size if isinstance(self.cell_size, tuple) else ()
-        if len(sides) != 2 or not all(_whole(side, 1) for side in sides):
+        if len(sides) != 2 or not all(is_whole(side, 1) for side in sides):
             raise ValueError(f"cell_size must be two whole numbers of at least 1, not {self.cell_size!r}")
-        if not _whole(self.seed, 0):
+        if not is_whole(self.seed, 0):
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
-        if self.window is not None and not _whole(self.window, 1):
+        if self.window is not None and not is_whole(self.window, 1):
             raise ValueError(f"window must be None or a whole number of at least 1, not {self.window!r}")
-        if self.plan_every != "cache" and not _whole(self.plan_every, 1):
+        if self.plan_every != "cache" and not is_whole(self.plan_every, 1):
             raise ValueError(f"plan_every must be 'cache' or a whole number of at least 1, not {self.plan_every!r}")
         for name, ratio in self._ratios().items():
             if isinstance(ratio, Mapping) and (not ratio or not set(ratio) <= set(LEVELS)):
@@ -165,7 +167,8 @@ class ToMeConfig:
             forms["cell_size"] = tuple(self.cell_size)
         if self.layers != "block":
             named = (self.layers,) if isinstance(self.layers, str) else self.layers
-            forms["layers"] = tuple(dict.fromkeys(named)) if isinstance(named, Sequence) else ()
+            known = tuple(layer for layer in LAYERS if layer in named) if isinstance(named, Sequence) else ()
+            forms["layers"] = known if isinstance(named, Sequence) and set(named) <= set(LAYERS) else named
         if self.full_steps is not None and not isinstance(self.full_steps, FullSteps):
             forms["full_steps"] = FullSteps(self.full_steps)
         for name, value in forms.items():
@@ -233,7 +236,3 @@ class ToMeConfig:
 
 def _as_schedule(ratio: Ratio) -> Schedule | AdaptiveRatio:
     return ratio if isinstance(ratio, (Schedule, AdaptiveRatio)) else ConstantSchedule(ratio)
-
-
-def _whole(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum

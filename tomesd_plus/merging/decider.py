@@ -1,5 +1,6 @@
 """Answers the one question of each layer: what is to be done with these tokens here?"""
 
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from tomesd_plus.host.transient import Transient
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.answers import AlreadyMerged, Answer, KeptOutputs, Leave, Merge, Reason, Why
 from tomesd_plus.merging.config import Layer, ToMeConfig
-from tomesd_plus.merging.generation import Call, Current, LayerRecord, Level
+from tomesd_plus.merging.generation import Call, Current, LayerRecord
 
 Role = Layer | Literal["block"]
 KEPT = "_tomesd_plus_kept"  # a layer's attribute: a field of its own lets compiled layers share graphs
@@ -18,20 +19,14 @@ KEPT = "_tomesd_plus_kept"  # a layer's attribute: a field of its own lets compi
 class Plans(Protocol):
     """Says by which plan tokens are merged: :class:`~tomesd_plus.merging.planner.Planner`, or tomesd's own way."""
 
-    stages: dict[nn.Module, str]
-    names: dict[nn.Module, str]
+    def attach(self, names: Mapping[nn.Module, str]) -> None:
+        """Learn the names of a model's modules."""
 
     def lay_out(self, call: Call, device: torch.device) -> None:
         """Before a call's first layer."""
 
     def plan(self, call: Call, hidden_states: Tensor, layer: nn.Module) -> MergePlan | Reason:
         """The plan for a layer's input, or why there is none."""
-
-    def merges_at(self, level: Level | None) -> bool:
-        """True if layers are merged at a level on some steps."""
-
-    def skipped(self, call: Call, layer: nn.Module) -> bool:
-        """True if a layer does not run on a feature cache's cached steps."""
 
 
 class Decider:
@@ -47,8 +42,11 @@ class Decider:
         self.config = config
         self.plans = plans
         self.prefix = prefix
+        self.names: dict[nn.Module, str] = {}  # of the model's modules
         self.current = Current()
         self.latest: Transient[Call] = Transient()  # in any thread
+        self._merged_levels = {*config.schedules, *config.cached_schedules}
+        self._merges_on_full_steps = bool(config.full_schedules)
 
     def call(self) -> Call | None:
         """The model's call under way in this thread, or one whose checkpointed block is run again for gradients."""
@@ -75,7 +73,7 @@ class Decider:
     def _answer(
         self, call: Call, layer: nn.Module, role: Role, hidden_states: Tensor, obstacle: Reason | None
     ) -> Answer:
-        block = call.block
+        block = self.current.block
         if block.inside is not None:
             inside = block.inside.kept.shape == hidden_states.shape[:2] and obstacle is None
             return AlreadyMerged(block.inside) if inside else Leave(obstacle)
@@ -93,20 +91,39 @@ class Decider:
 
     def _find(self, call: Call, layer: nn.Module, role: Role, hidden_states: Tensor) -> MergePlan | Reason:
         """The plan for a layer; the first question in a block makes it, the others share it."""
-        block = call.block
+        block = self.current.block
         if role == "block" or (role == "self_attention" and self.config.metric != "block_input"):
-            found = self.plans.plan(call, hidden_states, layer)
+            found = self._why_not(call, layer, hidden_states) or self.plans.plan(call, hidden_states, layer)
             if role == "block" or isinstance(found, MergePlan):  # else it may be an attention beside the block's own
                 block.found = found
             return found
         if call.full and role != "self_attention":  # self-attention alone may be merged on full steps
-            level = call.levels.get(hidden_states.shape[1])
-            return Reason(Why.full_step) if self.plans.merges_at(level) else Reason(Why.block_not_merged)
+            return Reason(Why.full_step if self._merges_at(call, hidden_states) else Why.block_not_merged)
         if isinstance(block.found, MergePlan):
             return block.found if block.found.fits(hidden_states) else Reason(Why.other_tokens)
         if role == "self_attention":
             return block.found or Reason(Why.block_not_merged)
-        return block.declined or Reason(Why.block_not_merged)
+        return block.gate_decision or Reason(Why.block_not_merged)
+
+    def _why_not(self, call: Call, layer: nn.Module, hidden_states: Tensor) -> Reason | None:
+        """Why a layer's tokens are left alone whatever plan there may be: a full step, or the gate's decision."""
+        level = call.levels.get(hidden_states.shape[1])
+        if level is None:
+            return None
+        if call.full and not (self._merges_on_full_steps and self._skipped(call, layer)):
+            return Reason(Why.full_step) if self._merges_at(call, hidden_states) else level.reason
+        return self.current.block.gate_decision if level.cells is not None else None
+
+    def _merges_at(self, call: Call, hidden_states: Tensor) -> bool:
+        """True if layers of so many tokens are merged on some steps."""
+        level = call.levels.get(hidden_states.shape[1])
+        return level is not None and level.downsample in self._merged_levels
+
+    def _skipped(self, call: Call, layer: nn.Module) -> bool:
+        """True if a layer does not run on cached steps; a graph that knew its name would serve no other layer."""
+        if self.config.full_every != "cache" or call.skips is None or torch.compiler.is_compiling():
+            return False
+        return call.skips(self.names.get(layer, ""))
 
     def _kept(self, call: Call, layer: nn.Module) -> Tensor | None:
         """The layer's output of the last full step, on the steps between."""
@@ -116,7 +133,7 @@ class Decider:
             return call.used.get(layer)
         kept = getattr(layer, KEPT, None)
         output = kept.outputs[call.place] if isinstance(kept, KeptOutputs) else None
-        if output is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if output is not None and call.gradients and not torch.compiler.is_compiling():
             call.used[layer] = output  # a checkpointed block may be run again after other calls
         return output
 
@@ -126,7 +143,7 @@ class Decider:
         """Where a full step's output is kept, if other steps merge the layer."""
         if not call.full or not call.running or call.step.ambiguous or (role == "block" and obstacle is not None):
             return None
-        if not self.plans.merges_at(call.levels.get(hidden_states.shape[1])) or self.plans.skipped(call, layer):
+        if not self._merges_at(call, hidden_states) or self._skipped(call, layer):
             return None
         kept = getattr(layer, KEPT, None)
         return (kept, call.place) if isinstance(kept, KeptOutputs) else None
@@ -135,7 +152,7 @@ class Decider:
         """Note what was answered; compiled layers leave no notes."""
         if call.record is None or not call.running or torch.compiler.is_compiling():
             return
-        name = self.prefix + self.plans.names.get(layer, type(layer).__name__)
+        name = self.prefix + self.names.get(layer, type(layer).__name__)
         record = call.record.layers.setdefault(name, LayerRecord(name))
         tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
         removed = answer.plan.removed if isinstance(answer, Merge) else 0
@@ -144,7 +161,7 @@ class Decider:
         record.calls += 1
         record.tokens += tokens
         record.removed += removed
-        record.reason = answer.reason if isinstance(answer, Leave) else None
+        record.left_alone = answer.reason if isinstance(answer, Leave) else None
         if level:
             call.ran.add(level.downsample)
             if removed:

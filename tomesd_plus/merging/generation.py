@@ -50,7 +50,7 @@ class LayerRecord:
         calls: How often it ran.
         tokens: Tokens that it was given, over all calls, of one sample.
         removed: Tokens that merging removed from it, likewise.
-        reason: Why its latest call was left alone; ``None`` if it was merged.
+        left_alone: Why its latest call was left alone, as data; ``None`` if it was merged.
     """
 
     name: str
@@ -58,7 +58,12 @@ class LayerRecord:
     calls: int = 0
     tokens: int = 0
     removed: int = 0
-    reason: Reason | None = None
+    left_alone: Reason | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """The same in words."""
+        return None if self.left_alone is None else str(self.left_alone)
 
     @property
     def share(self) -> float:
@@ -99,16 +104,20 @@ class BlockState:
     Args:
         found: The plan that its layers share, or why there is none.
         inside: The plan by which its input was merged, if the whole block runs on merged tokens.
-        declined: Why the gate leaves it alone.
+        gate_decision: Why the gate leaves it alone; ``None`` if it does not.
         entered: What was to be done with its input, the input, and the same merged; ``None`` if nobody asked.
         layer: What is to be done in the layer under way inside it.
     """
 
     found: MergePlan | Reason | None = None
     inside: MergePlan | None = None
-    declined: Reason | None = None
+    gate_decision: Reason | None = None
     entered: tuple[Answer, Tensor, Tensor | None] | None = None
     layer: Answer | None = None
+
+    def forget(self) -> None:
+        """Between blocks. The object stays: ``torch.compile`` does not see a thread's field change within a graph."""
+        self.found = self.inside = self.gate_decision = self.entered = self.layer = None
 
 
 @dataclass(eq=False)
@@ -124,12 +133,13 @@ class Call:
         plans: Those made, and those that last from the call before.
         too_few: Where an adaptive ratio found too few tokens alike, in (batch, tokens).
         skips: Tells of a layer, by name, if cached steps skip it.
+        attention_level: The downsample at which a cache skips self-attention alone.
         record: Where to note what is done; ``None`` while the gate measures.
         running: Between the model's pre-hook and its hook.
-        block: The block under way.
+        gradients: Whether gradients are wanted, so that checkpointed blocks may be run again.
         used: The kept outputs that layers have used, where gradients are wanted.
         ran: The levels, by downsample, at which a layer has run.
-        trial: Of a call of the gate's own: the state that the measured block begins with.
+        trial: Of a call of the gate's own: what it is to have decided, or ``None`` for merging.
     """
 
     step: Step
@@ -140,12 +150,13 @@ class Call:
     plans: dict[PlanKey, MergePlan] = field(default_factory=dict)
     too_few: dict[PlanKey, torch.Size] = field(default_factory=dict)
     skips: Callable[[str], bool] | None = None
+    attention_level: int | None = None
     record: Record | None = None
     running: bool = True
-    block: BlockState = field(default_factory=BlockState)
+    gradients: bool = False
     used: dict[torch.nn.Module, Tensor] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
-    trial: BlockState | None = None
+    trial: Reason | None = None
 
 
 class Generation:
@@ -199,11 +210,12 @@ class Generation:
 
 
 class Current(ThreadLocal):
-    """The generation and the call that a thread is at."""
+    """The generation, the call and the block that a thread is at."""
 
     def __init__(self) -> None:
         self.generation: Generation | None = None
         self.call: Call | None = None
+        self.block = BlockState()
 
 
 def _plans_last(config: ToMeConfig, before: Step, step: Step, cached: bool | None) -> bool:

@@ -19,7 +19,7 @@ from tomesd_plus.schedules import AdaptiveRatio, Schedule
 class Planner:
     """Says of a layer's tokens by which plan they are to be merged, or why they are not.
 
-    Another way to say so has the same two methods: see :mod:`tomesd_plus.tomesd`.
+    Another way to say so has the same three methods: see :mod:`tomesd_plus.tomesd`.
 
     Args:
         config: What similarity is measured on, and who shares plans for how long.
@@ -28,9 +28,10 @@ class Planner:
     def __init__(self, config: ToMeConfig) -> None:
         self.config = config
         self.stages: dict[nn.Module, str] = {}  # the block of the UNet that a layer is in, or its own name
-        self.names: dict[nn.Module, str] = {}  # of the layers in their model
-        self._merged_levels = {*config.schedules, *config.cached_schedules}
-        self._merges_on_full_steps = bool(config.full_schedules)
+
+    def attach(self, names: Mapping[nn.Module, str]) -> None:
+        """Learn the names of a model's modules."""
+        self.stages = {module: name.partition(".attentions.")[0] for module, name in names.items()}
 
     def lay_out(self, call: Call, device: torch.device) -> None:
         """Before a call's first layer: decide what may be removed at each level.
@@ -61,23 +62,9 @@ class Planner:
         level = call.levels.get(tokens)
         if level is None:
             return Reason(Why.no_level, (tokens, call.step.height, call.step.width))
-        if call.full and not (self._merges_on_full_steps and self.skipped(call, layer)):
-            return Reason(Why.full_step) if self.merges_at(level) else level.reason or Reason(Why.full_step)
-        if call.block.declined is not None and level.reason is None:
-            return call.block.declined
         if level.cells is None:
             return level.reason or Reason(Why.nothing_similar)
         return self._kept_or_made(call, hidden_states, level, layer) or Reason(Why.nothing_similar)
-
-    def merges_at(self, level: Level | None) -> bool:
-        """True if layers are merged there on some steps."""
-        return level is not None and level.downsample in self._merged_levels
-
-    def skipped(self, call: Call, layer: nn.Module) -> bool:
-        """True if a layer does not run on cached steps; a graph that knew its name would serve no other layer."""
-        if self.config.full_every != "cache" or call.skips is None or torch.compiler.is_compiling():
-            return False
-        return call.skips(self.names.get(layer, ""))
 
     def _kept_or_made(self, call: Call, hidden_states: Tensor, level: Level, layer: nn.Module) -> MergePlan | None:
         if torch.compiler.is_compiling() and self.config.plan_per != "level":

@@ -1,5 +1,6 @@
 """The attention processor: plan, merge, the processor that was there before, unmerge."""
 
+import threading
 import weakref
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus.host.attention import attention
+from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import ToMeConfig
@@ -53,9 +55,9 @@ class ToMeProcessor:
             raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
         self.inner = inner if inner is not None else AttnProcessor2_0()
         self.attachment = attachment if attachment is not None else Attachment(config or ToMeConfig(**options))
-        self.default = config is None and not options
+        self.default = config is None and not options and attachment is None
         if attachment is None:
-            _FirstCall(self)
+            _waiting.add(self)
 
     def __call__(
         self,
@@ -117,69 +119,95 @@ class ToMeProcessor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _FirstCall(self)  # goes by itself if the copy's attachment has its model, which a half-made copy cannot tell
+        _waiting.add(self)  # goes by itself if the copy's attachment has its model, which a half-made copy cannot tell
 
 
-class _FirstCall:
-    """A hook on every module's call, until the call of the model that carries the processor.
+class _Reading(ThreadLocal):
+    """The model's call that a thread is at, until its first layers have run."""
 
-    ``set_attn_processor`` tells a processor nothing of its model, so the processor waits for the model's first call,
-    puts the attachment's hooks on the model, and gives it this first call, which those hooks came too late for.
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.timestep: Tensor | None = None
+
+
+class _Waiting:
+    """The processors that wait for their model's first call: one hook on every module's call, for all of them.
+
+    ``set_attn_processor`` tells a processor nothing of its model, so it waits for the model's first call. Then the
+    attachment's hooks are put on the model, too late for this call, in every thread that has begun one by then; and
+    this hook is not shown keyword arguments. So the call is read from the inside: every SD UNet and ControlNet hands
+    its arguments on, by position, to the layers that it calls first: ``time_proj(timestep)``, ``conv_in(sample)``.
     """
 
-    def __init__(self, processor: ToMeProcessor) -> None:
-        self._processor = weakref.ref(processor)
-        self._model: weakref.ref[nn.Module] | None = None
-        self._timestep: Tensor | None = None
-        self._handle = register_module_forward_pre_hook(self)
+    def __init__(self) -> None:
+        self._processors: weakref.WeakSet[ToMeProcessor] = weakref.WeakSet()
+        self._reading = _Reading()
+        self._readers = 0  # threads
+        self._handle: Any = None
+        self._lock = threading.RLock()
+
+    def add(self, processor: ToMeProcessor) -> None:
+        """Wait for the model of a processor."""
+        with self._lock:
+            self._processors.add(processor)
+            if self._handle is None:
+                self._handle = register_module_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        processor = self._processor()
-        if processor is None:
-            self._handle.remove()
-        elif self._model is not None:
-            self._read_from_inside(module, args, processor.attachment)
-        elif processor.attachment.attached:
-            self._handle.remove()
-        elif isinstance(module, ModelMixin) and _carries(module, processor):
-            if not adopt(module, processor.attachment):
-                self._handle.remove()  # another attachment took the processor over, and its hook sees this call
-            elif len(args) >= 2:
+        model = self._reading.model
+        if isinstance(module, ModelMixin):
+            self._read(module if self.meet(module) else None)
+        elif model is not None and module is getattr(model, "time_proj", None):
+            self._reading.timestep = args[0]
+        elif model is not None and module is getattr(model, "conv_in", None):
+            for attachment in attachments_on(model):
+                call = attachment.decider.current.call
+                if call is None or not call.running:
+                    attachment.begin_call(model, (args[0], self._reading.timestep), {})
+            self._read(None)
+        elif not self._processors and model is None:
+            self._read(None)  # those that waited are gone
+
+    def meet(self, model: nn.Module) -> bool:
+        """Attach the processors that a model carries; False if it carries none."""
+        with self._lock:
+            processors = _processors_on(model)
+            for processor in processors:
+                self._processors.discard(processor)
+                if not processor.attachment.attached:
+                    _adopt(model, processor.attachment)
+        return bool(processors)
+
+    def _read(self, model: nn.Module | None) -> None:
+        with self._lock:
+            self._readers += (model is not None) - (self._reading.model is not None)
+            self._reading.model = model
+            self._reading.timestep = None
+            if self._handle is not None and not self._processors and not self._readers:
                 self._handle.remove()
-                processor.attachment.begin_call(module, args, {})
-            else:
-                self._model = weakref.ref(module)
-
-    def _read_from_inside(self, module: nn.Module, args: tuple[Any, ...], attachment: Attachment) -> None:
-        # Such hooks are not shown keyword arguments. A model called with some hands them on, by position, to the two
-        # layers that every SD UNet and ControlNet calls first: time_proj(timestep), then conv_in(sample).
-        model = self._model() if self._model is not None else None
-        if model is None or module is model:  # gone, or called again after its first call failed
-            self._handle.remove()
-        elif module is getattr(model, "time_proj", None):
-            self._timestep = args[0]
-        elif module is getattr(model, "conv_in", None):
-            self._handle.remove()
-            attachment.begin_call(model, (args[0], self._timestep), {})
+                self._handle = None
 
 
-def adopt(model: nn.Module, attachment: Attachment) -> bool:
+_waiting = _Waiting()
+
+
+def attach_to(model: nn.Module) -> None:
+    """Attach the processors that were set on a model by themselves, before its first call."""
+    _waiting.meet(model)
+
+
+def _adopt(model: nn.Module, attachment: Attachment) -> None:
     """Attach merging to a model, for every processor there that has found no model yet.
 
     Loading or unloading an IP-Adapter makes the host replace every self-attention processor by ``cls()``. Where such
     processors are found on a model that has an attachment already, that one takes them over.
-
-    Returns:
-        True if it was attached; False if an attachment that was there before has taken its processors over.
     """
     layers = [m for m in model.modules() if isinstance(getattr(m, "processor", None), ToMeProcessor)]
-    processors = {id(layer.processor): cast(ToMeProcessor, layer.processor) for layer in layers}
-    remade = len(processors) == len(layers) > 1 and all(
-        p.default and not p.attachment.attached for p in processors.values()
-    )
+    processors = _processors_on(model)
+    remade = len(processors) == len(layers) > 1 and all(p.default and not p.attachment.attached for p in processors)
     before = attachments_on(model)
     owner = before[0] if before and remade else attachment
-    for processor in processors.values():
+    for processor in processors:
         if not processor.attachment.attached:
             processor.attachment = owner
     attentions = [layer for layer in layers if cast(ToMeProcessor, layer.processor).attachment is owner]
@@ -187,11 +215,12 @@ def adopt(model: nn.Module, attachment: Attachment) -> bool:
         attachment.attach(model, attentions)
     else:
         owner.attentions = attentions
-    return owner is attachment
 
 
-def _carries(model: nn.Module, processor: ToMeProcessor) -> bool:
-    return any(getattr(module, "processor", None) is processor for module in model.modules())
+def _processors_on(model: nn.Module) -> list[ToMeProcessor]:
+    """The different ones, in the layers' order."""
+    found = (getattr(module, "processor", None) for module in model.modules())
+    return list({id(each): each for each in found if isinstance(each, ToMeProcessor)}.values())
 
 
 def _is_plain(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:

@@ -129,7 +129,7 @@ def why_nothing_merged(
     if not wanted or adaptive & set(found) or (wanted & set(found) and not wanted & ran):
         return None
     if not found or set(found) & wanted:
-        return "; ".join(sorted({str(layer.reason) for layer in layers if layer.reason}))
+        return "; ".join(sorted({layer.reason for layer in layers if layer.reason}))
     to_do = "give ratio one of them" if isinstance(config.ratio, Mapping) else f"set max_downsample={found[0]}"
     sdxl = " (SDXL has none at full resolution)" if found[0] == 2 else ""
     return f"this model has self-attention at levels {found} only; {to_do}{sdxl}"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tomesd_plus.schedules.ratios import check_ratios
+from tomesd_plus.schedules.checks import check_ratios
 
 
 @dataclass(frozen=True)

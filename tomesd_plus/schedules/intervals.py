@@ -1,8 +1,8 @@
 """How many steps apart full ones are, as a function of the noise level."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from tomesd_plus.schedules.checks import is_whole
 from tomesd_plus.schedules.plateaus import plateau_at
 
 
@@ -26,13 +26,9 @@ class IntervalSchedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intervals", tuple(self.intervals))
-        if not self.intervals or not all(_is_interval(each) for each in self.intervals):
+        if not self.intervals or not all(is_whole(each, 1) for each in self.intervals):
             raise ValueError(f"intervals must be whole numbers of at least 1, one or more, not {self.intervals!r}")
 
     def __call__(self, noise_level: float) -> int:
         """The interval at a noise level in [0, 1]."""
         return plateau_at(self.intervals, noise_level)
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

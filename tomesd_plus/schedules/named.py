@@ -2,13 +2,13 @@
 
 from enum import StrEnum
 
+from tomesd_plus.schedules.checks import check_ratios
 from tomesd_plus.schedules.ratios import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,
     Schedule,
     StepsSchedule,
-    check_ratios,
 )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from tomesd_plus.schedules.checks import check_ratios
 from tomesd_plus.schedules.plateaus import plateau_at
 
 
@@ -47,7 +48,7 @@ class Schedule(ABC):
             ValueError: The mean is outside [0, ``maximum``].
         """
         if not 0 <= mean <= maximum:
-            raise ValueError(f"a mean ratio of {mean} cannot be had with ratios in [0, {maximum}]")
+            raise ValueError(f"a mean ratio of {mean} is impossible with ratios in [0, {maximum}]")
         old = self.mean()
         above, below = max(self.ratios) - old, old - min(self.ratios)
         scale = min(1.0, (maximum - mean) / above if above > 0 else 1.0, mean / below if below > 0 else 1.0)
@@ -170,10 +171,3 @@ class StepsSchedule(Schedule):
 
     def replaced(self, ratios: Sequence[float]) -> "StepsSchedule":
         return StepsSchedule(tuple(ratios))
-
-
-def check_ratios(ratios: Sequence[float]) -> None:
-    """Raise ValueError if one is no number in [0, 1)."""
-    for ratio in ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-            raise ValueError(f"a ratio must be a number in [0, 1), not {ratio!r}")

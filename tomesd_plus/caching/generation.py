@@ -1,0 +1,89 @@
+"""What a cache holds from a generation's first call to the next one's, and the record of what was done in it."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from tomesd_plus.caching.forecast import Features
+from tomesd_plus.host.step import Step, StepTracker
+from tomesd_plus.host.transient import ThreadLocal
+
+Kind = Literal["idle", "undecided", "full", "cached"]
+"""Of the UNet's call under way; idle outside of calls."""
+
+
+class WhyFull(StrEnum):
+    """Why a step was full; the value is how it is said."""
+
+    first_step = "first step"
+    nothing_kept = "nothing kept"
+    ambiguous = "calls are ambiguous"
+    other_size = "other batch or size"
+    listed = "listed"
+    interval = "interval"
+    same_noise_level = "same noise level"
+    changed = "changed"
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One call of the UNet in the latest generation.
+
+    Args:
+        index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
+        noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
+        reason: Why it was full; ``None`` if it was cached.
+        change: Of the early feature since the last full step, as a share; ``None`` unless the choice depended on it.
+        ahead: How far it followed the trend of the last two full steps, as a share of the way between them; 0 for
+            full steps, and for those that took what the last full step had left as it was.
+    """
+
+    index: int | None
+    noise_level: float
+    reason: WhyFull | None
+    change: float | None = None
+    ahead: float = 0.0
+
+    @property
+    def full(self) -> bool:
+        """True if all layers ran."""
+        return self.reason is not None
+
+
+@dataclass
+class CacheRecord:
+    """What was done in one generation, as plain data.
+
+    Args:
+        steps: One entry a call of the UNet; of a loop that never begins a new generation the latest.
+        features: What full steps have left, by the number of the call in its step.
+    """
+
+    steps: deque[CacheStep] = field(default_factory=lambda: deque(maxlen=1000))
+    features: dict[int, Features] = field(default_factory=dict)
+
+
+@dataclass
+class Generation:
+    """What a cache holds from a generation's first call to the next one's.
+
+    Args:
+        tracker: Reads the calls' steps.
+        record: What was done, and what full steps have left.
+    """
+
+    tracker: StepTracker
+    record: CacheRecord = field(default_factory=CacheRecord)
+
+
+class Current(ThreadLocal):
+    """Where a thread is."""
+
+    def __init__(self) -> None:
+        self.generation: Generation | None = None
+        self.step: Step | None = None
+        self.kind: Kind = "idle"
+        self.outputs: dict[str, Any] = {}  # those of the call under way
+        self.waiting: list[Callable[[bool], None]] = []  # told of the call's kind once that is known
