@@ -1,4 +1,7 @@
-"""What holds for everything that can be switched on: one list of features, one list of what may happen to them."""
+"""What holds for everything that can be switched on: one list of features, one list of what may happen to them.
+
+It is long since every feature is to meet all of it: one file, one list.
+"""
 
 import copy
 import pickle
@@ -332,7 +335,7 @@ def test_a_foreign_hook(feature, first, pipe):
     assert hooks(pipe) == [""]
 
 
-def test_the_same_call_gives_the_same_picture_in_any_company(feature, any_pipe):
+def test_the_same_call_gives_the_same_picture_whatever_ran_before(feature, any_pipe):
     """A picture does not depend on what was made before it, by this pipeline or another."""
     told = reports(feature.on(any_pipe))
     first = generate(any_pipe, seed=3, num_inference_steps=8)
@@ -359,7 +362,7 @@ def test_other_sizes_and_batches(feature, pipe):
 
 
 @torch.no_grad()
-def test_generations_of_ones_own(feature, pipe):
+def test_generations_by_hand(feature, pipe):
     """Two loops in turn, one of which begins in the middle of the schedule, as if each ran by itself."""
     unet, text = pipe.unet, INPUTS["encoder_hidden_states"]
     samples = [INPUTS["sample"], INPUTS["sample"].flip(-1)]
@@ -383,7 +386,7 @@ def test_generations_of_ones_own(feature, pipe):
 
 
 @torch.no_grad()
-def test_a_generation_of_ones_own_may_rise(pipe):
+def test_the_timesteps_of_a_generation_by_hand_may_rise(pipe):
     """As in DDIM inversion; without the scope each rise would look like a new generation."""
     report = apply_feature_cache(pipe, interval=2)
     merged = apply_token_merging(pipe, ratio=0.5, full_steps=2)
