@@ -4,10 +4,10 @@ Writes ``grid.csv``, ``grid.md`` (the best at least so fast, then all rows) and 
 from ``results/grid-scores.csv`` (the ``results.csv`` of an evaluation of ``examples/grid.yaml``) and
 ``results/cpu.csv`` (of ``tomesd-plus benchmark``).
 
-A speed-up is that of a whole denoising: of a preset as it was measured, of other caches from the times of full and
+A speed-up is that of a full denoising loop: of a preset as it was measured, of other caches from the times of full and
 cached steps, as many of each as the evaluation's steps make. A plain cache counts at the faster of our time and the
 DeepCache package's, whose pictures are the same, one with a forecast at ours; a forecast counts as free, a speed-up at
-two decimals, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and whole steps as exactly every
+two decimals, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and full steps as exactly every
 fourth.
 """
 
@@ -43,7 +43,7 @@ KINDS = {  # in the picture
 PEERS = ["fewer steps", DEEPCACHE, "tomesd"]
 SPEEDS = [1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0]  # of the front
 FREE = {"ratio", "schedule", "more_at", "cell_size"}  # options that decide how many tokens go, and where
-DETAILS = ["attn1, plan per block", "attn1, whole every 4"]
+DETAILS = ["attn1, plan per block", "attn1, full every 4"]
 ATTENTION_CACHE = "attention cache 4"
 AS_PRESETS = "as presets + cache 5"
 

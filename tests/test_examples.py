@@ -35,7 +35,7 @@ def test_every_example_is_run():
 def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     measured = {("untouched", ""): 1, ("attn1", "0.5"): 1.25, ("cache 5", ""): 2.9, ("DeepCache 5", ""): 3,
                 ("attn1 + cache 5", "0.5"): 3.2, ("preset fast", ""): 4.5, ("tomesd package", "0.5"): 1.05,
-                ("attn1, whole every 4", "0.5"): 1.1, ("as presets + cache 5", "0.75"): 4.0,
+                ("attn1, full every 4", "0.5"): 1.1, ("as presets + cache 5", "0.75"): 4.0,
                 ("as presets, skipped 0.5 + cache 5", "0.75"): 5.0}  # fmt: skip
     path = tmp_path / "cpu.csv"
     with path.open("w") as file:

@@ -42,8 +42,8 @@ class Preset:
         return self.merging if finest == 1 else replace(self.merging_inside, max_downsample=finest)
 
 
-# Under a cache all that a cached step runs is its outer layers, and at its full steps these leave what told each token
-# from its group: so cached steps can merge three quarters of the tokens, around all layers, for 0.2 to 0.5 dB at
+# Under a cache all that a cached step runs is its outer layers, and at its full steps these leave each token's offset
+# from its group's mean: so cached steps can merge three quarters of the tokens, in all layers, for 0.2 to 0.5 dB at
 # intervals of 3 and 4 (at 2 with a forecast 3 dB, from 50.8). To merge around all layers on the full steps too costs
 # several dB (``results/cache-and-merging.csv``). Forecasts are worth several dB; the rarer the full steps, the less
 # far their trend holds (``results/grid-scores.csv``). Full steps are nearly all of the fastest preset's time: there it

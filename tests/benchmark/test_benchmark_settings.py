@@ -121,8 +121,8 @@ def test_the_ideal_runs_the_merged_layers_on_fewer_tokens_and_leaves_nothing(opt
 
 
 def test_ideals_are_of_the_same_layers_and_ratio():
-    settings = with_ideals(settings_from(["attn1", "tomesd", "block, whole every 4", "cache 3"], [0.5]))
-    names = ["untouched", "ideal: attn1", "attn1", "tomesd", "ideal: block", "block, whole every 4", "cache 3"]
+    settings = with_ideals(settings_from(["attn1", "tomesd", "block, full every 4", "cache 3"], [0.5]))
+    names = ["untouched", "ideal: attn1", "attn1", "tomesd", "ideal: block", "block, full every 4", "cache 3"]
     assert [setting.name for setting in settings] == names
     assert {setting.ratio for setting in settings} == {None, 0.5}
     assert settings_from(["block + cache 3"], [0.5])[0].ideal is None

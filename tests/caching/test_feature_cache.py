@@ -131,3 +131,16 @@ def test_failing_to_apply_rolls_back(pipe, monkeypatch):
     with pytest.raises(RuntimeError, match="mine"):
         apply_feature_cache(pipe)
     assert not hooks(pipe) and not forwards(pipe)
+
+
+def test_an_interval_schedule_or_number_is_taken_as_the_interval(pipe):
+    schedule = IntervalSchedule((2, 4))
+    for interval, options in ((schedule, {}), (2, {"branch": 1})):
+        with feature_cache(pipe, interval, **options) as report:
+            generate(pipe)
+            assert report.cached
+    for wrong in ("3", 0, 2.5, [2, 3]):
+        with pytest.raises(ValueError, match="interval must be"):
+            apply_feature_cache(pipe, wrong)
+    with pytest.raises(TypeError, match="either a config or options"):
+        apply_feature_cache(pipe, schedule, interval=3)

@@ -7,6 +7,7 @@ import pytest
 
 from tomesd_plus.benchmark import SHAPES, SUITES
 from tomesd_plus.cli import names
+from tomesd_plus.merging.config import LEVELS
 from tomesd_plus.presets import PRESETS
 
 COMMANDS = ("compare", "generate", "evaluate", "report", "statistics", "benchmark", "app")
@@ -39,6 +40,12 @@ def run(*arguments):
         (["generate", "--nope"], 2, "No such option"),
         (["compare", "--steps", "0", "a cat"], 2, "'--steps'"),
         (["generate", "--more-at", "never", "a cat"], 2, "noisy"),
+        (["generate", "--ratio", "1.5", "a cat"], 2, "a ratio must be a number in [0, 1), not 1.5"),
+        (["generate", "--ratio", "nan", "a cat"], 2, "a ratio must be a number in [0, 1), not nan"),
+        (["compare", "--ratio", "0.5", "--ratio", "0.9"], 2, "a ratio of 0.9 is more than the cells allow"),
+        (["benchmark", "--ratio", "-0.1"], 2, "a ratio must be a number in [0, 1), not -0.1"),
+        (["compare", "--schedule", "sine"], 2, "unknown schedule 'sine'"),
+        (["generate", "--max-downsample", "3"], 2, "max_downsample must be one of 1, 2, 4, 8, not 3"),
         (["generate", "--size", "big", "a cat"], 2, "size must be a number of pixels"),
         (["generate", "--dtype", "int8", "a cat"], 2, "unknown dtype 'int8': choose from float32, bfloat16, float16"),
         (["generate", "--model", "my/model"], 2, "give at least one prompt"),
@@ -60,5 +67,6 @@ def test_it_is_answered_without_heavy_imports(arguments, code, words):
 
 def test_the_names_in_help_texts_are_the_ones_there_are():
     assert tuple(PRESETS) == names.PRESETS
+    assert LEVELS == names.DOWNSAMPLES
     assert tuple(SHAPES) == names.SHAPES
     assert tuple(SUITES) == names.SUITES

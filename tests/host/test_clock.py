@@ -83,7 +83,7 @@ def test_the_gate_takes_medians_of_both_ways_on_the_blocks_device(tmp_path, monk
     device = torch.device("cuda:1")
     own = Gate(tmp_path / "gate.json")
     decision = own.decide("a kind", device, lambda: run("whole"), lambda: run("merged"))
-    assert decision == Decision(whole_ms=3000, merged_ms=1000)
+    assert decision == Decision(untouched_ms=3000, merged_ms=1000)
     assert clock.devices == {device} and "the GPU cuda:1" in next(iter(own.decisions))
 
 

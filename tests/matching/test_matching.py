@@ -23,7 +23,7 @@ def test_every_whole_cell_has_one_destination_and_the_rest_of_it_as_sources(
         return
     generator = torch.Generator().manual_seed(seed)
     cells = make_cells(height, width, (cell_height, cell_width), window, generator)
-    real = torch.ones_like(cells.source, dtype=torch.bool) if cells.twice is None else ~cells.twice
+    real = torch.ones_like(cells.source, dtype=torch.bool) if cells.padding is None else ~cells.padding
     sources = cells.source[real]
     destinations = cells.destination.unique()  # at the edge, windows are filled up with destinations again
     assert len(sources) == max_removed(height, width, (cell_height, cell_width))
@@ -78,7 +78,7 @@ def test_similarities_are_those_of_all_pairs_inside_a_window(height, width, wind
     unit = metric / metric.norm(dim=-1, keepdim=True)
     for w in range(len(cells.source)):
         scores = unit[:, cells.source[w]] @ unit[:, cells.destination[w]].transpose(1, 2)
-        real = slice(None) if cells.twice is None else ~cells.twice[w]
+        real = slice(None) if cells.padding is None else ~cells.padding[w]
         torch.testing.assert_close(similarity[:, w][:, real], scores.max(dim=-1).values[:, real])
         chosen = scores.gather(2, best[:, w, :, None])[..., 0]
         torch.testing.assert_close(chosen[:, real], scores.max(dim=-1).values[:, real])

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from tomesd_plus.host.arguments import first, with_first
 from tomesd_plus.matching import max_removed
 from tomesd_plus.merging.config import ToMeConfig
 
@@ -98,14 +99,14 @@ class _Fewer:
         self.tokens = 0
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        hidden_states = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, channels)
+        hidden_states = first(args, kwargs, "hidden_states")  # (batch, tokens, channels)
         self.tokens = hidden_states.shape[1]
         fewer = hidden_states[:, : self.kept.get(self.tokens, self.tokens)]
         return self.call(args, kwargs, hidden_states, fewer)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], full: Tensor, fewer: Tensor) -> Call:
         """The layer's call with fewer tokens in place of the full ones."""
-        return ((fewer, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": fewer})
+        return with_first(args, kwargs, "hidden_states", fewer)
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output if output.shape[1] == self.tokens else self.zeros.like(output, self.tokens)

@@ -16,7 +16,7 @@ from tomesd_plus.benchmark.settings import (
 from tomesd_plus.presets import PRESETS
 
 FIRST = ["attn1", "attn1 + attn2 + mlp", "block", PACKAGE]
-MORE = ["block, whole every 4", "keys and values"]
+MORE = ["block, full every 4", "keys and values"]
 PRESET_NAMES = [f"preset {name}" for name in PRESETS]
 GRID = [f"attn1 + cache {interval}" for interval in FEW_INTERVALS]  # of examples/grid.yaml
 
@@ -79,7 +79,7 @@ def cpu_suite() -> Suite:
     long = MIN_ROUNDS
     presets = settings_from(PRESET_NAMES, [])
     presets += settings_from(["as presets + cache 5", "as presets, skipped 0.5 + cache 5"], [0.75])
-    details = settings_from(["attn1, whole every 4", "attention cache 4"], [0.5])
+    details = settings_from(["attn1, full every 4", "attention cache 4"], [0.5])
     details += settings_from(["attn1, plan per block"], [0.36, 0.5])  # 0.36: the average ratio with full steps
     return Suite(
         (

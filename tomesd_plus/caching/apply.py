@@ -11,10 +11,11 @@ from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.report import FeatureCacheReport
 from tomesd_plus.host.models import train_timesteps
+from tomesd_plus.schedules import IntervalSchedule
 
 
 def apply_feature_cache(
-    pipe: Any, config: FeatureCacheConfig | int | None = None, **options: Any
+    pipe: Any, config: FeatureCacheConfig | int | IntervalSchedule | None = None, **options: Any
 ) -> FeatureCacheReport:
     """Run a pipeline's whole UNet on some steps only, and its outer layers on the others.
 
@@ -27,7 +28,8 @@ def apply_feature_cache(
 
     Args:
         pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself.
-        config: When a step is full; ``FeatureCacheConfig()`` by default. A number is taken as the interval.
+        config: When a step is full; ``FeatureCacheConfig()`` by default. A number or an :class:`IntervalSchedule` is
+            taken as the interval.
         options: Fields of :class:`FeatureCacheConfig`, in place of ``config``.
 
     Returns:
@@ -45,12 +47,12 @@ def apply_feature_cache(
         >>> [step.full for step in report.steps]
         [True, False, True, False]
     """
-    clash = options.keys() & {"interval"} if isinstance(config, int) else options.keys()
+    as_interval = config is not None and not isinstance(config, FeatureCacheConfig)
+    clash = options.keys() & {"interval"} if as_interval else options.keys()
     if config is not None and clash:
         raise TypeError(f"give either a config or options, not both: {', '.join(clash)}")
-    if isinstance(config, int):
-        options, config = {"interval": config, **options}, None
-    config = config or FeatureCacheConfig(**options)
+    if not isinstance(config, FeatureCacheConfig):
+        config = FeatureCacheConfig(**options if config is None else {"interval": config, **options})
     unet = _unet(pipe)
     if feature_cache_on(unet) is not None:
         raise ValueError("a feature cache is already applied: call remove_feature_cache first")
@@ -75,7 +77,7 @@ def remove_feature_cache(pipe: Any) -> None:
 
 @contextmanager
 def feature_cache(
-    pipe: Any, config: FeatureCacheConfig | int | None = None, **options: Any
+    pipe: Any, config: FeatureCacheConfig | int | IntervalSchedule | None = None, **options: Any
 ) -> Iterator[FeatureCacheReport]:
     """Cache features inside a ``with`` block; takes what :func:`apply_feature_cache` takes, and yields its report."""
     report = apply_feature_cache(pipe, config, **options)

@@ -14,12 +14,20 @@ from tomesd_plus.cli.names import PRESETS, SHAPES, SUITES
 from tomesd_plus.cli.options import Device, Dtype
 from tomesd_plus.cli.report import MIN_WIDTH
 from tomesd_plus.evaluation.errors import installed
+from tomesd_plus.schedules import ConstantSchedule
 
 if TYPE_CHECKING:
     from tomesd_plus.benchmark import Outcome, Suite
 
 SINGLE = {"shape", "size", "batch", "ratio", "setting", "preset", "cache_interval", "levels", "dtype", "compiled"}
 SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
+
+
+def _check_ratios(ratios: list[float] | None) -> list[float] | None:
+    try:
+        return None if ratios is None else [ConstantSchedule(ratio).ratio for ratio in ratios]
+    except ValueError as error:
+        fail(str(error))
 
 
 def benchmark_command(
@@ -32,7 +40,9 @@ def benchmark_command(
     batch: Annotated[
         list[int] | None, typer.Option(help="Batch size, both guidance branches counted; repeatable.")
     ] = None,
-    ratio: Annotated[list[float] | None, typer.Option(help="Share of tokens to remove; repeatable.")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(callback=_check_ratios, help="Share of tokens to remove; repeatable.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(help="A name, or a configuration such as 'merge: {window: 4}'; repeatable. See above."),
@@ -64,7 +74,7 @@ def benchmark_command(
 ) -> None:
     """Time a UNet of a published shape, with random weights, under several settings in turn.
 
-    Settings: attn1; attn1, whole every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
+    Settings: attn1; attn1, full every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
     every 4; keys and values; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache
     2, 3 or 5; block + cache 3; preset quality, balanced or fast (a complete run of 25 steps); or a configuration
     as `evaluate` takes it. The untouched UNet is always included, and so is the ideal, fewer tokens at no cost,

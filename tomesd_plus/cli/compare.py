@@ -17,6 +17,7 @@ from tomesd_plus.cli.options import (
     Model,
     MoreAt,
     Prompts,
+    Ratios,
     ScheduleName,
     Seed,
     Size,
@@ -38,10 +39,7 @@ PICTURES = (".png", ".jpg", ".pdf", ".svg")
 def compare_command(
     prompts: Prompts = None,
     model: Model = TINY,
-    ratio: Annotated[
-        list[float] | None,
-        typer.Option(help="Mean ratio in [0, 1); repeatable. Default: 0.5; none with --preset."),
-    ] = None,
+    ratio: Ratios = None,
     schedule: ScheduleName = "cosine",
     more_at: MoreAt = Direction.noisy,
     max_downsample: MaxDownsample = 1,

@@ -1,5 +1,6 @@
 """Names that help texts list. What they name takes seconds to import; a test compares them with it."""
 
+DOWNSAMPLES = 1, 2, 4, 8
 PRESETS = "quality", "balanced", "fast"
 SHAPES = "sd15", "sd21", "sdxl", "tiny"
 SUITES = "cpu", "gpu", "smoke"

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tomesd_plus.cli.common import fail, quiet, run
-from tomesd_plus.cli.names import PRESETS
+from tomesd_plus.cli.names import DOWNSAMPLES, PRESETS
 from tomesd_plus.evaluation.names import DTYPES, TINY
-from tomesd_plus.schedules import AUTO, SCHEDULES, Direction
+from tomesd_plus.schedules import AUTO, SCHEDULES, Direction, schedule_by_name
 
 if TYPE_CHECKING:
     from tomesd_plus.evaluation.configurations import Configuration
@@ -21,11 +21,57 @@ PROMPTS = [
     "a small star and a small red heart on a purple background",
 ]
 
+
+def _check_ratio(ratio: float) -> float:
+    _refuse_wrong("constant", ratio)
+    return ratio
+
+
+def _check_ratios(ratios: list[float] | None) -> list[float] | None:
+    return None if ratios is None else [_check_ratio(ratio) for ratio in ratios]
+
+
+def _check_schedule(name: str) -> str:
+    _refuse_wrong(name, 0.5)
+    return name
+
+
+def _check_max_downsample(downsample: int) -> int:
+    if downsample not in DOWNSAMPLES:
+        fail(f"max_downsample must be one of {', '.join(map(str, DOWNSAMPLES))}, not {downsample}")
+    return downsample
+
+
+def _refuse_wrong(schedule: str, ratio: float) -> None:
+    """Fail in a line at once, before anything that takes long is imported."""
+    try:
+        schedule_by_name(schedule, ratio)
+    except ValueError as error:
+        fail(str(error))
+
+
+Ratio = Annotated[float, typer.Option(callback=_check_ratio, help="Mean ratio in [0, 1); 0 merges nothing.")]
+Ratios = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--ratio",
+        callback=_check_ratios,
+        help="Mean ratio in [0, 1); repeatable. Default: 0.5; none with --preset.",
+    ),
+]
 Prompts = Annotated[list[str] | None, typer.Argument(help="One prompt or several.", show_default=False)]
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a hub id, a folder, or a .safetensors checkpoint.")]
-ScheduleName = Annotated[str, typer.Option("--schedule", help=f"Ratio over steps: {', '.join(SCHEDULES)}, {AUTO}.")]
+ScheduleName = Annotated[
+    str,
+    typer.Option("--schedule", callback=_check_schedule, help=f"Ratio over steps: {', '.join(SCHEDULES)}, {AUTO}."),
+]
 MoreAt = Annotated[Direction, typer.Option(help="Merge more at noisy steps or at clean ones.")]
-MaxDownsample = Annotated[int, typer.Option(help="Merge at levels of at most this downsample: 1, 2, 4, 8; SDXL: 2.")]
+MaxDownsample = Annotated[
+    int,
+    typer.Option(
+        callback=_check_max_downsample, help="Merge at levels of at most this downsample: 1, 2, 4, 8; SDXL: 2."
+    ),
+]
 CacheInterval = Annotated[
     int | None,
     typer.Option(min=1, help="Feature cache: run the full UNet on every n-th step only.", show_default=False),

@@ -30,6 +30,11 @@ def argument(places: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, An
     return args[place] if place < len(args) else None
 
 
+def first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The first argument of a call, which the signature calls ``name``."""
+    return args[0] if args else kwargs[name]
+
+
 def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any) -> tuple[tuple[Any, ...], Any]:
     """The arguments of a call with another first one, which the signature calls ``name``."""
     return ((value, *args[1:]), kwargs) if args else (args, kwargs | {name: value})
@@ -37,5 +42,6 @@ def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: 
 
 def sample_and_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
     """Latents and timestep of a UNet's or ControlNet's call."""
-    places = positions(type(getattr(model, "_orig_mod", model)))
+    inner: nn.Module = getattr(model, "_orig_mod", model)  # a compiled model has a signature of its own
+    places = positions(type(inner))
     return argument(places, args, kwargs, "sample"), argument(places, args, kwargs, "timestep")

@@ -19,14 +19,14 @@ class Cells:
         tokens: Of the grid. Those in rows and columns that fill no cell are neither sources nor destinations.
         destination: Token indices, (windows, destinations).
         source: Token indices, (windows, sources).
-        twice: True where a source at the grid's edge stands in the list only to fill its window, and counts
-            elsewhere, (windows, sources); ``None`` if there is no such.
+        padding: Padding mask, True where a source stands in the list only to fill a window at the grid's edge,
+            (windows, sources); ``None`` if no window needs any.
     """
 
     tokens: int
     destination: Tensor
     source: Tensor
-    twice: Tensor | None
+    padding: Tensor | None
 
     def to(self, device: torch.device | str) -> "Cells":
         """The same on another device, by way of pinned memory, so that the host does not wait for a GPU."""
@@ -36,7 +36,7 @@ class Cells:
             self.tokens,
             _moved(self.destination, device),
             _moved(self.source, device),
-            None if self.twice is None else _moved(self.twice, device),
+            None if self.padding is None else _moved(self.padding, device),
         )
 
 
@@ -77,17 +77,17 @@ def make_cells(
     y = torch.arange(rows, device=place.device)[:, None, None] * cell_height + order // cell_width
     x = torch.arange(columns, device=place.device)[:, None] * cell_width + order % cell_width
     tokens = y * width + x  # (rows, columns, tokens of a cell)
-    twice = None
+    padding = None
     if window is not None:
-        tokens, twice = _windows(tokens, min(window, max(rows, columns)))
+        tokens, padding = _windows(tokens, min(window, max(rows, columns)))
     else:
         tokens = tokens.reshape(1, rows * columns, -1)
-    cells = Cells(height * width, tokens[:, :, 0].contiguous(), tokens[:, :, 1:].flatten(1), twice)
+    cells = Cells(height * width, tokens[:, :, 0].contiguous(), tokens[:, :, 1:].flatten(1), padding)
     return cells.to(device)
 
 
 def _windows(tokens: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
-    """Sort cells (rows, columns, tokens) by windows: (windows, cells, tokens), and which sources stand there twice."""
+    """Sort cells (rows, columns, tokens) by windows, (windows, cells, tokens), with their sources' padding mask."""
     rows, columns, size = tokens.shape
     down, across = -(-rows // side), -(-columns // side)
     y = torch.arange(down * side, device=tokens.device)
@@ -96,5 +96,5 @@ def _windows(tokens: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
     beyond = (y[:, None] >= rows) | (x >= columns)
     both = torch.cat([filled, beyond[..., None].to(filled)], dim=2)
     both = both.view(down, side, across, side, size + 1).transpose(1, 2).reshape(down * across, side * side, size + 1)
-    twice = both[:, :, -1:].bool().expand(-1, -1, size - 1).flatten(1)
-    return both[:, :, :-1], twice if rows % side or columns % side else None
+    padding = both[:, :, -1:].bool().expand(-1, -1, size - 1).flatten(1)
+    return both[:, :, :-1], padding if rows % side or columns % side else None

@@ -24,7 +24,7 @@ def match(metric: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         cells: Sources and destinations.
 
     Returns:
-        Similarity in [-1, 1], or −inf where a source stands twice; and the destination's place in its window. Both
+        Similarity in [-1, 1], or −inf where a source is padding; and the destination's place in its window. Both
         (batch, windows, sources).
     """
     batch, _, channels = metric.shape
@@ -38,8 +38,8 @@ def match(metric: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         score, best = (source.view(batch, windows, -1, channels) @ target).max(dim=-1)
         parts.append((score / _length(source).view(score.shape), best))
     similarity, best = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-    if cells.twice is not None:
-        similarity = similarity.masked_fill(cells.twice, -torch.inf)
+    if cells.padding is not None:
+        similarity = similarity.masked_fill(cells.padding, -torch.inf)
     return similarity, best
 
 

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tomesd_plus.host.arguments import argument, positions, with_first
+from tomesd_plus.host.arguments import argument, first, positions, with_first
 from tomesd_plus.host.transient import Transient, TransientDict
 from tomesd_plus.merging.answers import Leave, Merge, Reason, Why
 from tomesd_plus.merging.config import Layer, ToMeConfig
@@ -195,7 +195,7 @@ class LayerHooks:
         call = self.decider.call()
         if call is None:
             return None
-        hidden_states = args[0] if args else kwargs["hidden_states"]
+        hidden_states = first(args, kwargs, "hidden_states")
         obstacle = Reason(Why.places) if kwargs.get("ip_adapter_masks") is not None else None
         call.block.layer = answer = self.decider.ask(layer, self.role, hidden_states, obstacle)
         if not isinstance(answer, Merge):

@@ -25,21 +25,21 @@ class Decision:
     """What was measured for one kind of block.
 
     Args:
-        whole_ms: Time of the block on all tokens, milliseconds.
+        untouched_ms: Time of the block on all tokens, milliseconds.
         merged_ms: Time with matching, merging and unmerging.
     """
 
-    whole_ms: float
+    untouched_ms: float
     merged_ms: float
 
     @property
     def pays(self) -> bool:
         """True if merging is faster by more than such a measurement's noise."""
-        return self.whole_ms >= LEAST_GAIN * self.merged_ms
+        return self.untouched_ms >= LEAST_GAIN * self.merged_ms
 
     def __str__(self) -> str:
         verdict = "pays" if self.pays else "does not pay"
-        return f"merging {verdict} here ({self.merged_ms:.2f} ms, whole {self.whole_ms:.2f} ms)"
+        return f"merging {verdict} here ({self.merged_ms:.2f} ms, untouched {self.untouched_ms:.2f} ms)"
 
 
 class Gate:
@@ -55,18 +55,18 @@ class Gate:
         self.decisions: dict[str, Decision] = {} if refresh else _read(self.path)
 
     def decide(
-        self, key: str, device: torch.device, whole: Callable[[], object], merged: Callable[[], object]
+        self, key: str, device: torch.device, untouched: Callable[[], object], merged: Callable[[], object]
     ) -> Decision:
         """Look a decision up, or measure: both ways in turn, medians after a warm-up.
 
         Args:
             key: What the times depend on, apart from versions and machine, which are added here.
             device: Where the block runs.
-            whole, merged: Run it in one way and the other.
+            untouched, merged: Run it in one way and the other.
         """
         key = f"{key} {_machine(device)}"
         if key not in self.decisions:
-            times: dict[Callable[[], object], list[float]] = {whole: [], merged: []}
+            times: dict[Callable[[], object], list[float]] = {untouched: [], merged: []}
             for _ in range(1 + REPEATS):
                 for run, measured in times.items():
                     measured.append(_milliseconds(device, run))

@@ -64,51 +64,56 @@ class ToMeProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         """Attend, with fewer tokens where that is understood; takes and returns what the inner processor does."""
-        others = encoder_hidden_states, attention_mask, temb, *args
+        if temb is not None:  # not every processor takes it
+            kwargs["temb"] = temb
         if attn.is_cross_attention:
-            return self._attend(attn, hidden_states, *others, **kwargs)
+            return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         attachment, config = self.attachment, self.attachment.config
         if attachment.decider.call() is None:
             attachment.came_back(attn)
         obstacle = _obstacle(attn, hidden_states, encoder_hidden_states, attention_mask, config)
         answer = attachment.decider.ask(attn, "self_attention", hidden_states, obstacle)
         if isinstance(answer, Leave):
-            output = self._attend(attn, hidden_states, *others, **kwargs)
+            output = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
             answer.done(output)
             return output
         weighed = config.proportional_attention and config.sides != "queries"
         sizes = answer.plan.sizes if weighed else None
         if isinstance(answer, AlreadyMerged):
-            return self._attend(attn, hidden_states, None, None, temb, *args, sizes=sizes, **kwargs)
+            return self._attend(attn, hidden_states, sizes=sizes, **kwargs)
         merged = answer.merge(hidden_states)
         if config.sides == "keys_values":
-            return self._attend(attn, hidden_states, merged, None, temb, *args, sizes=sizes, **kwargs)
+            return self._attend(attn, hidden_states, merged, sizes=sizes, **kwargs)
         key_value_states = hidden_states if config.sides == "queries" else None
-        output = self._attend(attn, merged, key_value_states, None, temb, *args, sizes=sizes, **kwargs)
-        return answer.unmerge(output)
+        return answer.unmerge(self._attend(attn, merged, key_value_states, sizes=sizes, **kwargs))
 
     def _attend(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-        temb: Tensor | None,
-        *args: Any,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend by the inner processor, or in its place where a kernel that it cannot use is to be had."""
+        """Attend by the inner processor, or in its place where a kernel that it cannot use is available."""
+        if isinstance(encoder_hidden_states, tuple) and type(self.inner) is AttnProcessor2_0:
+            raise TypeError(
+                "this model has an IP-Adapter, whose processors set_attn_processor(ToMeProcessor()) has replaced: "
+                "use apply_token_merging(pipe), which keeps them"
+            )
         own = self._attention_backend is not None or (sizes is not None and hidden_states.device.type == "cuda")
         if own and type(self.inner) is AttnProcessor2_0 and _is_plain(attn, hidden_states, attention_mask):
             return attention(attn, hidden_states, encoder_hidden_states, sizes, self._attention_backend)
         if sizes is not None:  # (batch, 1, keys), added to the logits of every head and query
             attention_mask = sizes.log()[:, None].to(hidden_states.dtype)
-        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        # As diffusers calls it: by keyword, and no more than was given.
+        return self.inner(
+            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

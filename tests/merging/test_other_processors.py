@@ -1,0 +1,61 @@
+"""Processors of other signatures, and add-ons that bring their own."""
+
+import pytest
+import torch
+from conftest import generate, level_of, make_pipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+
+from tomesd_plus import ToMeProcessor, apply_preset, apply_token_merging, remove_token_merging, tomesd
+
+SWITCHES = {
+    "merging": lambda pipe, ratio: apply_token_merging(pipe, ratio=ratio, max_downsample=level_of(pipe)),
+    "whole blocks": lambda pipe, ratio: apply_token_merging(
+        pipe, ratio=ratio, layers="block", max_downsample=level_of(pipe)
+    ),
+    "drop-in": lambda pipe, ratio: tomesd.apply_patch(pipe, ratio=ratio, max_downsample=level_of(pipe)),
+}
+
+
+class Plain:
+    """A processor that takes what diffusers passes by name, and no more."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        return AttnProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(
+    "processor", [SlicedAttnProcessor(1), AttnProcessor(), Plain()], ids=lambda p: type(p).__name__
+)
+def test_processors_of_other_signatures_are_called_as_diffusers_calls_them(kind, switch, processor):
+    pipe = make_pipeline(kind)
+    pipe.unet.set_attn_processor(processor)
+    plain = generate(pipe)
+    SWITCHES[switch](pipe, 0.0)
+    assert torch.equal(generate(pipe), plain)
+    remove_token_merging(pipe)
+    SWITCHES[switch](pipe, 0.5)
+    merged = generate(pipe)
+    assert not torch.equal(merged, plain)
+    remove_token_merging(pipe)
+    assert torch.equal(generate(pipe), plain)
+    if switch != "drop-in":  # which draws anew
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
+        SWITCHES[switch](pipe, 0.5)
+        torch.testing.assert_close(generate(pipe), merged, atol=2e-3, rtol=0)  # by another kernel
+
+
+def test_a_preset_on_a_sliced_pipeline(pipe):
+    pipe.enable_attention_slicing()
+    plain = generate(pipe)
+    report = apply_preset(pipe, "balanced")
+    assert not torch.equal(generate(pipe), plain) and report.merging.merged
+
+
+def test_an_ip_adapter_under_a_processor_set_by_itself_is_refused_in_words(pipe):
+    pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5))
+    attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    states = torch.zeros(1, 4, 16)
+    with pytest.raises(TypeError, match="use apply_token_merging"):
+        attention(states, encoder_hidden_states=(states, [states]))
