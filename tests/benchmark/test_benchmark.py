@@ -151,7 +151,6 @@ def test_a_file_of_another_program_is_refused(tmp_path):
 # Fidelity ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_fidelity_is_computed_once_and_kept(tmp_path, monkeypatch):
     settings, path = with_ideals(settings_from(["attn1"], [0.25, 0.5])), tmp_path / "fidelity.json"
     psnr = embedded_psnr(settings, path, CPU, prompts=1, steps=2)

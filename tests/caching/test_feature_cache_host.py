@@ -15,6 +15,7 @@ from tomesd_plus.caching import (
     remove_feature_cache,
 )
 
+SLOW = pytest.mark.slow
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
@@ -191,7 +192,10 @@ def compile_blocks(pipe):
     pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("compile_it", [compile_unet, compile_in_place, compile_blocks])
+@pytest.mark.parametrize(
+    "compile_it",
+    [pytest.param(compile_unet, marks=SLOW), pytest.param(compile_in_place, marks=SLOW), compile_blocks],
+)
 @pytest.mark.parametrize("order", ["cache first", "compile and run first"])
 def test_torch_compile(pipe, compile_it, order):
     torch._dynamo.reset()

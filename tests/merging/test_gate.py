@@ -47,7 +47,7 @@ def test_what_it_declines_stays_bit_identical_and_the_report_says_why(options, m
     assert torch.equal(result, output(make_unet()))
     assert not report.merged
     reasons = {str(layer.reason) for layer in report.layers if layer.downsample == 1}
-    assert reasons == {"merging does not pay here (1.00 ms, whole 1.00 ms)"}
+    assert reasons == {"merging does not pay here (1.00 ms, untouched 1.00 ms)"}
     assert "Measured with 128 tokens less in 2 × 256 × 16 (batch, tokens, channels): merging does not" in str(report)
 
 
@@ -66,7 +66,7 @@ def test_each_level_is_decided_by_itself(options, monkeypatch):
 def test_the_report_says_what_was_measured_where_it_pays_too(monkeypatch):
     monkeypatch.setattr(Gate, "decide", lambda self, key, device, whole, merged: Decision(2.0, 1.0))
     _, report = merged(ratio=0.5, gate="on")
-    assert report.merged and "merging pays here (1.00 ms, whole 2.00 ms)" in str(report)
+    assert report.merged and "merging pays here (1.00 ms, untouched 2.00 ms)" in str(report)
 
 
 @pytest.mark.parametrize(
