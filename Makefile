@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo app test test-fast screenshots architecture lint types format install clean
+.PHONY: demo app test test-slow screenshots architecture lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
@@ -12,16 +12,16 @@ demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes 
 app: $(INSTALLED)  ## the comparison app, in a browser
 	$(BIN)/python -m gradio_app
 
-test: $(INSTALLED)  ## every test, a process on each core
+test: $(INSTALLED)  ## every test but the slow ones, a process on each core
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow"
+
+test-slow: $(INSTALLED)  ## the tests marked slow
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		echo "No browser, so the tests of the app's page are skipped: apt-get install chromium"
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile -m slow
 
 screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 	$(BIN)/python -m gradio_app.screenshots docs
-
-test-fast: $(INSTALLED)  ## all but the slow tests
-	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow"
 
 architecture: $(INSTALLED)  ## docs/architecture.svg anew, and lines of code by room
 	$(BIN)/python docs/draw_architecture.py

@@ -1,4 +1,6 @@
-"""What the tests of the app's backend share."""
+"""What the tests of the app share: of its backend, and of its page in a browser."""
+
+from importlib import import_module
 
 from conftest import hooks
 
@@ -15,3 +17,43 @@ def picture(**options):
 
 def untouched(pipe):
     return not hooks(pipe) and not any(isinstance(p, ToMeProcessor) for p in pipe.unet.attn_processors.values())
+
+
+# The page in a browser ----------------------------------------------------------------------------------------------
+
+LONG = 60_000  # ms, for what takes pictures
+
+
+def expect(locator):
+    """Playwright's, imported when it is first used: the backend's tests do without."""
+    return import_module("playwright.sync_api").expect(locator)
+
+
+def ask(page, prompt="a large star on a blue background", steps=3, seed=0):
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#steps input[type=number]").fill(str(steps))
+    page.locator("#seed input").fill(str(seed))
+    page.locator("button#compare").click()
+
+
+def wait(page, status="#status"):
+    expect(page.locator(f"{status} .running")).to_have_count(0, timeout=LONG)
+    expect(page.locator(f"{status} .done")).to_be_visible(timeout=LONG)
+
+
+def figure(page, name):
+    return page.locator("#figures .card", has_text=name).locator("b").inner_text()
+
+
+def pictures(page):
+    """Addresses of the two pictures, which are names of their contents."""
+    images = page.locator("#slider img")
+    expect(images).to_have_count(2)
+    return [image.get_attribute("src") for image in images.all()]
+
+
+def set_ratio(page, ratio):
+    """As a person does: with the keyboard in the number beside the slider."""
+    field = page.locator("#ratio input[type=number]")
+    field.fill(str(ratio))
+    field.blur()

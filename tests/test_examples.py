@@ -24,6 +24,8 @@ WRITES = {
     "merge_efficiency.py": ["merge-efficiency.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
 }
+SLOW = ("adaptive_ratio.py", "evaluate_fid.py", "from_tomesd.py", "with_feature_cache.py")
+RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in WRITES]
 
 
 def test_every_example_is_run():
@@ -67,8 +69,7 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
     assert {text: front.kind(parse_configuration(text)) for text in names} == names
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("name", RUNS)
 def test_examples_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [name])

@@ -1,4 +1,7 @@
-"""What holds for everything that can be switched on: one list of features, one list of what may happen to them."""
+"""What holds for everything that can be switched on: one list of features, one list of what may happen to them.
+
+One long file on purpose: every feature meets every test.
+"""
 
 import copy
 import pickle
@@ -6,11 +9,13 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from conftest import INPUTS, generate, hooks, level_of, make_pipeline
+from cache_tools import forwards
+from conftest import INPUTS, generate, hooks, level_of, make_pipeline, saved_and_loaded
 
 from tomesd_plus import (
     ToMeProcessor,
@@ -35,12 +40,16 @@ class Feature:
     Args:
         on, off: Functions of a pipeline.
         inside: The same as a context manager; ``None`` if it has none.
+        absent: What the warning says where there is nothing to switch off; ``None`` if nobody warns.
+        caches: It is a feature cache or has one.
         twice: What happens when it is switched on twice: it is refused, or what is on is replaced.
     """
 
     on: Callable[[Any], Any]
     off: Callable[[Any], Any]
     inside: Callable[[Any], AbstractContextManager[Any]] | None = None
+    absent: str | None = "token merging is not applied, so there is nothing to remove"
+    caches: bool = False
     twice: str = "refused"
 
 
@@ -57,6 +66,8 @@ def cache(**options):
         lambda pipe: apply_feature_cache(pipe, **options),
         remove_feature_cache,
         lambda pipe: feature_cache(pipe, **options),
+        absent="no feature cache is applied, so there is nothing to remove",
+        caches=True,
     )
 
 
@@ -75,11 +86,15 @@ FEATURES = {
     "adaptive cache": cache(interval=3, threshold=0.2),
     "attention cache": cache(interval=2, branch="self_attention"),
     "preset": Feature(
-        lambda pipe: apply_preset(pipe, "balanced"), remove_preset, lambda pipe: preset(pipe, "balanced")
+        lambda pipe: apply_preset(pipe, "balanced"),
+        remove_preset,
+        lambda pipe: preset(pipe, "balanced"),
+        caches=True,
     ),
     "drop-in": Feature(
         lambda pipe: tomesd.apply_patch(pipe, ratio=0.5, max_downsample=level_of(pipe), use_rand=False),
         tomesd.remove_patch,
+        absent=None,  # as tomesd's
         twice="replaced",
     ),
 }
@@ -90,98 +105,161 @@ def feature(request):
     return FEATURES[request.param]
 
 
+def reports(returned):
+    """The reports of merging and of a cache in what switching on has returned, if there are any."""
+    parts = [getattr(returned, "merging", returned), getattr(returned, "cache", None)]
+    return [part for part in parts if hasattr(part, "steps")]
+
+
+def at_work(report):
+    return report.merged if hasattr(report, "merged") else report.cached > 0
+
+
+def traces(pipe):
+    """Whatever switching something on may change in a pipeline."""
+    own = [name for module in pipe.unet.modules() for name in vars(module) if "tomesd_plus" in name]
+    processors = {name: type(processor) for name, processor in pipe.unet.attn_processors.items()}
+    return hooks(pipe), set(vars(pipe.unet)), forwards(pipe), own, processors
+
+
 def test_on_and_off(feature, any_pipe):
     """It changes the picture, the same way each time; nothing stays when it goes."""
-    before = hooks(any_pipe), set(vars(any_pipe.unet)), any_pipe.unet.attn_processors.keys()
+    before, processors, weights = traces(any_pipe), any_pipe.unet.attn_processors, list(any_pipe.unet.state_dict())
     plain = generate(any_pipe)
-    feature.on(any_pipe)
+    told = reports(feature.on(any_pipe))
+    assert all("has not run yet" in str(report) for report in told)
     first, second = generate(any_pipe), generate(any_pipe)
     assert torch.equal(first, second) and not torch.equal(first, plain)
+    assert all(at_work(report) for report in told) and hooks(any_pipe) != before[0]
+    assert list(any_pipe.unet.state_dict()) == weights
+    if feature.caches:
+        assert forwards(any_pipe) and told[-1].kept_bytes
     feature.off(any_pipe)
-    assert torch.equal(generate(any_pipe), plain)
-    assert (hooks(any_pipe), set(vars(any_pipe.unet)), any_pipe.unet.attn_processors.keys()) == before
-    left = [name for module in any_pipe.unet.modules() for name in vars(module) if "tomesd_plus" in name]
-    assert not left and not any("forward" in vars(module) for module in any_pipe.unet.modules())
+    assert torch.equal(generate(any_pipe), plain) and traces(any_pipe) == before
+    assert not before[2] and not before[3]
+    if feature is not FEATURES["bare processor"]:  # which has taken the places of those that were there
+        assert all(any_pipe.unet.attn_processors[name] is processor for name, processor in processors.items())
+    assert all(at_work(report) and not report.kept_bytes for report in told)  # they still tell of what was
+
+
+def test_each_does_something_of_its_own(any_pipe):
+    pictures = {}
+    for name, feature in (FEATURES | {"without the forecast": cache(interval=2, branch=1)}).items():
+        if name != "bare processor":  # which does what merging does
+            feature.on(any_pipe)
+            pictures[name] = generate(any_pipe, num_inference_steps=8)
+            feature.off(any_pipe)
+    for one, other in combinations(pictures, 2):
+        assert not torch.equal(pictures[one], pictures[other]), (one, other)
 
 
 def test_on_twice(feature, pipe):
     feature.on(pipe)
     once = generate(pipe)
-    if feature.twice == "refused":
-        with pytest.raises(ValueError, match="already applied"):
-            feature.on(pipe)
+    if feature.twice == "refused":  # with other options too, and on the UNet alone
+        for other in FEATURES.values():
+            if other.off is feature.off and other.twice == "refused":
+                for model in (pipe, pipe.unet):
+                    with pytest.raises(ValueError, match="already applied"):
+                        other.on(model)
     else:
         feature.on(pipe)
     assert torch.equal(generate(pipe), once)
 
 
-def test_off_without_on(feature, pipe):
+@pytest.mark.parametrize("when", ["never on", "off already"])
+def test_off_where_nothing_is_on(feature, when, pipe):
     plain = generate(pipe)
-    if feature.off is tomesd.remove_patch:  # as tomesd's, which says nothing
+    if when == "off already":
+        feature.on(pipe)
         feature.off(pipe)
-    else:
-        with pytest.warns(UserWarning, match="nothing to remove"):
+    if feature.absent:
+        with pytest.warns(UserWarning, match=feature.absent):
             feature.off(pipe)
+    else:
+        assert feature.off(pipe) is pipe
     assert torch.equal(generate(pipe), plain)
 
 
 @pytest.mark.parametrize("feature", [name for name in FEATURES if FEATURES[name].inside], indirect=True)
 def test_inside_a_with_block(feature, pipe):
-    plain = generate(pipe)
+    plain, before = generate(pipe), traces(pipe)
     for _ in range(2):
-        with pytest.raises(KeyError, match="in the block"), feature.inside(pipe):
-            assert not torch.equal(generate(pipe), plain)
+        with pytest.raises(KeyError, match="in the block"), feature.inside(pipe) as report:
+            assert not torch.equal(generate(pipe), plain) and all(map(at_work, reports(report))) and reports(report)
             raise KeyError("in the block")
-        assert torch.equal(generate(pipe), plain) and not hooks(pipe)
+        assert torch.equal(generate(pipe), plain) and traces(pipe) == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", [0, 1, 2])
-def test_a_failure_in_mid_run(feature, error, step, pipe):
-    feature.on(pipe)
+@pytest.mark.parametrize("where", ["step 0", "step 1", "step 2", "between steps"])
+def test_a_failure_in_mid_run(feature, error, where, pipe):
+    before = traces(pipe)
+    told = reports(feature.on(pipe))
     expected = generate(pipe)
     calls = []
 
     def fail(layer, args):
         calls.append(layer)
-        if len(calls) == step + 1:
+        if where == f"step {len(calls) - 1}":
             raise error("in the middle")
+
+    def fail_between(pipe, step, timestep, tensors):
+        if where == "between steps" and step == 1:
+            raise error("in the middle")
+        return tensors
 
     layer = pipe.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].ff  # runs on cached steps too
     handle = layer.register_forward_pre_hook(fail)
     with pytest.raises(error, match="in the middle"):
-        generate(pipe)
+        generate(pipe, seed=1, callback_on_step_end=fail_between)
     handle.remove()
+    if where == "between steps":
+        assert all(len(report.steps) == 2 for report in told)
     assert torch.equal(generate(pipe), expected)
     feature.off(pipe)
-    assert not hooks(pipe)
+    assert traces(pipe) == before
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("when", ["before the first call", "after a generation", "in the middle of one"])
 def test_copies(feature, how, when, pipe):
-    """A copy goes on by itself, has nothing of the original's generation, and can be switched off."""
+    """A copy goes on by itself, has nothing of the original's generation or layers, and can be switched off."""
     plain = generate(pipe)
     feature.on(pipe)
-    copied = []
+    copies = [copy.copy(pipe), copy.copy(pipe)]
 
-    def make_copy(*_):
-        copied.append(copy.deepcopy(pipe.unet) if how == "deepcopy" else pickle.loads(pickle.dumps(pipe.unet)))
+    def make_copies():
+        for other in copies:
+            other.unet = copy.deepcopy(pipe.unet) if how == "deepcopy" else pickle.loads(pickle.dumps(pipe.unet))
         return {}
 
     if when == "before the first call":
-        make_copy()
+        make_copies()
     expected = generate(pipe)
     if when == "after a generation":
-        make_copy()
+        make_copies()
     elif when == "in the middle of one":
-        generate(pipe, callback_on_step_end=lambda pipe, index, timestep, kwargs: make_copy() if index == 1 else {})
-    twin = copy.copy(pipe)
-    twin.unet = copied[0]
-    assert torch.equal(generate(twin), expected)
-    feature.off(twin)
-    assert torch.equal(generate(twin), plain)
+        generate(pipe, callback_on_step_end=lambda pipe, index, timestep, kwargs: make_copies() if index == 1 else {})
+    assert torch.equal(generate(copies[0]), expected)
+    feature.off(copies[0])
+    assert torch.equal(generate(copies[0]), plain)
     assert torch.equal(generate(pipe), expected)
+    feature.off(pipe)
+    assert torch.equal(generate(pipe), plain)
+    for parameter in pipe.unet.parameters():
+        parameter.data.zero_()
+    assert torch.equal(generate(copies[1]), expected)
+    feature.off(copies[1])
+    assert torch.equal(generate(copies[1]), plain)
+
+
+def test_saving_and_loading(feature, pipe, tmp_path):
+    """What is saved is the untouched model."""
+    plain = generate(pipe)
+    feature.on(pipe)
+    assert not torch.equal(generate(pipe), plain)
+    assert torch.equal(generate(saved_and_loaded(pipe, tmp_path)), plain)
 
 
 def test_two_threads(feature, pipe):
@@ -257,8 +335,23 @@ def test_a_foreign_hook(feature, first, pipe):
     assert hooks(pipe) == [""]
 
 
+def test_the_same_call_gives_the_same_picture_whatever_ran_before(feature, any_pipe):
+    """A picture does not depend on what was made before it, by this pipeline or another."""
+    told = reports(feature.on(any_pipe))
+    first = generate(any_pipe, seed=3, num_inference_steps=8)
+    assert all(at_work(report) for report in told) and first.isfinite().all()
+    generate(any_pipe, seed=4, num_inference_steps=3)
+    generate(any_pipe, prompt=["a cat", "a dog"])
+    generate(make_pipeline("sd"))
+    if "Img2Img" not in type(any_pipe).__name__ and "ControlNet" not in type(any_pipe).__name__:
+        generate(any_pipe, height=48, width=24)
+    generate(any_pipe, num_inference_steps=2)
+    torch.rand(7)  # the global generator is nobody's business
+    assert torch.equal(generate(any_pipe, seed=3, num_inference_steps=8), first)
+
+
 def test_other_sizes_and_batches(feature, pipe):
-    """A picture does not depend on what was made before it."""
+    """A picture in the middle of others is that of a model on which it is the first."""
     calls = [{}, {"height": 48, "width": 32}, {"prompt": ["a cat", "a"]}, {"guidance_scale": 1.0}, {}]
     feature.on(pipe)
     in_turn = [generate(pipe, **call) for call in calls]
@@ -269,7 +362,7 @@ def test_other_sizes_and_batches(feature, pipe):
 
 
 @torch.no_grad()
-def test_generations_of_ones_own(feature, pipe):
+def test_generations_by_hand(feature, pipe):
     """Two loops in turn, one of which begins in the middle of the schedule, as if each ran by itself."""
     unet, text = pipe.unet, INPUTS["encoder_hidden_states"]
     samples = [INPUTS["sample"], INPUTS["sample"].flip(-1)]
@@ -293,7 +386,7 @@ def test_generations_of_ones_own(feature, pipe):
 
 
 @torch.no_grad()
-def test_a_generation_of_ones_own_may_rise(pipe):
+def test_the_timesteps_of_a_generation_by_hand_may_rise(pipe):
     """As in DDIM inversion; without the scope each rise would look like a new generation."""
     report = apply_feature_cache(pipe, interval=2)
     merged = apply_token_merging(pipe, ratio=0.5, full_steps=2)

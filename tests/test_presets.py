@@ -48,7 +48,7 @@ def test_the_reports_follow(pipe, name, full):
     assert "cached steps" in str(report)
 
 
-def test_controlnets_run_whole():
+def test_controlnets_are_left_untouched():
     pipe = make_pipeline("controlnet")
     plain = generate(pipe, num_inference_steps=1)
     report = apply_preset(pipe, "balanced")
@@ -72,8 +72,3 @@ def test_what_cannot_be_applied_changes_nothing(pipe):
     apply_token_merging(pipe, ratio=0.5)
     with pytest.raises(ValueError, match="already"):
         apply_preset(pipe, "balanced")
-
-
-def test_removing_where_nothing_is_on_warns(pipe):
-    with pytest.warns(UserWarning, match="nothing to remove"):
-        remove_preset(pipe)

@@ -61,7 +61,6 @@ def test_words_of_its_captions_are_single_tokens(tiny):
     assert tiny.tokenizer.unk_token_id not in tiny.tokenizer("zebra ünï 3").input_ids[1:-1]
 
 
-@pytest.mark.slow
 def test_backgrounds_have_the_colour_that_was_asked_for(tiny):
     data = pytest.importorskip("examples.train_tiny.data")
     wanted = ["red", "green", "blue", "yellow", "purple", "white"]
@@ -73,7 +72,6 @@ def test_backgrounds_have_the_colour_that_was_asked_for(tiny):
         assert list(data.COLORS)[(palette - corners).norm(dim=1).argmin()] == color
 
 
-@pytest.mark.slow
 def test_merging_keeps_the_picture_and_merges(tiny):
     from tomesd_plus import token_merging
 

@@ -123,11 +123,6 @@ def test_pipelines_defaults_and_removal(kind):
     assert torch.equal(*pictures) and not torch.equal(pictures[0], plain)
 
 
-def test_removing_without_a_patch_is_fine():
-    pipe = make_pipeline("sd")
-    assert ours.remove_patch(pipe) is pipe
-
-
 def test_signature_is_theirs():
     import inspect
 

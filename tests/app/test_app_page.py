@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
-expect = sync_api.expect
+from app_tools import LONG, ask, expect, figure, pictures, set_ratio, wait
 
 from gradio_app.screenshots import BROWSER
 from gradio_app.settings import Picture
@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium, or put one on the PATH"),
 ]
 LAPTOP = {"width": 1366, "height": 768}
-LONG = 60_000  # ms, for what takes pictures
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +44,6 @@ def open_page(browser, app_url):
     yield open_page
     for context in contexts:
         context.close()
-
-
-def ask(page, prompt="a large star on a blue background", steps=3, seed=0):
-    page.locator("#prompt textarea").fill(prompt)
-    page.locator("#steps input[type=number]").fill(str(steps))
-    page.locator("#seed input").fill(str(seed))
-    page.locator("button#compare").click()
-
-
-def wait(page, status="#status"):
-    expect(page.locator(f"{status} .running")).to_have_count(0, timeout=LONG)
-    expect(page.locator(f"{status} .done")).to_be_visible(timeout=LONG)
-
-
-def figure(page, name):
-    return page.locator("#figures .card", has_text=name).locator("b").inner_text()
-
-
-def pictures(page):
-    """Addresses of the two pictures, which are names of their contents."""
-    images = page.locator("#slider img")
-    expect(images).to_have_count(2)
-    return [image.get_attribute("src") for image in images.all()]
-
-
-def set_ratio(page, ratio):
-    """As a person does: with the keyboard in the number beside the slider."""
-    field = page.locator("#ratio input[type=number]")
-    field.fill(str(ratio))
-    field.blur()
 
 
 def test_type_generate_move_the_ratio(open_page):

@@ -1,14 +1,10 @@
-"""The benchmark: what is measured and resumed, tables, suites and the command; never a time."""
+"""The benchmark: what is measured and resumed, rows, fidelity and suites; never a time."""
 
-import csv
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from PIL import Image
-from typer.testing import CliRunner
 
 from tomesd_plus.benchmark import (
     NAMED,
@@ -28,7 +24,6 @@ from tomesd_plus.benchmark import (
 from tomesd_plus.benchmark import run as run_module
 from tomesd_plus.benchmark.fidelity import embedded_psnr
 from tomesd_plus.benchmark.rows import make_rows
-from tomesd_plus.cli import app
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.planner import Planner
@@ -156,7 +151,6 @@ def test_a_file_of_another_program_is_refused(tmp_path):
 # Fidelity ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_fidelity_is_computed_once_and_kept(tmp_path, monkeypatch):
     settings, path = with_ideals(settings_from(["attn1"], [0.25, 0.5])), tmp_path / "fidelity.json"
     psnr = embedded_psnr(settings, path, CPU, prompts=1, steps=2)
@@ -167,7 +161,7 @@ def test_fidelity_is_computed_once_and_kept(tmp_path, monkeypatch):
     assert embedded_psnr(settings, path, CPU, prompts=0) == {}
 
 
-# Suites and the command -------------------------------------------------------------------------------------------
+# Suites ---------------------------------------------------------------------------------------------------------
 
 
 def test_suites_hold_what_is_published():
@@ -181,81 +175,3 @@ def test_suites_hold_what_is_published():
     assert gpu >= {("sdxl", 1024, 2, "eager"), ("sdxl", 2048, 2, "eager"), ("sd15", 1024, 2, "compiled")}
     assert SUITES["gpu"]().minutes == 10
     assert {(w.size, w.dtype) for w in (each.workload for each in SUITES["cpu"]().tasks)} >= {(512, "float32")}
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, ["benchmark", *map(str, arguments)])
-
-
-@pytest.mark.slow
-def test_the_smoke_suite_writes_its_tables_and_a_plot(cli, tmp_path, monkeypatch):
-    compile_blocks = UNet2DConditionModel.compile_repeated_blocks
-
-    def run_graphs_as_they_are(unet, **options):
-        compile_blocks(unet, **options, backend="eager")
-
-    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", run_graphs_as_they_are)
-    result = cli("--suite", "smoke", "--device", "cpu", "--out", "made")
-    assert result.exit_code == 0, result.output
-    with (tmp_path / "made" / "smoke.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    wanted = {s.key for each in SUITES["smoke"]().tasks for s in each.settings}
-    assert {(row["setting"], row["ratio"], row["levels"]) for row in rows} == wanted
-    assert {row["mode"] for row in rows} == {"eager", "compiled"} and {row["batch"] for row in rows} == {"2", "8"}
-    assert all(row["step_ms"] and row["speedup"] and row["memory_mib"] for row in rows)
-    without = ("ideal", "untouched", "attn1, gate")
-    assert all(bool(row["psnr"]) == (not row["setting"].startswith(without)) for row in rows)
-    assert "Weights are random" in (tmp_path / "made" / "smoke.md").read_text()
-    assert Image.open(tmp_path / "made" / "smoke.png").height > 400
-    assert {path.name for path in (tmp_path / "made").iterdir()} == {
-        "smoke.csv", "smoke.md", "smoke.png", "fidelity.json",
-    }  # fmt: skip
-
-
-def test_presets_and_caches_are_options(cli, tmp_path):
-    result = cli("--shape", "tiny", "--size", 32, "--preset", "fast", "--cache-interval", 2, "--cache-interval", 4,
-                 "--device", "cpu", "--repeats", 1, "--prompts", 0)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    rows = load_rows(tmp_path / "benchmark" / "benchmark.csv")
-    calls = {row.setting: int(row.calls) for row in rows}
-    assert calls.pop("preset: fast") == 25 and calls.pop("untouched") >= 5
-    cycles = {"cache: 2": 2, "deepcache: 2": 2, "cache: 4": 4, "deepcache: 4": 4}
-    assert calls.keys() == cycles.keys() and all(calls[name] % cycle == 0 for name, cycle in cycles.items())
-
-
-def test_single_settings(cli, tmp_path):
-    result = cli("--shape", "tiny", "--size", 32, "--size", 64, "--batch", 1, "--ratio", 0.25, "--setting", "block",
-                 "--dtype", "bfloat16", "--device", "cpu", "--repeats", 1, "--prompts", 0)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    rows = load_rows(tmp_path / "benchmark" / "benchmark.csv")
-    assert {(row.size, row.batch, row.dtype) for row in rows} == {("32", "1", "bfloat16"), ("64", "1", "bfloat16")}
-    assert "tiny 64², batch 1, bfloat16, eager" in result.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--shape", "sd9"], "unknown shape 'sd9'"),
-        (["--suite", "tpu"], "unknown suite 'tpu'"),
-        (["--suite", "smoke", "--size", "64"], "a suite has its own size"),
-        (["--suite", "gpu"], "needs a GPU"),
-        (["--setting", "attn9"], "unknown setting 'attn9'"),
-        (["--ratio", "0.8"], "0.8"),
-        (["--ratio", "1.5"], "1.5"),
-        (["--size", "65"], "multiples of 8"),
-        (["--batch", "0"], "at least one sample"),
-        (["--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--device", "toaster"], "device 'toaster' cannot be used"),
-        (["--out", "file/x"], "cannot write"),
-    ],
-)
-def test_what_cannot_be_done_is_said_in_one_line(cli, arguments, words, tmp_path):
-    (tmp_path / "file").write_text("")
-    device = [] if "--device" in arguments else ["--device", "cpu"]
-    shape = [] if {"--shape", "--suite"} & set(arguments) else ["--shape", "tiny"]
-    result = cli(*arguments, *device, *shape)
-    assert result.exit_code == 2
-    assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in result.output

@@ -13,7 +13,6 @@ from tomesd_plus.caching import (
     IntervalSchedule,
     apply_feature_cache,
     feature_cache,
-    remove_feature_cache,
 )
 
 # Full and cached steps ----------------------------------------------------------------------------------------------
@@ -42,17 +41,6 @@ def test_interval_1_is_bit_identical(pipe, scheduler):
     plain = generate(pipe)
     report = apply_feature_cache(pipe, 1)
     assert torch.equal(generate(pipe), plain) and report.cached == 0
-
-
-def test_removal_is_bit_identical_and_leaves_nothing_behind(any_pipe):
-    plain, hooked, names = generate(any_pipe), hooks(any_pipe), list(any_pipe.unet.state_dict())
-    report = apply_feature_cache(any_pipe, interval=2, threshold=100.0)
-    assert not torch.equal(generate(any_pipe), plain) and report.cached and report.kept_bytes
-    assert hooks(any_pipe) != hooked and forwards(any_pipe) and list(any_pipe.unet.state_dict()) == names
-    remove_feature_cache(any_pipe)
-    assert hooks(any_pipe) == hooked and not forwards(any_pipe)
-    assert torch.equal(generate(any_pipe), plain)
-    assert report.cached and not report.kept_bytes  # it still tells of what was; what was kept is free
 
 
 def test_one_feature_map_is_kept(pipe):
@@ -103,15 +91,6 @@ def test_an_adaptive_cache_follows_the_change_of_the_early_feature(pipe):
 # Applying and removing ----------------------------------------------------------------------------------------------
 
 
-def test_applying_twice_is_an_error_and_removing_twice_a_warning(pipe):
-    apply_feature_cache(pipe)
-    with pytest.raises(ValueError, match="already applied"):
-        apply_feature_cache(pipe.unet)
-    remove_feature_cache(pipe)
-    with pytest.warns(UserWarning, match="no feature cache is applied"):
-        remove_feature_cache(pipe)
-
-
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -152,15 +131,6 @@ def test_failing_to_apply_rolls_back(pipe, monkeypatch):
     with pytest.raises(RuntimeError, match="mine"):
         apply_feature_cache(pipe)
     assert not hooks(pipe) and not forwards(pipe)
-
-
-def test_the_context_manager_restores_after_an_error(pipe):
-    plain = generate(pipe)
-    with pytest.raises(RuntimeError, match="mine"), feature_cache(pipe, interval=2) as report:
-        assert not torch.equal(generate(pipe), plain) and report.cached == 2
-        raise RuntimeError("mine")
-    assert not hooks(pipe) and not forwards(pipe)
-    assert torch.equal(generate(pipe), plain)
 
 
 def test_an_interval_schedule_or_number_is_taken_as_the_interval(pipe):

@@ -5,24 +5,10 @@ import copy
 import pytest
 import torch
 from cache_tools import TEXT, denoise, kinds, noise
-from conftest import generate, make_pipeline, make_unet, plans_of
+from conftest import generate, make_pipeline, make_unet
 from diffusers import DDIMScheduler, EDMEulerScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
-from tomesd_plus import apply_token_merging
 from tomesd_plus.caching import apply_feature_cache
-from tomesd_plus.merging.attachment import attachments_on
-
-
-def test_the_same_call_gives_the_same_picture_in_any_company(any_pipe):
-    report = apply_feature_cache(any_pipe, interval=3)
-    first = generate(any_pipe, seed=3)
-    assert report.cached
-    generate(any_pipe, seed=4, num_inference_steps=3)
-    generate(any_pipe, prompt=["a cat", "a dog"])
-    if "Img2Img" not in type(any_pipe).__name__ and "ControlNet" not in type(any_pipe).__name__:
-        generate(any_pipe, height=48, width=24)
-    generate(any_pipe, num_inference_steps=2)
-    assert torch.equal(generate(any_pipe, seed=3), first)
 
 
 def test_img2img_with_another_strength_starts_with_a_full_step():
@@ -101,68 +87,6 @@ def test_calls_at_one_timestep_for_ever_are_full_and_keep_little():
     assert report.kept_bytes <= 4 * 2 * 16 * 16 * 16 * 4
 
 
-@pytest.mark.parametrize("options", [{"full_steps": 2}, {"plan_every": 4}])
-def test_merging_keeps_little_of_calls_at_one_timestep_for_ever(options):
-    unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, plan_per="block", **options)
-    sizes = []
-    with torch.no_grad():
-        for seed in range(12):
-            unet(noise(seed), 500, TEXT)
-            (attachment,) = attachments_on(unet)
-            sizes.append(report.kept_bytes + 1000 * len(plans_of(attachment)))
-    assert max(sizes) > 0 and len(set(sizes[5:])) == 1 and sizes[-1] <= max(sizes[:5])
-
-
-def test_merged_views_of_a_panorama_keep_nothing_of_each_other():
-    """More calls a step than branches of guidance could make: each merges as if nothing had been kept."""
-    plain, detailed = make_unet(), make_unet()
-    apply_token_merging(plain, ratio=0.5)
-    report = apply_token_merging(detailed, ratio=0.5, full_steps=2)
-    with torch.no_grad():
-        for timestep in torch.tensor([900, 880, 860, 840]):
-            for view in range(6):
-                made = detailed(noise(view), timestep, TEXT).sample
-                if report.steps[-1].removed:
-                    assert torch.equal(made, plain(noise(view), timestep, TEXT).sample)
-    assert [bool(step.removed) for step in report.steps] == ([False] * 6 + [True] * 6) * 2 and report.kept_bytes == 0
-
-
-def test_tiles_of_unlike_size_keep_their_cadence():
-    unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, full_steps=2)
-    with torch.no_grad():
-        for timestep in torch.tensor([900, 880, 860, 840]):
-            for view in range(6):
-                unet(noise(view)[..., : 8 if view == 5 else 16], timestep, TEXT)
-    assert [bool(step.removed) for step in report.steps[12:]] == [False] * 6 + [True] * 6
-
-
-def test_views_of_a_panorama_do_not_get_each_others_plans():
-    """Whatever their order, which need not be the same at every step."""
-    made = {}
-    for every in (1, 4):
-        unet = make_unet()
-        apply_token_merging(unet, ratio=0.5, plan_every=every)
-        with torch.no_grad():
-            made[every] = [
-                unet(noise(view), timestep, TEXT).sample
-                for index, timestep in enumerate(torch.tensor([900, 880, 860]))
-                for view in (range(6) if index % 2 else reversed(range(6)))
-            ]
-    assert all(map(torch.equal, made[1], made[4]))
-
-
-def test_a_smooth_schedule_does_not_pile_up_plans():
-    unet = make_unet()
-    apply_token_merging(unet, plan_every=8, plan_per="block")
-    (attachment,) = attachments_on(unet)
-    with torch.no_grad():
-        for timestep in torch.tensor([900, 800, 700, 600, 500]):
-            unet(noise(), timestep, TEXT)
-            assert len(plans_of(attachment)) == 3
-
-
 def test_views_of_a_panorama_do_not_get_each_others_features():
     """As MultiDiffusion calls a UNet: once a view, more often than branches of guidance could be."""
     unet, timesteps = make_unet(), torch.tensor([900, 880, 860])
@@ -210,21 +134,6 @@ def test_sizes_that_are_no_multiple():
         for timestep in (900, 800, 700):
             assert unet(noise(height=13, width=9), timestep, TEXT).sample.shape == (2, 4, 13, 9)
     assert kinds(report) == "Fcc"
-
-
-def test_an_exception_in_mid_generation_leaves_no_trace_in_the_next_picture(pipe):
-    report = apply_feature_cache(pipe, interval=3)
-    first = generate(pipe)
-
-    def stop(pipe, step, timestep, tensors):
-        if step == 1:
-            raise KeyboardInterrupt
-        return tensors
-
-    with pytest.raises(KeyboardInterrupt):
-        generate(pipe, seed=1, callback_on_step_end=stop)
-    assert kinds(report) == "Fc"
-    assert torch.equal(generate(pipe), first)
 
 
 def test_an_exception_within_a_call_leaves_nothing_half_kept_and_no_layer_switched_off():

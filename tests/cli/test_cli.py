@@ -35,7 +35,6 @@ def rows(output):
     return {cells[0]: cells[1:] for cells in lines}
 
 
-@pytest.mark.slow
 def test_compare_prints_a_table_and_writes_a_picture(cli):
     result = cli(
         "compare",

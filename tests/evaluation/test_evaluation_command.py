@@ -58,7 +58,6 @@ def test_a_folder_of_other_programs_results_is_said(cli, tmp_path):
     assert result.exit_code == 2 and "is not an evaluation's" in result.stderr
 
 
-@pytest.mark.slow
 def test_the_passes_of_a_shard_at_a_time(cli, tmp_path):
     make_pipeline("sd").save_pretrained(tmp_path / "model")
     common = ["--model", "model", "--limit", 3, "--size", 32, "--steps", 2, "--timed-runs", 0, "-c", "merge: 0.5"]

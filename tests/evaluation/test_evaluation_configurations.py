@@ -127,7 +127,6 @@ def test_a_file_holds_a_list(tmp_path):
         load_configurations(tmp_path / "no.yaml")
 
 
-@pytest.mark.slow
 def test_the_ablation_compares_schedules_of_one_mean(pipe):
     configurations = load_configurations(ABLATION)
     assert len(complete(configurations)) == 33

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import INPUTS, make_unet
+from torch._dynamo.testing import CompileCounter
 
 from tomesd_plus import CosineSchedule, ToMeProcessor, apply_token_merging, remove_token_merging
 from tomesd_plus.merging.config import LAYERS
@@ -33,7 +34,7 @@ class Graphs:
 
 @torch.no_grad()
 def graphs_per_step(unet, compiled, graphs, eager):
-    """The graphs made up to each step; every output must be the eager twin's."""
+    """The graphs made up to each step; every output must be the eager model's."""
     counts = []
     for timestep in TIMESTEPS:
         torch.testing.assert_close(
@@ -43,8 +44,7 @@ def graphs_per_step(unet, compiled, graphs, eager):
     return counts
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("options", "later"),
     [
@@ -81,7 +81,6 @@ def test_graphs_are_made_once_a_plateau(options, later, whole):
     assert not torch.equal(eager(**INPUTS, timestep=500).sample, plain)
 
 
-@pytest.mark.slow
 def test_the_processor_by_itself_makes_its_graphs_in_two_steps():
     """Set the short way it finds its model in the first call, by a hook that later calls do not have."""
     unet, eager, graphs = make_unet(), make_unet(), Graphs()
@@ -117,3 +116,17 @@ def test_many_blocks_share_their_graphs():
     counts = graphs_per_step(unet, unet, graphs, eager)
     kinds = 2  # blocks of level 1 and of level 2; those of the middle have the width of level 2
     assert counts[0] <= kinds + 1 and [b - a for a, b in pairwise(counts)] == [0, kinds, 0, 0, kinds, 0]
+
+
+def test_a_compiled_preset_makes_as_many_graphs_however_many_layers_there_are():
+    counts = []
+    for layers in (1, 3):
+        torch.compiler.reset()
+        unet = make_unet(layers_per_block=layers)
+        apply_token_merging(unet, ratio=0.5, full_steps=3, layers=LAYERS)
+        unet.compile_repeated_blocks(fullgraph=True, backend=(counter := CompileCounter()))
+        with torch.no_grad():
+            for timestep in torch.tensor([900, 895, 890, 885, 880, 875]):
+                unet(**INPUTS, timestep=timestep)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]

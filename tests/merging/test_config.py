@@ -37,6 +37,9 @@ def test_levels_come_from_max_downsample_or_from_a_mapping():
         ({"window": 0}, "window"),
         ({"plan_per": "step"}, "'stage'"),
         ({"plan_every": 0}, "plan_every"),
+        ({"plan_every": "cached"}, "plan_every"),
+        ({"cached_ratio": {3: 0.5}}, "cached_ratio"),
+        ({"full_steps": FullSteps("cache", {3: 0.5})}, "full_steps"),
         ({"full_steps": 1}, "full_steps"),
         ({"full_steps": "cached"}, "full_steps"),
         ({"full_steps": 4, "sides": "keys_values"}, "no detail"),
@@ -68,3 +71,17 @@ def test_the_same_choice_may_be_written_in_several_ways():
 
 def test_larger_cells_allow_larger_ratios():
     assert ToMeConfig(ratio=0.9, cell_size=(4, 4)).schedules[1](0.5) == 0.9
+
+
+@pytest.mark.parametrize("options", [{"layers": "block"}, {"layers": ["mlp"]}, {"gate": "on"}])
+def test_a_ratio_on_full_steps_needs_self_attention_and_no_gate(options):
+    with pytest.raises(ValueError, match="a ratio on full steps"):
+        ToMeConfig(full_steps=FullSteps("cache", 0.5), **options)
+    with pytest.raises(ValueError, match="every='cache'"):
+        FullSteps(2, 0.5)
+
+
+@pytest.mark.parametrize("options", [{"cached_ratio": 0.9}, {"full_steps": FullSteps("cache", 0.9)}])
+def test_cells_bound_the_ratios_under_a_cache_too(options):
+    with pytest.raises(ValueError, match="more than cells"):
+        ToMeConfig(**options)

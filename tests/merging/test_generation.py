@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 from conftest import INPUTS, make_unet
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tomesd_plus import apply_feature_cache, apply_token_merging
+from tomesd_plus import CosineSchedule, apply_feature_cache, apply_token_merging
 
 OPTIONS = [
     {"ratio": 0.5},
@@ -101,3 +102,60 @@ def test_compiled_layers_in_two_threads(options):
         for output in made[index]:
             for one, other in zip(output, expected[index], strict=True):
                 torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_in_training_mode():
+    unet = make_unet().train()
+    report = apply_token_merging(unet, ratio=0.5, layers=["self_attention", "mlp"])
+    unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 7, 16)).sample.square().mean().backward()
+    assert report.merged
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+
+
+def test_gradient_checkpointing_runs_the_same_plans_again():
+    gradients = []
+    for checkpointing in (False, True):
+        unet = make_unet().train()
+        report = apply_token_merging(unet, ratio=0.5, layers=["self_attention", "mlp"])
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        text = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
+        unet(sample, 500, text).sample.square().mean().backward()
+        assert report.merged
+        gradients.append([p.grad for p in unet.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"metric": "keys", "layers": ["self_attention", "mlp"]},
+        {"layers": "block"},
+        {"full_steps": 2},
+        {"window": None},
+    ],
+)
+def test_only_a_generations_first_step_reads_from_the_device(options):
+    """What would make the host wait for a GPU: a number's value, or how many entries are not zero."""
+    unet = make_unet()
+    report = apply_token_merging(unet, ratio=CosineSchedule(0.6, 0.3), **options)
+    timesteps = torch.tensor([900, 700, 500, 300])
+    with torch.no_grad():
+        unet(**INPUTS, timestep=timesteps[0])
+        with NoReading():
+            for timestep in timesteps[1:]:
+                unet(**INPUTS, timestep=timestep)
+        assert report.merged
+        with pytest.raises(AssertionError), NoReading():
+            timesteps[1].item()
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value is read from a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **(kwargs or {}))

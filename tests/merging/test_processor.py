@@ -171,27 +171,6 @@ def test_every_option_does_something_of_its_own(bare):
             assert not torch.equal(one, outputs[j]), (OPTIONS[i], OPTIONS[j])
 
 
-@pytest.mark.parametrize(
-    ("options", "layers"),
-    [
-        ({}, {"attn1"}),
-        ({"layers": ["self_attention", "cross_attention"]}, {"attn1", "attn2"}),
-        ({"layers": ["self_attention", "mlp"], "metric": "block_input"}, {"attn1", "ff"}),
-        ({"layers": ["mlp"]}, {"ff"}),
-        ({"sides": "keys_values"}, {"attn1"}),
-        ({"sides": "queries"}, {"attn1"}),
-    ],
-)
-def test_the_report_names_the_layers_that_merged(options, layers):
-    unet = make_unet()
-    report = apply_token_merging(unet, ratio=0.5, **options)
-    unet(**INPUTS, timestep=700)
-    assert {layer.name.rsplit(".", 1)[1] for layer in report.layers if layer.removed} == layers
-    self_attention = {layer.name: layer.reason for layer in report.layers if layer.name.endswith("attn1")}
-    assert len(self_attention) == (7 if "attn1" in layers else 0)
-    assert sum(reason is None for reason in self_attention.values()) == (3 if "attn1" in layers else 0)
-
-
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("sides", ["both", "keys_values"])
 def test_proportional_attention_is_attention_over_the_copied_tokens(heads, sides):

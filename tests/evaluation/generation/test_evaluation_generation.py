@@ -1,4 +1,7 @@
-"""The first pass: the same files however it is run, and nothing lost whatever happens."""
+"""The first pass: the same files however it is run, and nothing lost whatever happens.
+
+One file, since most tests take copies of one experiment, which is made once.
+"""
 
 import errno
 import os

@@ -1,4 +1,7 @@
-"""The second pass: figures, tables and pictures, from whatever lies in the folders."""
+"""The second pass: figures, tables and pictures, from whatever lies in the folders.
+
+One file, since all tests take copies of one evaluation, which is made once.
+"""
 
 import csv
 import os

@@ -7,21 +7,17 @@ import pytest
 import torch
 from conftest import INPUTS, generate, make_pipeline
 
-from tomesd_plus import apply_feature_cache, apply_token_merging, remove_feature_cache
+from tomesd_plus import apply_feature_cache, apply_token_merging
 
 
 def test_reused_attention_is_that_of_the_last_full_step(pipe):
-    plain = generate(pipe)
     outputs = []
     attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     attention.register_forward_hook(lambda layer, args, output: outputs.append(output.clone()))
     report = apply_feature_cache(pipe, interval=2, branch="self_attention")
-    picture = generate(pipe)
+    generate(pipe)
     assert [torch.equal(a, b) for a, b in pairwise(outputs)] == [True, False, True]
     assert [step.full for step in report.steps] == [True, False, True, False]
-    assert torch.equal(generate(pipe), picture) and not torch.equal(picture, plain)
-    remove_feature_cache(pipe)
-    assert torch.equal(generate(pipe), plain)
 
 
 @pytest.mark.parametrize(("kind", "level"), [("sd", 0), ("sdxl", 1)])

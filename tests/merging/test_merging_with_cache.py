@@ -1,15 +1,13 @@
-"""Merging that knows of the feature cache: ratios, plans and whole steps by the kind of step."""
+"""Merging together with a feature cache: ratios, plans and outputs by the kind of step."""
 
 import copy
 
 import pytest
 import torch
-from conftest import INPUTS, generate, make_pipeline, make_unet
-from torch._dynamo.testing import CompileCounter
+from conftest import INPUTS, generate, make_pipeline
 
 from tomesd_plus import (
     FullSteps,
-    ToMeConfig,
     ToMeProcessor,
     apply_feature_cache,
     apply_token_merging,
@@ -65,7 +63,7 @@ def test_without_a_cache_the_ratio_of_cached_steps_does_nothing(pipe):
 
 @pytest.mark.parametrize("first", ["merging", "cache"])
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
-def test_full_steps_can_be_whole(pipe, first, cache):
+def test_full_steps_can_stay_untouched(pipe, first, cache):
     plain = copy.deepcopy(pipe)
     apply_feature_cache(plain, **cache)
     untouched = near_steps(plain.unet)
@@ -186,24 +184,7 @@ def test_compiled_layers_run_on_all_tokens_on_full_steps(pipe):
     assert torch.allclose(generate(pipe, num_inference_steps=3), expected, atol=1e-5)
 
 
-def test_branches_of_unlike_batch_keep_details_and_plans_of_their_own(pipe, monkeypatch):
-    """One call a branch, of two samples and of one: neither takes the other for a change of size."""
-    unet, plain = pipe.unet, copy.deepcopy(pipe.unet)
-    apply_token_merging(unet, ratio=0.5, full_steps=3, plan_every=3)
-    count = matchings(monkeypatch)
-    per_step, errors = [], []
-    with torch.no_grad():
-        for timestep in torch.tensor([900, 895, 890, 885]):
-            for batch in (2, 1):
-                arguments = INPUTS["sample"][:batch], timestep, INPUTS["encoder_hidden_states"][:batch]
-                errors.append((unet(*arguments).sample - plain(*arguments).sample).square().mean().item())
-            per_step.append(len(count))
-            count.clear()
-    assert per_step == [0, 4, 0, 0]
-    assert [error == 0 for error in errors] == [True, True, False, False, False, False, True, True]
-
-
-def test_two_mergers_with_an_adaptive_cache(pipe):
+def test_two_attachments_with_an_adaptive_cache(pipe):
     report = apply_token_merging(pipe, ratio=0.5)
     other = ToMeProcessor(ratio=0.25)
     pipe.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].attn1.set_processor(other)
@@ -224,49 +205,13 @@ def test_a_controlnet_has_no_cached_steps_and_keeps_nothing_for_them():
 
 def test_another_models_layers_keep_nothing(pipe):
     processor = ToMeProcessor(ratio=0.5, full_steps="cache")
-    stranger = copy.deepcopy(pipe)
+    other = copy.deepcopy(pipe)
     pipe.unet.set_attn_processor(processor)
     apply_feature_cache(pipe, interval=3)
     generate(pipe)
-    stranger.unet.set_attn_processor(processor)
+    other.unet.set_attn_processor(processor)
     with pytest.warns(UserWarning, match="serves another"):
-        generate(stranger)
-
-
-@pytest.mark.slow
-def test_a_compiled_preset_makes_as_many_graphs_however_many_layers_there_are():
-    counts = []
-    for layers in (1, 3):
-        torch.compiler.reset()
-        unet = make_unet(layers_per_block=layers)
-        apply_token_merging(unet, ratio=0.5, full_steps=3, layers=LAYERS)
-        unet.compile_repeated_blocks(fullgraph=True, backend=(counter := CompileCounter()))
-        near_steps(unet)
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[1]
-
-
-@pytest.mark.parametrize("options", [
-    {"plan_every": 0}, {"plan_every": "cached"}, {"full_steps": 1}, {"full_steps": "cached"},
-    {"cached_ratio": {3: 0.5}}, {"full_steps": FullSteps("cache", {3: 0.5})},
-])  # fmt: skip
-def test_what_cannot_be_is_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        ToMeConfig(**options)
-
-
-@pytest.mark.parametrize("options", [{"layers": "block"}, {"layers": ["mlp"]}, {"gate": "on"}])
-def test_a_ratio_on_full_steps_needs_self_attention_and_no_gate(options):
-    with pytest.raises(ValueError, match="a ratio on full steps"):
-        ToMeConfig(full_steps=FullSteps("cache", 0.5), **options)
-    with pytest.raises(ValueError, match="every='cache'"):
-        FullSteps(2, 0.5)
-
-
-@pytest.mark.parametrize("options", [{"cached_ratio": 0.9}, {"full_steps": FullSteps("cache", 0.9)}])
-def test_cells_bound_the_ratios_under_a_cache_too(options):
-    with pytest.raises(ValueError, match="more than cells"):
-        ToMeConfig(**options)
+        generate(other)
 
 
 def test_sdxl_caches_and_merges_too():

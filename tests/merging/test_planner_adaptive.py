@@ -1,4 +1,4 @@
-"""As many tokens as are in fact alike."""
+"""Adaptive ratios: as many tokens are removed as are in fact alike."""
 
 import warnings
 
@@ -76,7 +76,6 @@ def test_a_cached_steps_own_ratio_needs_no_likeness():
     assert [step.removed for step in report.steps] == [{}, {1: 0.5}] * 2
 
 
-@pytest.mark.slow
 def test_compiled_with_graph_breaks():
     unet, eager = make_unet(), make_unet()
     for model in (unet, eager):

@@ -1,13 +1,16 @@
-"""Plans shared by blocks and by steps, and blocks that are merged as a whole."""
+"""The planner: the levels of a step, and plans that blocks, steps and calls share or do not share."""
 
+import pytest
 import torch
+from cache_tools import TEXT, noise
 from conftest import INPUTS, attention_layer, make_unet, merge_in, plans_of
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tomesd_plus import StepsSchedule, apply_token_merging, remove_token_merging
+from tomesd_plus import AdaptiveRatio, StepsSchedule, ToMeConfig, apply_token_merging, remove_token_merging
+from tomesd_plus.host.step import Step
 from tomesd_plus.merging import planner
 from tomesd_plus.merging.attachment import attachments_on
+from tomesd_plus.merging.planner import levels_of
 
 
 def _matchings(unet, monkeypatch, timesteps, batches=None):
@@ -109,23 +112,6 @@ def test_kept_plans_never_serve_another_size_batch_or_model():
         assert torch.equal(one, other)
 
 
-def test_a_block_merged_as_a_whole_adds_to_each_token_what_its_group_got():
-    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=16).eval()
-    model = _OneBlock(block)
-    x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
-    attachment = merge_in(model, ratio=0.5, layers="block", proportional_attention=False)
-    with torch.no_grad():
-        merged_output = model(x, text)
-        plan = next(iter(plans_of(attachment).values()))
-        attachment.detach()
-        block.attn1.set_processor(AttnProcessor2_0())
-        short = plan.merge(x)
-        expected = x + plan.unmerge(block(short, encoder_hidden_states=text) - short)
-    assert plan.removed == 32
-    torch.testing.assert_close(merged_output, expected)
-
-
 class _SideBySide(torch.nn.Module):
     def __init__(self, layers):
         super().__init__()
@@ -135,10 +121,60 @@ class _SideBySide(torch.nn.Module):
         return sum(layer(x) for layer in self.layers)
 
 
-class _OneBlock(torch.nn.Module):
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
+def test_views_of_a_panorama_do_not_get_each_others_plans():
+    """Whatever their order, which need not be the same at every step."""
+    made = {}
+    for every in (1, 4):
+        unet = make_unet()
+        apply_token_merging(unet, ratio=0.5, plan_every=every)
+        with torch.no_grad():
+            made[every] = [
+                unet(noise(view), timestep, TEXT).sample
+                for index, timestep in enumerate(torch.tensor([900, 880, 860]))
+                for view in (range(6) if index % 2 else reversed(range(6)))
+            ]
+    assert all(map(torch.equal, made[1], made[4]))
 
-    def forward(self, x, text):
-        return self.block(x, encoder_hidden_states=text)
+
+def test_a_smooth_schedule_does_not_pile_up_plans():
+    unet = make_unet()
+    apply_token_merging(unet, plan_every=8, plan_per="block")
+    (attachment,) = attachments_on(unet)
+    with torch.no_grad():
+        for timestep in torch.tensor([900, 800, 700, 600, 500]):
+            unet(noise(), timestep, TEXT)
+            assert len(plans_of(attachment)) == 3
+
+
+def _levels(height, width, noise_level=1.0, **options):
+    step = Step(0, 999 * noise_level, noise_level, height, width, 1, 0, 0, False, True)
+    config = ToMeConfig(**options)
+    return levels_of(step, config, config.schedules, None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tokens", "grid"),
+    [(64, 64, 4096, (1, 64, 64)), (64, 64, 1024, (2, 32, 32)), (13, 9, 117, (1, 13, 9)), (13, 9, 35, (2, 7, 5)),
+     (13, 9, 12, (4, 4, 3)), (13, 9, 118, None), (96, 64, 96, (8, 12, 8))],
+)  # fmt: skip
+def test_levels_are_found_by_token_count(height, width, tokens, grid):
+    level = _levels(height, width).get(tokens)
+    assert (level and (level.downsample, level.height, level.width)) == grid
+
+
+def test_what_is_removed_and_why_not():
+    levels = _levels(64, 64, ratio={1: 0.5, 2: 0.0, 8: 0.001})
+    assert [level.removed for level in levels.values()] == [2048, 0, 0, 0]
+    assert [level.cells is not None for level in levels.values()] == [True, False, False, False]
+    reasons = [str(level.reason) for level in levels.values()]
+    assert (
+        reasons[0] == "None"
+        and "ratio is 0" in reasons[1]
+        and "not merged" in reasons[2]
+        and "less than one" in reasons[3]
+    )
+    assert "no cell fits" in str(_levels(3, 64, ratio=0.5, cell_size=(4, 4), max_downsample=1)[192].reason)
+    assert _levels(5, 5, ratio=0.75)[25].removed == 12  # what fills no cell stays
+    assert _levels(64, 64, ratio=AdaptiveRatio(0.9, (0.25, 0.5)))[4096].removed == 2048  # at most
+    noisy, clean = (_levels(64, 64, level)[4096].removed for level in (1.0, 0.0))
+    assert noisy == int(4096 * 0.7) and clean == int(4096 * 0.3)

@@ -1,6 +1,5 @@
 """The feature cache beside what else is on a model: offloading, copies, half precision, torch.compile."""
 
-import copy
 import pickle
 
 import accelerate
@@ -8,7 +7,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, attach_execution_device_hook, remove_hook_from_module
 from cache_tools import TEXT, kinds, noise
-from conftest import generate, make_pipeline, make_unet, saved_and_loaded
+from conftest import generate, make_pipeline, make_unet
 
 from tomesd_plus.caching import (
     apply_feature_cache,
@@ -16,6 +15,7 @@ from tomesd_plus.caching import (
     remove_feature_cache,
 )
 
+SLOW = pytest.mark.slow
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
@@ -85,44 +85,11 @@ def test_half_precision(pipe, dtype):
     assert generate(pipe).isfinite().all() and kinds(report) == "FcFc"
 
 
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
-def test_copies_cache_on_their_own(make_copy):
-    pipe = make_pipeline("sd")
-    plain = generate(pipe)
-    apply_feature_cache(pipe, interval=3, threshold=100.0)
-    twins = [make_copy(pipe.unet)]  # before any call, in mid-generation, and after
-
-    def copy_too(pipe, step, timestep, tensors):
-        if step == 1:
-            twins.append(make_copy(pipe.unet))
-        return tensors
-
-    first = generate(pipe, callback_on_step_end=copy_too)
-    twins.append(make_copy(pipe.unet))
-    remove_feature_cache(pipe)
-    assert torch.equal(generate(pipe), plain) and not torch.equal(first, plain)
-    for twin in twins:
-        for parameter in pipe.unet.parameters():
-            parameter.data.zero_()  # a copy that runs the original's layers shows
-        pipe.unet, old = twin, pipe.unet
-        assert torch.equal(generate(pipe), first)
-        remove_feature_cache(pipe)
-        assert torch.equal(generate(pipe), plain)
-        pipe.unet = old
-
-
 def test_features_are_not_pickled(pipe):
     report = apply_feature_cache(pipe, interval=2, threshold=100.0)
     size = len(pickle.dumps(pipe.unet))
     generate(pipe)
     assert report.kept_bytes > 60_000 and len(pickle.dumps(pipe.unet)) < size + 2000
-
-
-def test_saving_and_loading_a_caching_pipeline(pipe, tmp_path):
-    plain = generate(pipe)
-    apply_feature_cache(pipe, interval=2)
-    assert not torch.equal(generate(pipe), plain)
-    assert torch.equal(generate(saved_and_loaded(pipe, tmp_path)), plain)
 
 
 def every_module(unet):
@@ -225,8 +192,10 @@ def compile_blocks(pipe):
     pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compile_it", [compile_unet, compile_in_place, compile_blocks])
+@pytest.mark.parametrize(
+    "compile_it",
+    [pytest.param(compile_unet, marks=SLOW), pytest.param(compile_in_place, marks=SLOW), compile_blocks],
+)
 @pytest.mark.parametrize("order", ["cache first", "compile and run first"])
 def test_torch_compile(pipe, compile_it, order):
     torch._dynamo.reset()
@@ -247,7 +216,6 @@ def test_torch_compile(pipe, compile_it, order):
     assert torch.equal(generate(pipe), plain)
 
 
-@pytest.mark.slow
 def test_torch_compile_of_an_adaptive_cache(pipe):
     torch._dynamo.reset()
     with feature_cache(pipe, interval=9, threshold=0.3) as report:
