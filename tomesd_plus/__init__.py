@@ -15,7 +15,12 @@ if TYPE_CHECKING:
         feature_cache,
         remove_feature_cache,
     )
-    from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging, token_merging
+    from tomesd_plus.merging.apply import (
+        apply_token_merging,
+        merging_report,
+        remove_token_merging,
+        token_merging,
+    )
     from tomesd_plus.merging.config import FullSteps, ToMeConfig
     from tomesd_plus.merging.processor import ToMeProcessor
     from tomesd_plus.merging.report import TokenMergingReport
@@ -54,6 +59,7 @@ __all__ = [
     "feature_cache",
     "generation",
     "load_tiny_pipeline",
+    "merging_report",
     "preset",
     "remove_feature_cache",
     "remove_preset",
@@ -71,7 +77,7 @@ _HOMES = {
         "feature_cache",
         "remove_feature_cache",
     ],
-    "merging.apply": ["apply_token_merging", "remove_token_merging", "token_merging"],
+    "merging.apply": ["apply_token_merging", "merging_report", "remove_token_merging", "token_merging"],
     "merging.config": ["FullSteps", "ToMeConfig"],
     "merging.processor": ["ToMeProcessor"],
     "merging.report": ["TokenMergingReport"],

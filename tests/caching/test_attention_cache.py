@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import INPUTS, generate, make_pipeline
+from conftest import INPUTS, generate, make_pipeline, make_unet
 
-from tomesd_plus import apply_feature_cache, apply_token_merging
+from tomesd_plus import apply_feature_cache, apply_token_merging, remove_feature_cache
 
 
 def test_reused_attention_is_that_of_the_last_full_step(pipe):
@@ -60,3 +60,52 @@ def test_what_runs_on_its_full_steps_can_be_merged(pipe):
     picture = generate(pipe)
     assert [step.removed.get(1) for step in report.steps] == [0.5, None, 0.5, None]
     assert torch.equal(generate(pipe), picture)
+
+
+@pytest.mark.parametrize("ratio", [0.5, None])
+@pytest.mark.parametrize("first", ["cache", "merging"])
+def test_blocks_whose_attention_is_taken_again_are_not_merged_as_a_whole(pipe, ratio, first):
+    """Their attention's kept output is of another plan's tokens."""
+    switches = {
+        "cache": lambda: apply_feature_cache(pipe, interval=2, branch="self_attention"),
+        "merging": lambda: apply_token_merging(pipe, ratio=ratio, layers="block", max_downsample=2),
+    }
+    cached = copy.deepcopy(pipe)
+    apply_feature_cache(cached, interval=2, branch="self_attention")
+    reports = {name: switches[name]() for name in sorted(switches, key=lambda name: name != first)}
+    assert not torch.equal(generate(pipe), generate(cached))
+    reasons = {layer.downsample: layer.reason for layer in reports["merging"].layers}
+    assert "takes its self-attention's outputs again" in reasons[1] and reasons[2] is None
+
+
+def test_it_is_refused_where_it_cannot_be(pipe):
+    unet = make_unet().train()
+    unet.enable_gradient_checkpointing()
+    apply_feature_cache(unet, branch="self_attention")
+    with pytest.raises(RuntimeError, match="gradient checkpointing"):
+        unet(**INPUTS, timestep=900)
+    with torch.no_grad():
+        unet(**INPUTS, timestep=900)
+    plain = make_unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None)
+    with pytest.raises(TypeError, match="transformer blocks"):
+        apply_feature_cache(plain, branch="self_attention")
+
+
+def test_a_compiled_unets_attention_is_skipped_too(pipe):
+    apply_feature_cache(pipe, interval=2, branch="self_attention")
+    expected = generate(pipe)
+    remove_feature_cache(pipe)
+    torch.compiler.reset()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    report = apply_feature_cache(pipe, interval=2, branch="self_attention")
+    torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=1e-4)
+    assert report.skipped_layers and report.cached == 2
+    remove_feature_cache(pipe)
+
+
+def test_the_gate_does_not_judge_a_block_without_its_attention(pipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    apply_feature_cache(pipe, interval=2, branch="self_attention")
+    apply_token_merging(pipe, ratio=0.5, gate="on")
+    generate(pipe)
+    assert not list(tmp_path.rglob("gate.json"))

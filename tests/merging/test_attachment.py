@@ -1,9 +1,14 @@
 """Models that are changed while merging is attached to them."""
 
+import copy
+import gc
+import threading
 import warnings
 
+import pytest
 import torch
-from conftest import generate, hooks, make_pipeline
+from conftest import INPUTS, generate, hooks, make_pipeline, make_unet
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tomesd_plus import (
@@ -12,6 +17,7 @@ from tomesd_plus import (
     apply_feature_cache,
     apply_token_merging,
     remove_token_merging,
+    tomesd,
 )
 
 
@@ -73,3 +79,96 @@ def test_no_warning_for_a_step_that_ran_no_layer_of_the_level():
         report = apply_token_merging(pipe, ratio={2: StepsSchedule((0.0, 0.5))})
         generate(pipe, num_inference_steps=10)
     assert report.merged
+
+
+def test_a_processor_that_takes_anothers_place_keeps_its_own_outputs(pipe):
+    for _ in range(2):
+        pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5, full_steps=2))
+        picture = generate(pipe)
+    assert torch.equal(generate(pipe), picture)
+    remove_token_merging(pipe)
+    assert not [name for module in pipe.unet.modules() for name in vars(module) if "tomesd_plus" in name]
+
+
+@pytest.mark.parametrize("before", ["merging", "drop-in"])
+def test_applied_anew_after_processors_were_replaced_it_has_its_own_settings(pipe, before):
+    if before == "merging":
+        apply_token_merging(pipe, ratio=0.25)
+    else:
+        tomesd.apply_patch(pipe, ratio=0.25)
+    generate(pipe)
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    report = apply_token_merging(pipe, ratio=0.75)
+    generate(pipe)
+    assert report.removed[1] == 0.75
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_processor_on_another_model_says_so_and_merges_nothing(by_name, grad):
+    processor, unets = ToMeProcessor(ratio=0.5), [make_unet(), make_unet()]
+    for unet in unets:
+        unet.set_attn_processor(processor)
+    plain = make_unet()
+    call = {"sample": INPUTS["sample"], "timestep": 700, "encoder_hidden_states": INPUTS["encoder_hidden_states"]}
+
+    def run(unet):
+        return (unet(**call) if by_name else unet(*call.values())).sample
+
+    with torch.set_grad_enabled(grad):
+        assert not torch.equal(run(unets[0]), run(plain))
+        with pytest.warns(UserWarning, match="serves one model only"):
+            assert torch.equal(run(unets[1]), run(plain))
+
+
+def test_a_unet_that_hands_on_whatever_it_is_given_is_one_too():
+    class Wrapped(UNet2DConditionModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    unet = make_unet()
+    plain = unet(**INPUTS, timestep=700).sample
+    unet.__class__ = Wrapped
+    report = apply_token_merging(unet, ratio=0.5)
+    assert not torch.equal(unet(**INPUTS, timestep=700).sample, plain) and report.merged
+    with pytest.raises(TypeError, match="UNet"):
+        apply_token_merging(make_pipeline("sd").vae, ratio=0.5)
+
+
+def test_two_threads_at_the_first_call_of_a_processor_set_by_itself(pipe):
+    for _ in range(10):
+        unet = copy.deepcopy(pipe.unet)
+        expected = copy.deepcopy(pipe.unet)
+        apply_token_merging(expected, ratio=0.5)
+        unet.set_attn_processor(ToMeProcessor(ratio=0.5))
+        start, made = threading.Barrier(2), []
+
+        def run(unet=unet, start=start, made=made):
+            start.wait()
+            with torch.no_grad():
+                made.append(unet(**INPUTS, timestep=700).sample)
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with torch.no_grad():
+            one = expected(**INPUTS, timestep=700).sample
+        assert [torch.equal(each, one) for each in made] == [True, True]
+        remove_token_merging(unet)
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in unet.modules())
+
+
+@pytest.mark.parametrize("options", [{"metric": "block_input"}, {"layers": "block", "full_steps": 2}, {"ratio": 0.3}])
+def test_training_with_checkpointing_keeps_nothing_from_step_to_step(options):
+    unet = make_unet().train()
+    unet.enable_gradient_checkpointing()
+    apply_token_merging(unet, **options)
+    counts = []
+    for timestep in (900, 700, 500, 300, 600, 100):
+        unet(**INPUTS, timestep=timestep).sample.mean().backward()
+        gc.collect()
+        counts.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert len(set(counts[2:])) <= 2  # full steps and those between
+    assert max(counts[2:]) - min(counts[2:]) < 40 and counts[5] <= max(counts[2:4])

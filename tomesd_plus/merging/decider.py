@@ -51,7 +51,12 @@ class Decider:
     def call(self) -> Call | None:
         """The model's call under way in this thread, or one whose checkpointed block is run again for gradients."""
         call = self.current.call
-        return call if call is not None and (call.running or torch.is_grad_enabled()) else None
+        again = call is not None and call.gradients and torch.is_grad_enabled()
+        return call if call is not None and (call.running or again) else None
+
+    def serves(self, layer: nn.Module) -> bool:
+        """True if a layer is of the model; not looked up in a graph, which would then serve no other layer."""
+        return torch.compiler.is_compiling() or layer in self.names
 
     def ask(self, layer: nn.Module, role: Role, hidden_states: Tensor, obstacle: Reason | None = None) -> Answer:
         """What is to be done with a layer's input.
@@ -63,7 +68,7 @@ class Decider:
             obstacle: Why the layer cannot be run on merged tokens.
         """
         call = self.call()
-        if call is None:
+        if call is None or not self.serves(layer):
             return Leave()
         answer = self._answer(call, layer, role, hidden_states, obstacle)
         if isinstance(answer, Merge) or (isinstance(answer, Leave) and answer.reason is not None):

@@ -4,12 +4,14 @@ import threading
 import weakref
 from typing import Any, cast
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus.host.attention import attention
+from tomesd_plus.host.step import outside_graphs
 from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
@@ -74,7 +76,7 @@ class ToMeProcessor:
         if attn.is_cross_attention:
             return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         attachment, config = self.attachment, self.attachment.config
-        if attachment.decider.call() is None:
+        if attachment.decider.call() is None or not attachment.decider.serves(attn):
             attachment.came_back(attn)
         obstacle = _obstacle(attn, hidden_states, encoder_hidden_states, attention_mask, config)
         answer = attachment.decider.ask(attn, "self_attention", hidden_states, obstacle)
@@ -154,19 +156,29 @@ class _Waiting:
                 self._handle = register_module_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        model = self._reading.model
+        model, compiling = self._reading.model, torch.compiler.is_compiling()
         if isinstance(module, ModelMixin):
-            self._read(module if self.meet(module) else None)
-        elif model is not None and module is getattr(model, "time_proj", None):
-            self._reading.timestep = args[0]
-        elif model is not None and module is getattr(model, "conv_in", None):
-            for attachment in attachments_on(model):
-                call = attachment.decider.current.call
-                if call is None or not call.running:
-                    attachment.begin_call(model, (args[0], self._reading.timestep), {})
-            self._read(None)
-        elif not self._processors and model is None:
+            if not compiling or not all(each.attachment.attached for each in _processors_on(module)):
+                self._start(module)
+        elif model is not None:
+            if module is getattr(model, "time_proj", None):
+                self._reading.timestep = args[0]
+            elif module is getattr(model, "conv_in", None):
+                self._begin(model, args[0])
+        elif not compiling and not self._processors:
             self._read(None)  # those that waited are gone
+
+    @outside_graphs
+    def _start(self, model: nn.Module) -> None:
+        self._read(model if self.meet(model) else None)
+
+    @outside_graphs
+    def _begin(self, model: nn.Module, sample: Tensor) -> None:
+        for attachment in attachments_on(model):
+            call = attachment.decider.current.call
+            if call is None or not call.running:
+                attachment.begin_call(model, (sample, self._reading.timestep), {})
+        self._read(None)
 
     def meet(self, model: nn.Module) -> bool:
         """Attach the processors that a model carries; False if it carries none."""
