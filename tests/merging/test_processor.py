@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.modules import module as torch_module
 
 from tomesd_plus import LinearSchedule, TokenMergingReport, ToMeProcessor, apply_token_merging, token_merging
+from tomesd_plus.host.first_call import FirstCalls
 from tomesd_plus.merging import processor as processor_module
 
 
@@ -228,7 +229,8 @@ def test_more_merging_is_further_away():
 
 
 def test_processors_that_wait_share_one_hook_and_leave_when_they_have_their_model(pipe, monkeypatch):
-    waiting = processor_module._Waiting()  # other tests' processors wait with another
+    own = processor_module
+    waiting = FirstCalls(own._carries_unattached, own.attach_to, own._begin_call)  # others wait with another
     monkeypatch.setattr(processor_module, "_waiting", waiting)
 
     def hooks_of_all():

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tomesd_plus.host.arguments import argument, first, positions, with_first
 from tomesd_plus.host.transient import Transient, TransientDict
 from tomesd_plus.merging.answers import Leave, Merge, Reason, Why
-from tomesd_plus.merging.config import Layer, ToMeConfig
+from tomesd_plus.merging.config import Layer
 from tomesd_plus.merging.decider import Decider
-from tomesd_plus.merging.gate import Decision, Gate
-from tomesd_plus.merging.generation import BlockState, Call, Level
-from tomesd_plus.schedules import AdaptiveRatio
+from tomesd_plus.merging.gate import Decision, Gate, judged_removal, kernel_of, kind_of_block
+from tomesd_plus.merging.generation import BlockState, Call
 
 _MEASURING = threading.Lock()  # one measurement at a time: another thread's work would count
 
@@ -145,9 +144,9 @@ class BlockHooks:
             return None
         if level.downsample == call.attention_level:
             return None  # a block without its attention tells nothing of it
-        judged = _judged(level)
+        judged = judged_removal(level)
         states = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
-        kind = (*states, block.attn1.heads, _kernel_of(block.attn1), level.height, judged)
+        kind = (*states, block.attn1.heads, kernel_of(block.attn1), level.height, judged)
         if kind not in self.decisions:
             with _MEASURING:
                 self.decisions[kind] = self._measure(gate, call, block, args, kwargs, judged)
@@ -169,7 +168,7 @@ class BlockHooks:
                 inputs, keywords = self.enter(block, args, kwargs) or (args, kwargs)
                 self.leave(block, inputs, block.forward(*inputs, **keywords))
 
-        key = _kind_of(block, hidden_states, level, judged, self.decider.config)
+        key = kind_of_block(block, hidden_states, level, judged, self.decider.config)
         off = Reason(Why.does_not_pay, ("measuring",))
         return gate.decide(key, hidden_states.device, lambda: run(off), lambda: run(None))
 
@@ -221,39 +220,3 @@ class LayerHooks:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BasicTransformerBlock)]
-
-
-def _judged(level: Level) -> int:
-    """For which number of removed tokens a level is measured, so that a smooth schedule is not measured at each step.
-
-    Ratios are rounded down, to eighths, and below that to powers of two; an adaptive one counts as its smallest, which
-    pays least.
-    """
-    removed, tokens = level.removed, level.height * level.width
-    if isinstance(level.ratio, AdaptiveRatio):
-        removed = min(count for ratio in level.ratio.ratios if (count := min(int(ratio * tokens), removed)))
-    eighths = 8 * removed // tokens
-    return eighths * tokens // 8 if eighths else 1 << (removed.bit_length() - 1)
-
-
-# What the time of a block does not depend on, or what stands in the key by itself.
-_NOT_OF_TIME = ("ratio", "cached_ratio", "max_downsample", "gate", "seed", "plan_per", "plan_every")
-
-
-def _kind_of(block: Any, hidden_states: Tensor, level: Level, judged: int, config: ToMeConfig) -> str:
-    """All that the time of a transformer block depends on, but for machine and versions."""
-    batch, _, channels = hidden_states.shape
-    options = {name: value for name, value in asdict(config).items() if name not in _NOT_OF_TIME}
-    options["full_steps"] = config.full_steps is not None  # what details are kept for takes time
-    return (
-        f"{channels} channels, {block.attn1.heads} heads, {_kernel_of(block.attn1)}, "
-        f"{level.height} × {level.width} tokens, batch {batch}, "
-        f"{hidden_states.dtype}, {hidden_states.device.type}, {judged} removed, {options}"
-    )
-
-
-def _kernel_of(attention: Any) -> str:
-    """What computes an attention layer."""
-    processor = attention.processor
-    inner, backend = type(getattr(processor, "inner", processor)), getattr(processor, "_attention_backend", None)
-    return inner.__name__ if backend is None else f"{inner.__name__} on {backend}"

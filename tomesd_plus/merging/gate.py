@@ -9,11 +9,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
 from tomesd_plus.host.clock import moment, seconds_between
+from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.generation import Level
+from tomesd_plus.schedules import AdaptiveRatio
 from tomesd_plus.version import __version__
 
 REPEATS = 3
@@ -83,6 +88,42 @@ class Gate:
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
                 json.dump(content, file, indent=1)
             os.replace(file.name, self.path)
+
+
+def judged_removal(level: Level) -> int:
+    """For which number of removed tokens a level is measured, so that a smooth schedule is not measured at each step.
+
+    Ratios are rounded down, to eighths, and below that to powers of two; an adaptive one counts as its smallest, which
+    pays least.
+    """
+    removed, tokens = level.removed, level.height * level.width
+    if isinstance(level.ratio, AdaptiveRatio):
+        removed = min(count for ratio in level.ratio.ratios if (count := min(int(ratio * tokens), removed)))
+    eighths = 8 * removed // tokens
+    return eighths * tokens // 8 if eighths else 1 << (removed.bit_length() - 1)
+
+
+# What the time of a block does not depend on, or what stands in the key by itself.
+_NOT_OF_TIME = ("ratio", "cached_ratio", "max_downsample", "gate", "seed", "plan_per", "plan_every")
+
+
+def kind_of_block(block: Any, hidden_states: Tensor, level: Level, judged: int, config: ToMeConfig) -> str:
+    """All that the time of a transformer block depends on, but for machine and versions."""
+    batch, _, channels = hidden_states.shape
+    options = {name: value for name, value in asdict(config).items() if name not in _NOT_OF_TIME}
+    options["full_steps"] = config.full_steps is not None  # what details are kept for takes time
+    return (
+        f"{channels} channels, {block.attn1.heads} heads, {kernel_of(block.attn1)}, "
+        f"{level.height} × {level.width} tokens, batch {batch}, "
+        f"{hidden_states.dtype}, {hidden_states.device.type}, {judged} removed, {options}"
+    )
+
+
+def kernel_of(attention: Any) -> str:
+    """What computes an attention layer."""
+    processor = attention.processor
+    inner, backend = type(getattr(processor, "inner", processor)), getattr(processor, "_attention_backend", None)
+    return inner.__name__ if backend is None else f"{inner.__name__} on {backend}"
 
 
 def cache_folder() -> Path:

@@ -1,18 +1,12 @@
 """The attention processor: plan, merge, the processor that was there before, unmerge."""
 
-import threading
-import weakref
 from typing import Any, cast
 
-import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus.host.attention import attention
-from tomesd_plus.host.step import outside_graphs
-from tomesd_plus.host.transient import ThreadLocal
+from tomesd_plus.host.first_call import FirstCalls
 from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import ToMeConfig
@@ -124,88 +118,30 @@ class ToMeProcessor:
         _waiting.add(self)  # goes by itself if the copy's attachment has its model, which a half-made copy cannot tell
 
 
-class _Reading(ThreadLocal):
-    """The model's call that a thread is at, until its first layers have run."""
-
-    def __init__(self) -> None:
-        self.model: nn.Module | None = None
-        self.timestep: Tensor | None = None
-
-
-class _Waiting:
-    """The processors that wait for their model's first call: one hook on every module's call, for all of them.
-
-    ``set_attn_processor`` tells a processor nothing of its model, so it waits for the model's first call. Then the
-    attachment's hooks are put on the model, too late for this call, in every thread that has begun one by then; and
-    this hook is not shown keyword arguments. So the call is read from the inside: every SD UNet and ControlNet hands
-    its arguments on, by position, to the layers that it calls first: ``time_proj(timestep)``, ``conv_in(sample)``.
-    """
-
-    def __init__(self) -> None:
-        self._processors: weakref.WeakSet[ToMeProcessor] = weakref.WeakSet()
-        self._reading = _Reading()
-        self._readers = 0  # threads
-        self._handle: Any = None
-        self._lock = threading.RLock()
-
-    def add(self, processor: ToMeProcessor) -> None:
-        """Wait for the model of a processor."""
-        with self._lock:
-            self._processors.add(processor)
-            if self._handle is None:
-                self._handle = register_module_forward_pre_hook(self)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        model, compiling = self._reading.model, torch.compiler.is_compiling()
-        if isinstance(module, ModelMixin):
-            if not compiling or not all(each.attachment.attached for each in _processors_on(module)):
-                self._start(module)
-        elif model is not None:
-            if module is getattr(model, "time_proj", None):
-                self._reading.timestep = args[0]
-            elif module is getattr(model, "conv_in", None):
-                self._begin(model, args[0])
-        elif not compiling and not self._processors:
-            self._read(None)  # those that waited are gone
-
-    @outside_graphs
-    def _start(self, model: nn.Module) -> None:
-        self._read(model if self.meet(model) else None)
-
-    @outside_graphs
-    def _begin(self, model: nn.Module, sample: Tensor) -> None:
-        for attachment in attachments_on(model):
-            call = attachment.decider.current.call
-            if call is None or not call.running:
-                attachment.begin_call(model, (sample, self._reading.timestep), {})
-        self._read(None)
-
-    def meet(self, model: nn.Module) -> bool:
-        """Attach the processors that a model carries; False if it carries none."""
-        with self._lock:
-            processors = _processors_on(model)
-            for processor in processors:
-                self._processors.discard(processor)
-                if not processor.attachment.attached:
-                    _adopt(model, processor.attachment)
-        return bool(processors)
-
-    def _read(self, model: nn.Module | None) -> None:
-        with self._lock:
-            self._readers += (model is not None) - (self._reading.model is not None)
-            self._reading.model = model
-            self._reading.timestep = None
-            if self._handle is not None and not self._processors and not self._readers:
-                self._handle.remove()
-                self._handle = None
+def attach_to(model: nn.Module) -> bool:
+    """Attach the processors that were set on a model by themselves; false if it carries none, attached or not."""
+    with _waiting.lock:
+        processors = _processors_on(model)
+        for processor in processors:
+            _waiting.waiting.discard(processor)
+            if not processor.attachment.attached:
+                _adopt(model, processor.attachment)
+    return bool(processors)
 
 
-_waiting = _Waiting()
+def _begin_call(model: nn.Module, sample: Tensor, timestep: Tensor | None) -> None:
+    """Give a model's first call to the attachments whose hooks came too late for it."""
+    for attachment in attachments_on(model):
+        call = attachment.decider.current.call
+        if call is None or not call.running:
+            attachment.begin_call(model, (sample, timestep), {})
 
 
-def attach_to(model: nn.Module) -> None:
-    """Attach the processors that were set on a model by themselves, before its first call."""
-    _waiting.meet(model)
+def _carries_unattached(model: nn.Module) -> bool:
+    return not all(processor.attachment.attached for processor in _processors_on(model))
+
+
+_waiting = FirstCalls(_carries_unattached, attach_to, _begin_call)
 
 
 def _adopt(model: nn.Module, attachment: Attachment) -> None:
