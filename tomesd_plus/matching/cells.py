@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def max_removed(height: int, width: int, cell_size: tuple[int, int]) -> int:
-    """The number of sources in a grid, which is the most tokens that a plan can remove; 0 if no cell fits in."""
+    """The number of sources in a grid, which is the most tokens that a plan can remove; 0 if no cell fits in.
+
+    Example:
+        >>> max_removed(64, 64, (2, 2)), max_removed(5, 4, (2, 2)), max_removed(1, 64, (2, 2))
+        (3072, 12, 0)
+    """
     return (height // cell_size[0]) * (width // cell_size[1]) * (cell_size[0] * cell_size[1] - 1)
 
 
@@ -64,6 +69,13 @@ def make_cells(
         generator: Where to draw the destination's place in each cell from; ``None`` takes each cell's first token. It
             may live on another device than the one wanted: one on the CPU gives the same cells for every device.
         device: Where the index tensors are wanted.
+
+    Example:
+        >>> cells = make_cells(2, 4)  # two cells of 2 × 2 tokens, all in one window
+        >>> cells.destination.tolist(), cells.source.tolist()
+        ([[0, 2]], [[1, 4, 5, 3, 6, 7]])
+        >>> make_cells(64, 64, window=8).source.shape  # (windows, sources)
+        torch.Size([16, 192])
     """
     cell_height, cell_width = cell_size
     rows, columns = height // cell_height, width // cell_width

@@ -59,6 +59,11 @@ class MergePlan:
             source: Tokens to merge away, none twice, (batch, removed).
             destination: Into which token each goes, one that stays itself, (batch, removed).
             tokens: N.
+
+        Example:
+            >>> plan = MergePlan.from_pairs(torch.tensor([[1, 3]]), torch.tensor([[0, 2]]), tokens=4)
+            >>> plan.kept.tolist(), plan.inverse.tolist(), plan.sizes.tolist()
+            ([[0, 2]], [[0, 0, 1, 1]], [[2, 2]])
         """
         batch, removed = source.shape
         every = torch.arange(tokens, device=source.device).expand(batch, -1)

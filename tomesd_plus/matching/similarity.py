@@ -26,6 +26,13 @@ def match(metric: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
     Returns:
         Similarity in [-1, 1], or −inf where a source is padding; and the destination's place in its window. Both
         (batch, windows, sources).
+
+    Example:
+        >>> from tomesd_plus.matching import make_cells
+        >>> tokens = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [3.0, 0.0]]])  # (1, 4, 2)
+        >>> similarity, best = match(tokens, make_cells(2, 2))  # token 0 is the destination of the others
+        >>> similarity.tolist(), best.tolist()
+        ([[[0.0, 0.0, 1.0]]], [[[0, 0, 0]]])
     """
     batch, _, channels = metric.shape
     windows, destinations = cells.destination.shape
@@ -50,6 +57,14 @@ def merge_most_similar(similarity: Tensor, best: Tensor, cells: Cells, removed: 
         similarity, best: As :func:`match` returns them.
         cells: The same as there.
         removed: How many tokens to remove, at most as many as there are sources; from each sample of the batch.
+
+    Example:
+        >>> from tomesd_plus.matching import make_cells
+        >>> tokens = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+        >>> cells = make_cells(8, 8)
+        >>> plan = merge_most_similar(*match(tokens, cells), cells, removed=32)
+        >>> plan.merge(tokens).shape, plan.unmerge(plan.merge(tokens)).shape
+        (torch.Size([2, 32, 16]), torch.Size([2, 64, 16]))
     """
     destinations, sources = cells.destination.shape[1], cells.source.shape[1]
     chosen = similarity.flatten(1).topk(removed, sorted=False).indices
