@@ -71,6 +71,11 @@ def finest_self_attention(unet: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers if name.endswith(".attn1") and name.startswith(stages)}
 
 
+def attends_over_frames(name: str) -> bool:
+    """True for a layer of a video model whose tokens are frames, by the layer's name."""
+    return "motion_modules." in name
+
+
 def owners_of_hooks(model: nn.Module, kind: type[Owner]) -> list[Owner]:
     """The objects of a class whose methods are forward pre-hooks on a model, or on a compiled model's two modules."""
     hooks = [hook for module in {model, unwrapped(model)} for hook in module._forward_pre_hooks.values()]

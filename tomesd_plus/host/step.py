@@ -86,7 +86,12 @@ class StepTracker:
         self._ambiguous = False
 
     def observe(self, sample: Tensor, timestep: Tensor | float | int) -> Step:
-        """Read a call's latents (batch, channels, height, width) and timestep (a number, 0-d, or one a sample)."""
+        """Read a call's latents and timestep.
+
+        Args:
+            sample: (batch, channels, height, width), or of a video (batch, channels, frames, height, width).
+            timestep: A number, 0-d, or one a sample.
+        """
         if isinstance(timestep, Tensor) and _is_one_of_many(timestep):
             index, value, new = self._observe_view(timestep)
         else:
@@ -106,7 +111,7 @@ class StepTracker:
         self._last, self._last_index = value, index
         self._ambiguous = self._ambiguous or self._call >= MOST_CALLS
         noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
-        batch, _, height, width = sample.shape
+        batch, height, width = len(sample), *sample.shape[-2:]
         return Step(index, value, noise_level, height, width, batch, self._number, self._call, self._ambiguous, new)
 
     def _observe_view(self, timestep: Tensor) -> tuple[int, float, bool]:

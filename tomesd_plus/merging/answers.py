@@ -35,6 +35,7 @@ class Why(Enum):
     normalizes = "it normalizes over the picture"
     residual = "it adds its input by itself"
     text_too = "it attends to text too"
+    frames = "its tokens are frames"
     fused = "its projections are fused, so queries and keys cannot have tokens of their own"
     module_processor = "its processor is a module, which must stay registered on the layer"
     own_arguments = "its processor takes arguments of its own ({})"

@@ -9,7 +9,7 @@ from typing import Any, cast
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from tomesd_plus.host.models import models_of, train_timesteps
+from tomesd_plus.host.models import attends_over_frames, models_of, train_timesteps
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Ratios, ToMeConfig
@@ -120,7 +120,7 @@ def merge_with(pipe: Any, make: Callable[[int, str, dict[str, Reason]], Attachme
         excluded: dict[str, Reason] = {}
         for layer_name, layer in model.named_modules():
             if isinstance(layer, Attention) and not layer.is_cross_attention:
-                reason = _why_excluded(layer)
+                reason = Reason(Why.frames) if attends_over_frames(layer_name) else _why_excluded(layer)
                 if reason is None:
                     merging.append(layer)
                 else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tomesd_plus.host.arguments import argument, first, positions, with_first
+from tomesd_plus.host.models import attends_over_frames
 from tomesd_plus.host.transient import Transient, TransientDict
 from tomesd_plus.merging.answers import Leave, Merge, Reason, Why
 from tomesd_plus.merging.config import Layer
@@ -219,4 +220,8 @@ class LayerHooks:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, BasicTransformerBlock)]
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, BasicTransformerBlock) and not attends_over_frames(name)
+    ]

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tomesd_plus.host.models import attends_over_frames
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.answers import AlreadyMerged, Answer, KeptOutputs, Leave, Merge, Reason, Why
@@ -70,6 +71,8 @@ class Decider:
         call = self.call()
         if call is None or not self.serves(layer):
             return Leave()
+        if not torch.compiler.is_compiling() and attends_over_frames(self.names.get(layer, "")):
+            obstacle = Reason(Why.frames)
         answer = self._answer(call, layer, role, hidden_states, obstacle)
         if isinstance(answer, Merge) or (isinstance(answer, Leave) and answer.reason is not None):
             self._note(call, layer, hidden_states, answer)
