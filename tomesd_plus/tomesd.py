@@ -66,7 +66,7 @@ def apply_patch(
     merge_with(
         getattr(model, "unet", model),  # and no ControlNet
         lambda timesteps, name, excluded: Attachment(
-            config, timesteps, name, excluded, TomesdPlans(config, ratio, max_downsample)
+            config, timesteps, name, excluded, TomesdPlans(config, ratio, max_downsample), stays=True
         ),
     )
     return model

@@ -1,8 +1,11 @@
 """Processors of other signatures, and add-ons that bring their own."""
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
-from conftest import generate, level_of, make_pipeline
+from conftest import generate, hooks, level_of, make_pipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 
 from tomesd_plus import ToMeProcessor, apply_preset, apply_token_merging, remove_token_merging, tomesd
@@ -59,3 +62,49 @@ def test_an_ip_adapter_under_a_processor_set_by_itself_is_refused_in_words(pipe)
     states = torch.zeros(1, 4, 16)
     with pytest.raises(TypeError, match="use apply_token_merging"):
         attention(states, encoder_hidden_states=(states, [states]))
+
+
+REPLACED = {
+    "sliced": lambda pipe: pipe.enable_attention_slicing(),
+    "fused": lambda pipe: pipe.fuse_qkv_projections(vae=False),
+    "default": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_processors_that_are_replaced_later_are_noticed_once_and_the_report_says_so(how, switch, pipe):
+    plain = generate(pipe)
+    report = SWITCHES[switch](pipe, 0.5)
+    merged = generate(pipe)
+    processors = pipe.unet.attn_processors
+    REPLACED[how](pipe)
+    with pytest.warns(UserWarning, match="merges nothing any more: the attention processors were replaced by"):
+        untouched = generate(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(generate(pipe), untouched)
+    torch.testing.assert_close(untouched, plain, atol=2e-3, rtol=0)  # by another kernel
+    assert not torch.equal(untouched, merged)
+    if switch != "drop-in":
+        assert not report.merged and all("was replaced by" in layer.reason for layer in report.layers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pipe.unfuse_qkv_projections(vae=False) if how == "fused" else pipe.unet.set_attn_processor(processors)
+            assert torch.equal(generate(pipe), merged) and report.merged  # from the first picture on
+            assert torch.equal(generate(pipe), merged)
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.warns(UserWarning, match="merges nothing any more") if switch != "drop-in" else nullcontext():
+        generate(pipe)  # and again when it stops later
+    remove_token_merging(pipe)
+    assert torch.equal(generate(pipe), plain) and not hooks(pipe)
+
+
+def test_a_preset_after_fused_projections_gives_the_same_first_picture(pipe):
+    apply_preset(pipe, "balanced")
+    picture = generate(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.warns(UserWarning, match="were replaced by FusedAttnProcessor2_0"):
+        generate(pipe)
+    pipe.unfuse_qkv_projections(vae=False)
+    assert torch.equal(generate(pipe), picture) and torch.equal(generate(pipe), picture)

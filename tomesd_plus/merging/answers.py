@@ -37,6 +37,7 @@ class Why(Enum):
     text_too = "it attends to text too"
     frames = "its tokens are frames"
     fused = "its projections are fused, so queries and keys cannot have tokens of their own"
+    replaced = "its processor was replaced by {} after merging was applied"
     module_processor = "its processor is a module, which must stay registered on the layer"
     own_arguments = "its processor takes arguments of its own ({})"
 

@@ -54,7 +54,9 @@ def apply_token_merging(
     if config is not None and options:
         raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
     config = config or ToMeConfig(**options)
-    return merge_with(pipe, lambda timesteps, name, excluded: Attachment(config, timesteps, name, excluded))
+    return merge_with(
+        pipe, lambda timesteps, name, excluded: Attachment(config, timesteps, name, excluded, stays=True)
+    )
 
 
 def remove_token_merging(pipe: Any) -> None:

@@ -13,7 +13,7 @@ from tomesd_plus.host.arguments import sample_and_timestep
 from tomesd_plus.host.models import owners_of_hooks
 from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs
 from tomesd_plus.host.transient import Transient
-from tomesd_plus.merging.answers import KeptOutputs, Reason
+from tomesd_plus.merging.answers import KeptOutputs, Reason, Why
 from tomesd_plus.merging.blocks import BlockHooks
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.decider import KEPT, Decider, Plans
@@ -31,6 +31,7 @@ class Attachment:
         name: Stands before layer names in the report.
         excluded: Layers that no processor could be put on, and why; for the report.
         plans: By which plans tokens are merged; :class:`Planner` by default.
+        stays: Wait, when all processors are replaced, for them to be put back; else the hooks go away.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Attachment:
         name: str = "",
         excluded: dict[str, Reason] | None = None,
         plans: Plans | None = None,
+        stays: bool = False,
     ) -> None:
         self.config = config
         self.train_timesteps = train_timesteps
@@ -47,12 +49,14 @@ class Attachment:
         self.plans = plans or Planner(config)
         self.decider = Decider(config, self.plans, name)
         self.blocks = BlockHooks(self.decider)
+        self.stays = stays
         self.attentions: list[nn.Module] = []
         self.record: Transient[Record] = Transient()  # of the latest generation, in any thread
         self._handles: list[Any] = []
         self._lost_on: Transient[weakref.ref[nn.Module]] = Transient()  # the model whose processors were replaced
         self._keeping: dict[nn.Module, KeptOutputs] = {}  # the layers that may keep an output
         self._said = False
+        self._replaced = False  # all processors were
 
     @property
     def attached(self) -> bool:
@@ -66,7 +70,7 @@ class Attachment:
             model: A UNet or ControlNet.
             attentions: Its attention layers whose processors use this. Once none does, the hooks go away.
         """
-        self._lost_on.value = None
+        self._lost_on.value, self._replaced = None, False
         self.attentions = attentions
         self.decider.names = {module: name for name, module in model.named_modules()}
         self.plans.attach(self.decider.names)
@@ -102,7 +106,12 @@ class Attachment:
     @outside_graphs
     def begin_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: read the step, and lay out what is to be done."""
-        if not any(getattr(attention.processor, "attachment", None) is self for attention in self.attentions):
+        replaced = not any(getattr(attention.processor, "attachment", None) is self for attention in self.attentions)
+        if self.stays and replaced != self._replaced:
+            self._notice(model, replaced)
+        if replaced and self.stays:
+            return
+        if replaced:
             attentions = self.attentions
             self.detach()  # the processors were replaced: nothing is left behind
             self.attentions, self._lost_on.value = attentions, weakref.ref(model)
@@ -180,6 +189,28 @@ class Attachment:
                 kept.outputs[place] = None
 
     # Telling the user -------------------------------------------------------------------------------------------
+
+    def _notice(self, model: nn.Module, replaced: bool) -> None:
+        """All processors were replaced since the last call, or are back."""
+        self._replaced = replaced
+        if not replaced:
+            self._handles += self.blocks.attach(model)
+            return
+        for handle in self._handles[2:]:
+            handle.remove()
+        del self._handles[2:]
+        self._drop_kept(range(MOST_CALLS))
+        self.decider.current = Current()
+        layers = [LayerRecord(f"{self.decider.prefix}{self.decider.names[each]}") for each in self.attentions]
+        for layer, attention in zip(layers, self.attentions, strict=True):
+            layer.left_alone = Reason(Why.replaced, (type(attention.processor).__name__,))
+        self.record.value = Record({layer.name: layer for layer in layers})
+        kinds = sorted({type(attention.processor).__name__ for attention in self.attentions})
+        warnings.warn(
+            f"Token merging merges nothing any more: the attention processors were replaced by {', '.join(kinds)}. "
+            "Apply it again to merge around these, or put the former ones back.",
+            stacklevel=2,
+        )
 
     def came_back(self, attention: nn.Module) -> None:
         """A processor is called outside of a call of the model: see whether it is back on a model it was lost on."""
