@@ -1,14 +1,24 @@
 """Processors of other signatures, and add-ons that bring their own."""
 
+import copy
 import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import generate, hooks, level_of, make_pipeline
+from conftest import INPUTS, generate, hooks, level_of, make_pipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
-from tomesd_plus import ToMeProcessor, apply_preset, apply_token_merging, remove_token_merging, tomesd
+from tomesd_plus import (
+    ToMeProcessor,
+    apply_preset,
+    apply_token_merging,
+    generation,
+    merging_report,
+    remove_token_merging,
+    tomesd,
+)
 
 SWITCHES = {
     "merging": lambda pipe, ratio: apply_token_merging(pipe, ratio=ratio, max_downsample=level_of(pipe)),
@@ -108,3 +118,55 @@ def test_a_preset_after_fused_projections_gives_the_same_first_picture(pipe):
         generate(pipe)
     pipe.unfuse_qkv_projections(vae=False)
     assert torch.equal(generate(pipe), picture) and torch.equal(generate(pipe), picture)
+
+
+def test_a_processor_set_over_applied_merging_takes_its_place_without_a_word(pipe):
+    apply_token_merging(pipe, ratio=0.5, full_steps=2)
+    former = generate(pipe)
+    processors = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.25))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generate(pipe)
+        assert merging_report(pipe).removed[1] == 0.25
+        pipe.unet.set_attn_processor(processors)
+        generate(pipe)
+        assert torch.equal(generate(pipe), former) and merging_report(pipe).kept_bytes > 0
+
+
+def test_what_was_removed_does_not_come_back_by_itself(pipe):
+    plain = generate(pipe)
+    apply_token_merging(pipe, ratio=0.5)
+    pipe.fuse_qkv_projections(vae=False)
+    remove_token_merging(pipe)
+    pipe.unfuse_qkv_projections(vae=False)  # puts processors back whose merging is off
+    waiting = ToMeProcessor(ratio=0.5)
+    with pytest.warns(UserWarning, match="nothing is switched on"), generation(pipe):
+        assert torch.equal(generate(pipe), plain)
+    assert torch.equal(generate(pipe), plain) and not waiting.attachment.attached
+
+
+def test_a_scope_goes_on_after_processors_were_put_back(pipe):
+    report = apply_token_merging(pipe, ratio=0.5, full_steps=2)
+    processors, call = pipe.unet.attn_processors, (INPUTS["sample"], INPUTS["encoder_hidden_states"])
+    with torch.no_grad(), generation(pipe):
+        pipe.unet(call[0], 100, call[1])
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
+        with pytest.warns(UserWarning, match="merges nothing any more"):
+            pipe.unet(call[0], 200, call[1])
+        pipe.unet.set_attn_processor(processors)
+        for timestep in (300, 400, 500):
+            pipe.unet(call[0], timestep, call[1])
+    assert len(report.steps) == 4  # of one generation
+
+
+def test_two_controlnets_have_settings_of_their_own():
+    pipe = make_pipeline("controlnet")
+    nets = MultiControlNetModel([pipe.controlnet, copy.deepcopy(pipe.controlnet)])
+    pipe.controlnet = nets
+    for net, ratio in zip(nets.nets, (0.5, 0.25), strict=True):
+        net.set_attn_processor(ToMeProcessor(ratio=ratio))
+    for _ in range(2):
+        generate(pipe, image=[torch.zeros(1, 3, 32, 32)] * 2)
+        removed = [net.attn_processors.popitem()[1].attachment.record.value for net in nets.nets]
+        assert [[step.removed[1] for step in each.steps] for each in removed] == [[0.5] * 4, [0.25] * 4]

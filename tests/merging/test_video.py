@@ -5,7 +5,7 @@ import torch
 from conftest import WIDTH, make_pipeline, make_unet
 from diffusers import AnimateDiffPipeline, MotionAdapter, UNetMotionModel
 
-from tomesd_plus import ToMeProcessor, apply_feature_cache, apply_token_merging, remove_token_merging
+from tomesd_plus import ToMeProcessor, apply_feature_cache, apply_token_merging, merging_report, remove_token_merging
 
 
 @pytest.fixture
@@ -66,3 +66,10 @@ def test_a_processor_set_by_itself_leaves_frames_alone(video, count):
 def test_a_cache_is_refused_in_words(video):
     with pytest.raises(TypeError, match="expected a UNet of Stable Diffusion"):
         apply_feature_cache(video, interval=2)
+
+
+def test_the_first_call_of_a_processor_set_by_itself_is_of_the_same_batch(video):
+    video.unet.set_attn_processor(ToMeProcessor(ratio=0.5, full_steps=3))
+    first = frames(video, num_inference_steps=6)
+    assert [bool(step.removed) for step in merging_report(video).steps] == [False, True, True] * 2
+    assert torch.equal(frames(video, num_inference_steps=6), first)

@@ -3,23 +3,22 @@
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus.host.step import outside_graphs
-from tomesd_plus.host.transient import ThreadLocal
 
 
-class _Reading(ThreadLocal):
-    """The model's call that a thread is at, until its first layers have run."""
+@dataclass
+class _Reading:
+    """A model's call, until its first layers have run."""
 
-    def __init__(self) -> None:
-        self.model: nn.Module | None = None
-        self.timestep: Tensor | None = None
+    model: weakref.ref[nn.Module]
+    timestep: Tensor | None = None
 
 
 class FirstCalls:
@@ -44,8 +43,7 @@ class FirstCalls:
         self.waiting: weakref.WeakSet[Any] = weakref.WeakSet()
         self.lock = threading.RLock()
         self._carries, self._meet, self._begin = carries, meet, begin
-        self._reading = _Reading()
-        self._readers = 0  # threads
+        self._readings: weakref.WeakKeyDictionary[threading.Thread, _Reading] = weakref.WeakKeyDictionary()
         self._handle: Any = None
 
     def add(self, waiting: Any) -> None:
@@ -56,34 +54,38 @@ class FirstCalls:
                 self._handle = register_module_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        model, compiling = self._reading.model, torch.compiler.is_compiling()
-        if isinstance(module, ModelMixin):
+        compiling = torch.compiler.is_compiling()
+        if hasattr(module, "time_proj") and hasattr(module, "conv_in"):
             if not compiling or self._carries(module):
                 self._start(module)
-        elif model is not None:
-            if module is getattr(model, "time_proj", None):
-                self._reading.timestep = args[0]
-            elif module is getattr(model, "conv_in", None):
-                self._finish(model, args[0])
-        elif not compiling and not self.waiting:
-            self._read(None)  # those that waited are gone
+        elif self._readings or not (compiling or self.waiting):
+            self._go_on(module, args)
 
     @outside_graphs
     def _start(self, model: nn.Module) -> None:
         with self.lock:
-            found = self._meet(model)
-        self._read(model if found else None)
+            self._readings.pop(threading.current_thread(), None)
+            if self._meet(model):
+                self._readings[threading.current_thread()] = _Reading(weakref.ref(model))
+            self._leave_if_done()
 
     @outside_graphs
-    def _finish(self, model: nn.Module, sample: Tensor) -> None:
-        self._begin(model, sample, self._reading.timestep)
-        self._read(None)
+    def _go_on(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        reading = self._readings.get(threading.current_thread())
+        model = None if reading is None else reading.model()
+        if reading is not None and module is getattr(model, "time_proj", None):
+            reading.timestep = args[0]
+        elif reading is None or model is None or module is model.conv_in:
+            if reading is not None and model is not None:
+                # A video model has folded its frames into the batch by now, but not into its timesteps.
+                batch = len(args[0]) if reading.timestep is None else len(reading.timestep)
+                self._begin(model, args[0][:batch], reading.timestep)
+            with self.lock:
+                self._readings.pop(threading.current_thread(), None)
+                self._leave_if_done()
 
-    def _read(self, model: nn.Module | None) -> None:
-        with self.lock:
-            self._readers += (model is not None) - (self._reading.model is not None)
-            self._reading.model = model
-            self._reading.timestep = None
-            if self._handle is not None and not self.waiting and not self._readers:
-                self._handle.remove()
-                self._handle = None
+    def _leave_if_done(self) -> None:
+        alive = any(thread.is_alive() and reading.model() is not None for thread, reading in self._readings.items())
+        if self._handle is not None and not self.waiting and not alive:
+            self._handle.remove()
+            self._handle = None

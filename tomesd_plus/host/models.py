@@ -73,7 +73,8 @@ def finest_self_attention(unet: nn.Module) -> dict[str, nn.Module]:
 
 def attends_over_frames(name: str) -> bool:
     """True for a layer of a video model whose tokens are frames, by the layer's name."""
-    return "motion_modules." in name
+    kinds = "motion_modules.", "temp_attentions.", "transformer_in.", "temporal_transformer_blocks."
+    return any(kind in name for kind in kinds)
 
 
 def owners_of_hooks(model: nn.Module, kind: type[Owner]) -> list[Owner]:

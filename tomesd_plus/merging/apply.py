@@ -134,7 +134,7 @@ def merge_with(pipe: Any, make: Callable[[int, str, dict[str, Reason]], Attachme
             )
         for layer in merging:
             layer.set_processor(ToMeProcessor(inner=layer.processor, attachment=attachment))
-        attach_to(model)
+        attach_to(model, attachment)
         attachments[name] = attachment
     return _report(attachments)
 

@@ -31,7 +31,8 @@ class Attachment:
         name: Stands before layer names in the report.
         excluded: Layers that no processor could be put on, and why; for the report.
         plans: By which plans tokens are merged; :class:`Planner` by default.
-        stays: Wait, when all processors are replaced, for them to be put back; else the hooks go away.
+        stays: Wait on the model, when all processors are replaced, for them to be put back; else the hooks go away,
+            until a processor that was put back is called.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Attachment:
         self._handles: list[Any] = []
         self._lost_on: Transient[weakref.ref[nn.Module]] = Transient()  # the model whose processors were replaced
         self._keeping: dict[nn.Module, KeptOutputs] = {}  # the layers that may keep an output
-        self._said = False
+        self._warned = False
         self._replaced = False  # all processors were
 
     @property
@@ -68,7 +69,7 @@ class Attachment:
 
         Args:
             model: A UNet or ControlNet.
-            attentions: Its attention layers whose processors use this. Once none does, the hooks go away.
+            attentions: Its attention layers whose processors use this.
         """
         self._lost_on.value, self._replaced = None, False
         self.attentions = attentions
@@ -76,13 +77,26 @@ class Attachment:
         self.plans.attach(self.decider.names)
         if self.config.full_steps is not None:
             self._keeping = {layer: KeptOutputs() for layer in [*attentions, *self.blocks.layers(model)]}
-            for layer, kept in self._keeping.items():
-                setattr(layer, KEPT, kept)
+        self._put_kept()
         self._handles = [
             model.register_forward_pre_hook(self.begin_call, with_kwargs=True),
             model.register_forward_hook(self.end_call, always_call=True),
             *self.blocks.attach(model),
         ]
+
+    def _put_kept(self) -> None:
+        for layer, kept in self._keeping.items():
+            setattr(layer, KEPT, kept)
+
+    def serves_any(self) -> bool:
+        """True if a layer has a processor of this attachment."""
+        return any(getattr(attention.processor, "attachment", None) is self for attention in self.attentions)
+
+    def lose(self, model: nn.Module) -> None:
+        """All processors were replaced: nothing is left behind, but they may be put back."""
+        attentions = self.attentions
+        self.detach()
+        self.attentions, self._lost_on.value = attentions, weakref.ref(model)
 
     def detach(self) -> None:
         """Take everything off again. The record stays."""
@@ -104,17 +118,17 @@ class Attachment:
     # The model's hooks ------------------------------------------------------------------------------------------
 
     @outside_graphs
-    def begin_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Before the model: read the step, and lay out what is to be done."""
-        replaced = not any(getattr(attention.processor, "attachment", None) is self for attention in self.attentions)
+        if not self.attached or kwargs is None:  # a call that had begun when the hook was removed, or a compiled one
+            return
+        replaced = not self.serves_any()
         if self.stays and replaced != self._replaced:
-            self._notice(model, replaced)
+            self._processors_changed(model, replaced)
         if replaced and self.stays:
             return
         if replaced:
-            attentions = self.attentions
-            self.detach()  # the processors were replaced: nothing is left behind
-            self.attentions, self._lost_on.value = attentions, weakref.ref(model)
+            self.lose(model)
             return
         sample, timestep = sample_and_timestep(model, args, kwargs)
         current = self.decider.current
@@ -150,7 +164,7 @@ class Attachment:
         if call is None or call.record is None or not call.running:
             return
         if output is not None:  # ``None`` after a failure
-            self._say_if_nothing_merged(call, call.record)
+            self._warn_if_nothing_merged(call, call.record)
         call.running = False
         self.decider.current.block.forget()
         levels = {level.downsample: level for level in call.levels.values()}
@@ -190,21 +204,24 @@ class Attachment:
 
     # Telling the user -------------------------------------------------------------------------------------------
 
-    def _notice(self, model: nn.Module, replaced: bool) -> None:
+    def _processors_changed(self, model: nn.Module, replaced: bool) -> None:
         """All processors were replaced since the last call, or are back."""
         self._replaced = replaced
         if not replaced:
             self._handles += self.blocks.attach(model)
+            self._put_kept()
             return
         for handle in self._handles[2:]:
             handle.remove()
         del self._handles[2:]
         self._drop_kept(range(MOST_CALLS))
-        self.decider.current = Current()
-        layers = [LayerRecord(f"{self.decider.prefix}{self.decider.names[each]}") for each in self.attentions]
-        for layer, attention in zip(layers, self.attentions, strict=True):
+        if self.decider.current.call is not None:
+            self.decider.current.call.running = False
+        layers = [LayerRecord(name, left_alone=reason) for name, reason in self.excluded.items()]
+        others = [LayerRecord(f"{self.decider.prefix}{self.decider.names[each]}") for each in self.attentions]
+        for layer, attention in zip(others, self.attentions, strict=True):
             layer.left_alone = Reason(Why.replaced, (type(attention.processor).__name__,))
-        self.record.value = Record({layer.name: layer for layer in layers})
+        self.record.value = Record({layer.name: layer for layer in [*layers, *others]})
         kinds = sorted({type(attention.processor).__name__ for attention in self.attentions})
         warnings.warn(
             f"Token merging merges nothing any more: the attention processors were replaced by {', '.join(kinds)}. "
@@ -217,20 +234,20 @@ class Attachment:
         found = self._lost_on.value() if self._lost_on.value is not None else None
         if found is not None:
             self.attach(found, self.attentions)  # as after PAG: merge again from the next call on
-        elif self.attached and attention not in self.decider.names and not self._said:
-            self._said = True
+        elif self.attached and attention not in self.decider.names and not self._warned:
+            self._warned = True
             warnings.warn(
                 "A ToMeProcessor serves one model only, and this one serves another: give each model its own. "
                 "Nothing is merged here.",
                 stacklevel=2,
             )
 
-    def _say_if_nothing_merged(self, call: Call, record: Record) -> None:
-        if self._said or call.full or self.blocks.gate is not None:
+    def _warn_if_nothing_merged(self, call: Call, record: Record) -> None:
+        if self._warned or call.full or self.blocks.gate is not None:
             return  # there is a good reason
         why = why_nothing_merged(record, call.levels.values(), self.config, call.step.noise_level, call.ran)
         if why is not None:
-            self._said = True
+            self._warned = True
             warnings.warn(f"Token merging has merged nothing: {why}.", stacklevel=2)
 
 

@@ -118,13 +118,22 @@ class ToMeProcessor:
         _waiting.add(self)  # goes by itself if the copy's attachment has its model, which a half-made copy cannot tell
 
 
-def attach_to(model: nn.Module) -> bool:
-    """Attach the processors that were set on a model by themselves; false if it carries none, attached or not."""
+def attach_to(model: nn.Module, own: Attachment | None = None) -> bool:
+    """Attach the processors of a model that wait for it.
+
+    Args:
+        model: A UNet or ControlNet.
+        own: An attachment whose processors have just been put on it.
+
+    Returns:
+        False if it carries no :class:`ToMeProcessor`, attached or not.
+    """
     with _waiting.lock:
         processors = _processors_on(model)
         for processor in processors:
+            waits = processor in _waiting.waiting or processor.attachment is own
             _waiting.waiting.discard(processor)
-            if not processor.attachment.attached:
+            if waits and not processor.attachment.attached:
                 _adopt(model, processor.attachment)
     return bool(processors)
 
@@ -161,6 +170,9 @@ def _adopt(model: nn.Module, attachment: Attachment) -> None:
     attentions = [layer for layer in layers if cast(ToMeProcessor, layer.processor).attachment is owner]
     if owner is attachment:
         attachment.attach(model, attentions)
+        for each in before:
+            if not each.serves_any():
+                each.lose(model)  # its processors were replaced by these
     else:
         owner.attentions = attentions
 
