@@ -64,11 +64,9 @@ def _merge(schedule: str | None = None, more_at: str = Direction.noisy, **option
             adaptive = "similarity" in value
             return AdaptiveRatio(**value) if adaptive else {level: as_ratio(each) for level, each in value.items()}
         too_much = isinstance(value, (int, float)) and value > maximum  # which ToMeConfig says best
-        return (
-            value
-            if value is None or schedule is None or too_much
-            else schedule_by_name(schedule, value, more_at, maximum)
-        )
+        if value is None or schedule is None or too_much:
+            return value
+        return schedule_by_name(schedule, value, more_at, maximum)
 
     if isinstance(full := options.get("full_steps"), Mapping):
         options["full_steps"] = FullSteps(**{n: as_ratio(each) if n == "ratio" else each for n, each in full.items()})
