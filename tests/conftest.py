@@ -135,6 +135,19 @@ def generate(pipe: Any, seed: int = 0, prompt: str | list[str] = "a cat", **opti
     return pipe(prompt, generator=generator, output_type="pt", **call).images
 
 
+def _switch_guidance_off(pipe, step, timestep, tensors):
+    if step == 1:
+        pipe._guidance_scale = 1.0
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+    return tensors
+
+
+GUIDANCE_SWITCHED_OFF = {  # in mid-run: options of a pipeline's call
+    "callback_on_step_end": _switch_guidance_off,
+    "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+}
+
+
 def saved_and_loaded(pipe: Any, folder: Path) -> Any:
     """The pipeline that a folder holds after ``save_pretrained``."""
     pipe.save_pretrained(folder)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cache_tools import TEXT, denoise, kinds, noise
-from conftest import generate, make_pipeline, make_unet
+from conftest import GUIDANCE_SWITCHED_OFF, generate, make_pipeline, make_unet
 from diffusers import DDIMScheduler, EDMEulerScheduler, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from tomesd_plus.caching import apply_feature_cache
@@ -100,17 +100,12 @@ def test_views_of_a_panorama_do_not_get_each_others_features():
 
 
 def test_guidance_switched_off_in_mid_run(pipe):
-    def switch_off(pipe, step, timestep, tensors):
-        if step == 1:
-            pipe._guidance_scale = 1.0
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
-        return tensors
-
     report = apply_feature_cache(pipe, interval=4)
-    options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    first = generate(pipe, num_inference_steps=8, **options)
+    first = generate(pipe, num_inference_steps=8, **GUIDANCE_SWITCHED_OFF)
     assert kinds(report) == "FcFcccFc" and report.steps[2].reason == "other batch or size"
-    assert torch.equal(generate(pipe, num_inference_steps=8, **options), first) and first.isfinite().all()
+    assert (
+        torch.equal(generate(pipe, num_inference_steps=8, **GUIDANCE_SWITCHED_OFF), first) and first.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("sample", [noise(0, batch=1), noise(0, height=8), noise(0, width=24)])

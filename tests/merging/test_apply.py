@@ -5,7 +5,7 @@ import warnings
 import accelerate
 import pytest
 import torch
-from conftest import generate, hooks, level_of, make_pipeline, make_unet
+from conftest import GUIDANCE_SWITCHED_OFF, generate, hooks, level_of, make_pipeline, make_unet
 from diffusers import EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
@@ -157,15 +157,8 @@ def test_odd_batches_and_no_guidance(pipe, guidance_scale, prompts):
 
 
 def test_guidance_switched_off_in_mid_run(pipe):
-    def switch_off(pipe, step, timestep, tensors):
-        if step == 1:
-            pipe._guidance_scale = 1.0
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
-        return tensors
-
     report = apply_token_merging(pipe, ratio=0.5)
-    options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    assert torch.equal(generate(pipe, **options), generate(pipe, **options))
+    assert torch.equal(generate(pipe, **GUIDANCE_SWITCHED_OFF), generate(pipe, **GUIDANCE_SWITCHED_OFF))
     assert report.removed[1] == 0.5
 
 

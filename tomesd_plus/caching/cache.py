@@ -78,9 +78,9 @@ class FeatureCache:
     # Hooks ------------------------------------------------------------------------------------------------------
 
     @outside_graphs
-    def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Before the UNet: tell the kind of this step, unless the early feature must be seen first."""
-        if not self.attached:  # a compiled UNet may still call hooks that were removed
+        if not self.attached or kwargs is None:  # a call that had begun when the hook was removed, or a compiled one
             return
         if self.attention_level is not None and torch.is_grad_enabled() and unwrapped(unet).is_gradient_checkpointing:
             raise RuntimeError(
