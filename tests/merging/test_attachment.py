@@ -10,6 +10,7 @@ import torch
 from conftest import INPUTS, generate, hooks, make_pipeline, make_unet
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus import (
     StepsSchedule,
@@ -136,26 +137,36 @@ def test_a_unet_that_hands_on_whatever_it_is_given_is_one_too():
         apply_token_merging(make_pipeline("sd").vae, ratio=0.5)
 
 
-def test_two_threads_at_the_first_call_of_a_processor_set_by_itself(pipe):
+@pytest.mark.parametrize("late", [True, False])
+def test_two_threads_at_the_first_call_of_a_processor_set_by_itself(pipe, late):
+    """Late: the second has begun its call, and runs its hooks when the first call is over."""
+    expected = copy.deepcopy(pipe.unet)
+    apply_token_merging(expected, ratio=0.5)
+    with torch.no_grad():
+        one = expected(**INPUTS, timestep=700).sample
     for _ in range(10):
         unet = copy.deepcopy(pipe.unet)
-        expected = copy.deepcopy(pipe.unet)
-        apply_token_merging(expected, ratio=0.5)
-        unet.set_attn_processor(ToMeProcessor(ratio=0.5))
-        start, made = threading.Barrier(2), []
+        begun, over, made = threading.Event(), threading.Event(), []
 
-        def run(unet=unet, start=start, made=made):
-            start.wait()
+        def wait(module, args, unet=unet, begun=begun, over=over):
+            if module is unet and threading.current_thread().name == "second":
+                begun.set()
+                assert not late or over.wait(60)
+
+        def run(unet=unet, over=over, made=made):
             with torch.no_grad():
                 made.append(unet(**INPUTS, timestep=700).sample)
+            over.set()
 
-        threads = [threading.Thread(target=run) for _ in range(2)]
-        for thread in threads:
-            thread.start()
+        handle = register_module_forward_pre_hook(wait)
+        unet.set_attn_processor(ToMeProcessor(ratio=0.5))
+        threads = [threading.Thread(target=run, name=name) for name in ("second", "first")]
+        threads[0].start()
+        assert begun.wait(60)
+        threads[1].start()
         for thread in threads:
             thread.join()
-        with torch.no_grad():
-            one = expected(**INPUTS, timestep=700).sample
+        handle.remove()
         assert [torch.equal(each, one) for each in made] == [True, True]
         remove_token_merging(unet)
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in unet.modules())

@@ -50,8 +50,7 @@ class FirstCalls:
         """Wait for the model of an object, for as long as somebody holds it."""
         with self.lock:
             self.waiting.add(waiting)
-            if self._handle is None:
-                self._handle = register_module_forward_pre_hook(self)
+            self._come()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         compiling = torch.compiler.is_compiling()
@@ -67,6 +66,7 @@ class FirstCalls:
             self._readings.pop(threading.current_thread(), None)
             if self._meet(model):
                 self._readings[threading.current_thread()] = _Reading(weakref.ref(model))
+                self._come()  # again, if another thread's first call has ended since this one's hooks were listed
             self._leave_if_done()
 
     @outside_graphs
@@ -83,6 +83,10 @@ class FirstCalls:
             with self.lock:
                 self._readings.pop(threading.current_thread(), None)
                 self._leave_if_done()
+
+    def _come(self) -> None:
+        if self._handle is None:
+            self._handle = register_module_forward_pre_hook(self)
 
     def _leave_if_done(self) -> None:
         alive = any(thread.is_alive() and reading.model() is not None for thread, reading in self._readings.items())
