@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import MergeMode, MergePlan, make_cells
 from tomesd_plus.merging.answers import Reason, Why
@@ -65,8 +66,8 @@ def apply_patch(
     )
     merge_with(
         getattr(model, "unet", model),  # and no ControlNet
-        lambda timesteps, name, excluded: Attachment(
-            config, timesteps, name, excluded, TomesdPlans(config, ratio, max_downsample), stays=True
+        lambda name, excluded: Attachment(
+            config, NoiseLevels(needed=False), name, excluded, TomesdPlans(config, ratio, max_downsample), stays=True
         ),
     )
     return model

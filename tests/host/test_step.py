@@ -5,7 +5,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
+from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.step import StepTracker
+
+
+class Pipe:
+    """What has a scheduler."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
 
 SAMPLE = torch.zeros(2, 4, 16, 24)
 
@@ -59,4 +68,37 @@ def test_it_survives_inference_mode_copies_and_pickling():
 
 
 def test_other_lengths_of_training():
-    assert StepTracker(train_timesteps=501).observe(SAMPLE, 500).noise_level == 1.0
+    pipe = Pipe(DDIMScheduler(501))
+    assert StepTracker(NoiseLevels(pipe)).observe(SAMPLE, 500).noise_level == 1.0
+
+
+@pytest.mark.parametrize("form", [int, float, torch.tensor, lambda t: torch.full((2,), t)])
+def test_timesteps_that_rise(form):
+    """As in DDIM inversion; then another picture's, and generation's fall."""
+    torch.manual_seed(0)
+    tracker, text = StepTracker(), torch.ones(2, 3, 4)
+    first = torch.randn(2, 4, 16, 24)
+
+    def new(sample, timesteps, text=text):
+        return [tracker.observe(sample + 0.1 * k, form(t), text).new_generation for k, t in enumerate(timesteps)]
+
+    assert new(first, (100, 300, 500, 700)) == [True, False, False, False]
+    assert new(torch.randn_like(first), (100, 300, 500)) == [True, False, False]
+    assert new(torch.randn_like(first), (900, 500, 100), text + 1) == [True, False, False]
+    assert new(torch.randn_like(first), (900, 500, 100)) == [True, False, False]
+    assert new(torch.randn_like(first), (500,), text.clone())[0]
+    assert new(torch.randn_like(first), (600,), text.clone())[0], "another picture's one step"
+
+
+def test_other_text_begins_a_generation():
+    """A loop that is left in its middle, and another picture's that begins further on."""
+    one, other = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    tracker = StepTracker()
+    calls = [(999, one), (900, one.clone()), (500, other), (400, other), (300, other[:1]), (200, other[:, :2])]
+    steps = [tracker.observe(SAMPLE, t, text) for t, text in calls]
+    assert [step.new_generation for step in steps] == [True, False, True, False, False, True]
+    scheduler, tracker = DDIMScheduler(), StepTracker()
+    scheduler.set_timesteps(10)
+    calls = [(0, one), (1, one), (2, other), (4, other), (7, one), (9, one)]
+    steps = [tracker.observe(SAMPLE, scheduler.timesteps[index], text) for index, text in calls]
+    assert [step.new_generation for step in steps] == [True, False, False, False, True, False]

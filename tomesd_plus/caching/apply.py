@@ -8,7 +8,8 @@ from typing import Any
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.report import FeatureCacheReport
-from tomesd_plus.host.models import train_timesteps, unet_of
+from tomesd_plus.host.models import unet_of
+from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.schedules import IntervalSchedule
 
 
@@ -54,7 +55,7 @@ def apply_feature_cache(
     unet = _unet(pipe)
     if feature_cache_on(unet) is not None:
         raise ValueError("a feature cache is already applied: call remove_feature_cache first")
-    cache = FeatureCache(config, train_timesteps(pipe))
+    cache = FeatureCache(config, NoiseLevels(pipe, config.follows_noise_level))
     try:
         cache.attach(unet)
     except BaseException:

@@ -10,9 +10,10 @@ from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.forecast import Features
 from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Generation, WhyFull
 from tomesd_plus.caching.layers import Run, SkippableForward, Skipped, Take, make_skippable, skipped_layers
-from tomesd_plus.host.arguments import sample_and_timestep
+from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.forwards import take_forwards_off
 from tomesd_plus.host.models import finest_level, unwrapped
+from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs
 from tomesd_plus.host.transient import Transient
 
@@ -26,12 +27,12 @@ class FeatureCache:
 
     Args:
         config: When a step is full, and which layers the others run.
-        train_timesteps: Timesteps of the model's training, for the noise level.
+        noise_levels: Tells the noise level of a timestep.
     """
 
-    def __init__(self, config: FeatureCacheConfig, train_timesteps: int = 1000) -> None:
+    def __init__(self, config: FeatureCacheConfig, noise_levels: NoiseLevels | None = None) -> None:
         self.config = config
-        self.train_timesteps = train_timesteps
+        self.noise_levels = noise_levels or NoiseLevels(needed=config.follows_noise_level)
         self.skipped: tuple[str, ...] = ()
         self.boundary: tuple[str, ...] = ()
         self.record: Transient[CacheRecord] = Transient()  # of the latest generation, in any thread
@@ -91,7 +92,7 @@ class FeatureCache:
         current = self._current
         current.waiting = []
         generation = current.generation or self.new_generation()
-        step = generation.tracker.observe(*sample_and_timestep(unet, args, kwargs))
+        step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
             generation = Generation(generation.tracker)
         if step.ambiguous:
@@ -151,7 +152,7 @@ class FeatureCache:
 
     def new_generation(self, explicit: bool = False) -> Generation:
         """One that has not begun; ``explicit`` if its beginning was said, so that no other is guessed in it."""
-        return Generation(StepTracker(self.train_timesteps, explicit))
+        return Generation(StepTracker(self.noise_levels, explicit))
 
     def explicit_state(self) -> Any:
         """The state of a generation that has not begun, for :meth:`swap_generation`."""

@@ -67,6 +67,11 @@ class FeatureCacheConfig:
         if not (_number(self.forecast) and 0 <= self.forecast <= 1):
             raise ValueError(f"forecast must be a number in [0, 1], not {self.forecast!r}")
 
+    @property
+    def follows_noise_level(self) -> bool:
+        """True if which steps are full depends on the noise level."""
+        return self.full_steps is None and isinstance(self.interval, IntervalSchedule)
+
     def interval_at(self, noise_level: float) -> int:
         """The interval at a noise level in [0, 1]."""
         return self.interval if isinstance(self.interval, int) else self.interval(noise_level)

@@ -48,8 +48,11 @@ def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: 
     return ((value, *args[1:]), kwargs) if args else (args, kwargs | {name: value})
 
 
-def sample_and_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Latents and timestep of a UNet's or ControlNet's call."""
+def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, Any]:
+    """Latents, timestep and text of a UNet's or ControlNet's call."""
     inner: nn.Module = getattr(model, "_orig_mod", model)  # a compiled model has a signature of its own
     places = positions(type(inner))
-    return argument(places, args, kwargs, "sample"), argument(places, args, kwargs, "timestep")
+    sample, timestep, text = (
+        argument(places, args, kwargs, name) for name in ("sample", "timestep", "encoder_hidden_states")
+    )
+    return sample, timestep, text

@@ -9,12 +9,6 @@ from tomesd_plus.host.arguments import positions
 Owner = TypeVar("Owner")
 
 
-def train_timesteps(pipe: Any) -> int:
-    """Timesteps of a pipeline's training; 1,000 where its scheduler does not tell, or there is none."""
-    config = getattr(getattr(pipe, "scheduler", None), "config", None)
-    return getattr(config, "num_train_timesteps", 1000)
-
-
 def unwrapped(model: Any) -> Any:
     """A model as it is without ``torch.compile`` around it."""
     return getattr(model, "_orig_mod", model)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from tomesd_plus.host.noise_level import NoiseLevels
 
 MOST_CALLS = 4
 """A step may call the model more than once, with each guidance branch by itself; more calls are of tiles or views."""
@@ -56,65 +58,74 @@ class StepTracker:
     """Turns the arguments of a UNet's calls into steps, without waiting for a GPU at each step.
 
     Pipelines pass the timestep as a view into the scheduler's timesteps. Its storage offset is the step index, and
-    the storage is copied to the host once per generation.
+    the storage is copied to the host once per generation. Of timesteps that a caller makes by itself the values tell,
+    in either direction: a generation's fall, or rise as in DDIM inversion.
 
     Args:
-        train_timesteps: Timesteps of training; the timestep ``train_timesteps - 1`` is noise level 1.
+        noise_levels: Tells the noise level of a timestep.
         explicit: All calls are of one generation: its beginning was said, so none is guessed from the timesteps.
     """
 
     _storage: Tensor | None  # the scheduler's timesteps of the generation under way
     _version: int | None
     _values: list[float]  # the same on the host
+    _levels: list[float]  # their noise levels
     _index: int | None
     _last: float | None
     _last_index: int | None
+    _rising: bool | None  # the direction of a caller's own timesteps; None until it shows
+    _sample: Tensor | None  # the latest step's latents and text, of a caller's own timesteps
+    _text: Any
     _number: int
     _call: int
     _ambiguous: bool
 
-    def __init__(self, train_timesteps: int = 1000, explicit: bool = False) -> None:
-        self.train_timesteps = train_timesteps
+    def __init__(self, noise_levels: NoiseLevels | None = None, explicit: bool = False) -> None:
+        self.noise_levels = noise_levels or NoiseLevels()
         self.explicit = explicit
         self._storage = None
         self._version = None
-        self._values = []
-        self._index = None
-        self._last = None
-        self._last_index = None
+        self._values, self._levels = [], []
+        self._index = self._last = self._last_index = None
+        self._rising = self._sample = self._text = None
         self._number = self._call = 0
         self._ambiguous = False
 
-    def observe(self, sample: Tensor, timestep: Tensor | float | int) -> Step:
-        """Read a call's latents and timestep.
+    def observe(self, sample: Tensor, timestep: Tensor | float | int, text: Any = None) -> Step:
+        """Read a call's latents, timestep and text.
 
         Args:
             sample: (batch, channels, height, width), or of a video (batch, channels, frames, height, width).
             timestep: A number, 0-d, or one a sample.
+            text: (batch, tokens, channels), what cross-attention sees: with another one, a jump in the schedule is
+                the beginning of another generation.
         """
         if isinstance(timestep, Tensor) and _is_one_of_many(timestep):
-            index, value, new = self._observe_view(timestep)
+            index, new = self._observe_view(timestep, text)
+            value, noise_level = self._values[index], self._levels[index]
         else:
             index = None
             value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-            new = self._last is None or value > self._last
-            if isinstance(timestep, Tensor) and timestep.numel() == 1:
-                new = new or value == self._last  # the one timestep of a schedule of one step, again
+            (noise_level,) = self.noise_levels.of([value])
+            again = isinstance(timestep, Tensor) and timestep.numel() == 1 and value == self._last
+            new = again or self._begins_anew(value, sample, text)  # again: a schedule of one step, once more
         new = self._last is None if self.explicit else new
         if new:
             self._number = self._call = 0
-            self._ambiguous = False
+            self._ambiguous, self._rising = False, None
         elif value != self._last:
             self._number, self._call = self._number + 1, 0
+            self._rising = self._last is not None and value > self._last
         else:
             self._call = self._call + 1 if index == self._last_index else 0
+        if self._call == 0:
+            self._text, self._sample = text, sample.detach() if index is None else None
         self._last, self._last_index = value, index
         self._ambiguous = self._ambiguous or self._call >= MOST_CALLS
-        noise_level = min(max(value / (self.train_timesteps - 1), 0.0), 1.0)
         batch, height, width = len(sample), *sample.shape[-2:]
         return Step(index, value, noise_level, height, width, batch, self._number, self._call, self._ambiguous, new)
 
-    def _observe_view(self, timestep: Tensor) -> tuple[int, float, bool]:
+    def _observe_view(self, timestep: Tensor, text: Any) -> tuple[int, bool]:
         index = int(timestep.storage_offset())
         pointer = timestep.untyped_storage().data_ptr()
         version = None if timestep.is_inference() else timestep._version
@@ -124,9 +135,22 @@ class StepTracker:
             self._storage = torch.as_strided(timestep.detach(), (_storage_elements(timestep),), (1,), 0)
             self._version = version
             self._values = [float(value) for value in self._storage.tolist()]
+            self._levels = self.noise_levels.of(self._values)
         new = new or self._index is None or index < self._index
+        new = new or (index > cast(int, self._index) + 1 and not _same_text(text, self._text))
         self._index = index
-        return index, self._values[index], new
+        return index, new
+
+    def _begins_anew(self, value: float, sample: Tensor, text: Any) -> bool:
+        """True if a timestep of the caller's own is another generation's first."""
+        if self._last is None or value == self._last:
+            return self._last is None
+        rises = value > self._last
+        if self._rising is not None and rises != self._rising:
+            return True
+        if rises and self._rising is None:  # one that has begun to rise, or the next one's first step
+            return not (_same_text(text, self._text) and _is_like(sample, self._sample))
+        return not _same_text(text, self._text)
 
 
 def _is_one_of_many(timestep: Tensor) -> bool:
@@ -137,3 +161,21 @@ def _is_one_of_many(timestep: Tensor) -> bool:
 
 def _storage_elements(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def _same_text(text: Any, other: Any) -> bool:
+    """False if what two calls attend to is known to differ; without one of guidance's branches it is the same."""
+    if text is other or not (isinstance(text, Tensor) and isinstance(other, Tensor)):
+        return True
+    if text.shape[1:] != other.shape[1:]:
+        return False
+    return text.shape != other.shape or bool(torch.equal(text, other.to(text)))
+
+
+def _is_like(sample: Tensor, other: Tensor | None) -> bool:
+    """True for two successive latents of one generation; those of two pictures are nearly at right angles."""
+    if other is None or sample.shape != other.shape:
+        return False
+    return bool(
+        torch.cosine_similarity(sample.detach().flatten().float(), other.to(sample).flatten().float(), 0) > 0.8
+    )

@@ -9,7 +9,8 @@ from typing import Any, cast
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from tomesd_plus.host.models import attends_over_frames, models_of, train_timesteps
+from tomesd_plus.host.models import attends_over_frames, models_of
+from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Ratios, ToMeConfig
@@ -54,9 +55,8 @@ def apply_token_merging(
     if config is not None and options:
         raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
     config = config or ToMeConfig(**options)
-    return merge_with(
-        pipe, lambda timesteps, name, excluded: Attachment(config, timesteps, name, excluded, stays=True)
-    )
+    noise_levels = NoiseLevels(pipe, config.follows_noise_level)
+    return merge_with(pipe, lambda name, excluded: Attachment(config, noise_levels, name, excluded, stays=True))
 
 
 def remove_token_merging(pipe: Any) -> None:
@@ -102,12 +102,12 @@ def merging_report(pipe: Any) -> TokenMergingReport:
     return _report({name: attachments[0] for name, attachments in found.items() if attachments})
 
 
-def merge_with(pipe: Any, make: Callable[[int, str, dict[str, Reason]], Attachment]) -> TokenMergingReport:
+def merge_with(pipe: Any, make: Callable[[str, dict[str, Reason]], Attachment]) -> TokenMergingReport:
     """Put processors and attachments on a pipeline's models.
 
     Args:
         pipe: As in :func:`apply_token_merging`.
-        make: ``(train_timesteps, name, excluded layers) -> Attachment``, called for each model.
+        make: ``(name, excluded layers) -> Attachment``, called for each model.
     """
     models = models_of(pipe)
     for name, model in models.items():
@@ -127,7 +127,7 @@ def merge_with(pipe: Any, make: Callable[[int, str, dict[str, Reason]], Attachme
                     merging.append(layer)
                 else:
                     excluded[f"{prefix}{layer_name}"] = reason
-        attachment = make(train_timesteps(pipe), prefix, excluded)
+        attachment = make(prefix, excluded)
         if not merging:
             warnings.warn(
                 f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3

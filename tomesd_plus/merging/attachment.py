@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from tomesd_plus.caching.cache import feature_cache_on
-from tomesd_plus.host.arguments import sample_and_timestep
+from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.models import owners_of_hooks
+from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.merging.answers import KeptOutputs, Reason, Why
@@ -27,7 +28,7 @@ class Attachment:
 
     Args:
         config: What to merge.
-        train_timesteps: Timesteps of the model's training, for the noise level.
+        noise_levels: Tells the noise level of a timestep.
         name: Stands before layer names in the report.
         excluded: Layers that no processor could be put on, and why; for the report.
         plans: By which plans tokens are merged; :class:`Planner` by default.
@@ -38,14 +39,14 @@ class Attachment:
     def __init__(
         self,
         config: ToMeConfig,
-        train_timesteps: int = 1000,
+        noise_levels: NoiseLevels | None = None,
         name: str = "",
         excluded: dict[str, Reason] | None = None,
         plans: Plans | None = None,
         stays: bool = False,
     ) -> None:
         self.config = config
-        self.train_timesteps = train_timesteps
+        self.noise_levels = noise_levels or NoiseLevels(needed=config.follows_noise_level)
         self.excluded = excluded or {}
         self.plans = plans or Planner(config)
         self.decider = Decider(config, self.plans, name)
@@ -130,10 +131,10 @@ class Attachment:
         if replaced:
             self.lose(model)
             return
-        sample, timestep = sample_and_timestep(model, args, kwargs)
+        sample, timestep, text = call_of(model, args, kwargs)
         current = self.decider.current
         generation = current.generation or self.new_generation()
-        step = generation.tracker.observe(sample, timestep)
+        step = generation.tracker.observe(sample, timestep, text)
         if step.new_generation:
             generation = Generation(generation.tracker)
             record = generation.record
@@ -178,7 +179,7 @@ class Attachment:
 
     def new_generation(self, explicit: bool = False) -> Generation:
         """One that has not begun; ``explicit`` if its beginning was said, so that no other is guessed in it."""
-        return Generation(StepTracker(self.train_timesteps, explicit))
+        return Generation(StepTracker(self.noise_levels, explicit))
 
     def explicit_state(self) -> Any:
         """The state of a generation that has not begun, for :meth:`swap_generation`."""

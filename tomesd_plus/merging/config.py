@@ -203,6 +203,12 @@ class ToMeConfig:
         return {} if ratio is None else self._by_level(ratio)
 
     @property
+    def follows_noise_level(self) -> bool:
+        """True if a ratio depends on the noise level."""
+        all_of_them = [*self.schedules.values(), *self.cached_schedules.values(), *self.full_schedules.values()]
+        return any(not isinstance(each, ConstantSchedule | AdaptiveRatio) for each in all_of_them)
+
+    @property
     def full_every(self) -> int | Cache | None:
         """``full_steps``' cadence."""
         return self.full_steps.every if isinstance(self.full_steps, FullSteps) else None

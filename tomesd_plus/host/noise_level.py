@@ -1,0 +1,158 @@
+"""Noise levels of a scheduler's timesteps, whatever these are: of training, log σ, or σ itself."""
+
+import bisect
+import math
+import warnings
+import weakref
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from tomesd_plus.host.transient import Transient
+
+CLEAR = 20.0
+"""A fractional timestep above this is one of training: those in log σ and σ stay far below."""
+
+
+class NoiseLevels:
+    """Tells the noise level of a timestep: that of training with equal log-SNR, over ``T - 1``; σ of flow matching.
+
+    Integer timesteps are those of training themselves. For others the scheduler's own σ and ᾱ are looked up, so a
+    pipeline's scheduler may be changed at any time. A scheduler without ᾱ, as EDM's, is compared by the ᾱ that Stable
+    Diffusion is trained with. Its place in the schedule serves where nothing else tells, and the user is told.
+
+    Args:
+        pipe: The pipeline; its scheduler is asked. Without one, timesteps of training are all that can be read.
+        needed: True if something depends on the noise level, so that not knowing it deserves a warning.
+    """
+
+    def __init__(self, pipe: Any = None, needed: bool = True) -> None:
+        self.needed = needed
+        self._scheduler = getattr(pipe, "scheduler", None)  # a copied pipeline's copy finds its own by this
+        self._pipe: Transient[weakref.ref[Any]] = Transient(None if self._scheduler is None else weakref.ref(pipe))
+        self._table: Transient[tuple[Tensor, int | None, dict[float, float]]] = Transient()
+        self._clear = False  # a timestep was so large that all are of training
+        self._told = False
+
+    def of(self, timesteps: Sequence[float]) -> list[float]:
+        """Noise levels in [0, 1] of a generation's timesteps, or of one."""
+        table = self._levels_of_scheduler()
+        training = self.train_timesteps - 1
+        self._clear = self._clear or max(timesteps) > CLEAR
+        levels = []
+        for place, timestep in enumerate(timesteps):
+            level = table.get(timestep)
+            if level is None and (float(timestep).is_integer() or self._clear):
+                level = timestep / training
+            level = _nearest(table, timestep) if level is None else level
+            if level is None:
+                self._tell(timestep)
+                level = 1 - place / len(timesteps) if len(timesteps) > 1 else timestep / training
+            levels.append(min(max(level, 0.0), 1.0))
+        return levels
+
+    @property
+    def train_timesteps(self) -> int:
+        """``T``: timesteps of training; 1,000 where no scheduler tells."""
+        return _train_timesteps(self._current_scheduler())
+
+    def _current_scheduler(self) -> Any:
+        pipe = self._pipe.value() if self._pipe.value is not None else None
+        if pipe is not None:
+            self._scheduler = getattr(pipe, "scheduler", None)
+        return self._scheduler
+
+    def _levels_of_scheduler(self) -> dict[float, float]:
+        """The scheduler's timesteps and their noise levels; read from the device once a schedule."""
+        scheduler = self._current_scheduler()
+        timesteps = getattr(scheduler, "timesteps", None)
+        if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or not len(timesteps):
+            return {}
+        version = None if timesteps.is_inference() else timesteps._version
+        if self._table.value is None or self._table.value[0] is not timesteps or self._table.value[1] != version:
+            values = [float(value) for value in timesteps.tolist()]
+            levels = scheduler_noise_levels(scheduler, values)
+            self._table.value = timesteps, version, {} if levels is None else dict(zip(values, levels, strict=True))
+        return self._table.value[2]
+
+    def _tell(self, timestep: float) -> None:
+        if self._told or not self.needed:
+            return
+        self._told = True
+        whose = "no scheduler is known" if self._current_scheduler() is None else "the scheduler has none like it"
+        warnings.warn(
+            f"The noise level of timestep {timestep:g} cannot be known: it is none of training, and {whose}. What "
+            "depends on it follows the place in the schedule instead. Apply to the pipeline that calls the model.",
+            stacklevel=2,
+        )
+
+
+def scheduler_noise_levels(scheduler: Any, timesteps: Sequence[float]) -> list[float] | None:
+    """Noise levels of a scheduler's timesteps, or ``None`` where its tables do not tell.
+
+    Args:
+        scheduler: One of diffusers', with its timesteps set.
+        timesteps: The same on the host.
+    """
+    last = _train_timesteps(scheduler) - 1
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    found = getattr(scheduler, "sigmas", None)
+    sigmas = [float(sigma) for sigma in found] if found is not None and len(found) - len(timesteps) in (0, 1) else None
+    if sigmas is not None and _is_flow(scheduler, sigmas):
+        return sigmas[: len(timesteps)]
+    training = all(0 <= timestep <= last for timestep in timesteps)
+    if training and all(float(timestep).is_integer() for timestep in timesteps):
+        return [timestep / last for timestep in timesteps]
+    if sigmas is None:
+        return [timestep / last for timestep in timesteps] if training and alphas_cumprod is not None else None
+    table = _stable_diffusion() if alphas_cumprod is None else tuple(float(alpha) for alpha in alphas_cumprod)
+    levels = [_of_sigma(sigma, table) for sigma in sigmas[: len(timesteps)]]
+    if training and abs(timesteps[0] / last - levels[0]) < 0.05:  # fractions of training's, as with Karras' σ
+        return [timestep / last for timestep in timesteps]
+    return levels
+
+
+def _of_sigma(sigma: float, alphas_cumprod: tuple[float, ...]) -> float:
+    """The training timestep of equal log-SNR, over its last; ``sigma`` is noise over signal."""
+    if sigma <= 0:
+        return 0.0
+    logs = _log_sigmas(alphas_cumprod)
+    above = bisect.bisect_left(logs, math.log(sigma))
+    if above in (0, len(logs)):
+        return float(above > 0)
+    low, high = logs[above - 1], logs[above]
+    return (above - 1 + (math.log(sigma) - low) / (high - low)) / (len(logs) - 1)
+
+
+@lru_cache(maxsize=8)
+def _log_sigmas(alphas_cumprod: tuple[float, ...]) -> tuple[float, ...]:
+    floor = 2.0**-24  # zero-SNR schedules end at an ᾱ of 0
+    return tuple(math.log((1 - alpha) / max(alpha, floor)) / 2 for alpha in alphas_cumprod)
+
+
+@lru_cache(maxsize=1)
+def _stable_diffusion() -> tuple[float, ...]:
+    """ᾱ of Stable Diffusion's training: √β rises evenly from √0.00085 to √0.012 over 1,000 timesteps."""
+    first, last, alphas, product = math.sqrt(0.00085), math.sqrt(0.012), [], 1.0
+    for index in range(1000):
+        product *= 1 - (first + (last - first) * index / 999) ** 2
+        alphas.append(product)
+    return tuple(alphas)
+
+
+def _is_flow(scheduler: Any, sigmas: Sequence[float]) -> bool:
+    config = scheduler.config
+    said = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(said) or (not hasattr(scheduler, "alphas_cumprod") and max(sigmas) <= 1)
+
+
+def _train_timesteps(scheduler: Any) -> int:
+    return getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+
+
+def _nearest(levels: dict[float, float], timestep: float) -> float | None:
+    """The level of a timestep that may have been rounded on its way."""
+    near = min(levels, key=lambda each: abs(each - timestep), default=None)
+    return levels[near] if near is not None and math.isclose(near, timestep, rel_tol=4e-3, abs_tol=1e-4) else None
