@@ -69,6 +69,7 @@ def apply_patch(
         lambda name, excluded: Attachment(
             config, NoiseLevels(needed=False), name, excluded, TomesdPlans(config, ratio, max_downsample), stays=True
         ),
+        unknown=True,
     )
     return model
 

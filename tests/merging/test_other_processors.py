@@ -32,6 +32,8 @@ SWITCHES = {
 class Plain:
     """A processor that takes what diffusers passes by name, and no more."""
 
+    permutation_equivariant = True
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         return AttnProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
 

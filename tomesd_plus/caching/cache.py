@@ -14,7 +14,7 @@ from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.forwards import take_forwards_off
 from tomesd_plus.host.models import finest_level, unwrapped
 from tomesd_plus.host.noise_level import NoiseLevels
-from tomesd_plus.host.step import Step, StepTracker, outside_graphs
+from tomesd_plus.host.step import Step, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
 
 CACHE = "_tomesd_plus_cache"  # a UNet's attribute
@@ -83,6 +83,7 @@ class FeatureCache:
         """Before the UNet: tell the kind of this step, unless the early feature must be seen first."""
         if not self.attached or kwargs is None:  # a call that had begun when the hook was removed, or a compiled one
             return
+        refuse_tracing("A feature cache")
         if self.attention_level is not None and torch.is_grad_enabled() and unwrapped(unet).is_gradient_checkpointing:
             raise RuntimeError(
                 "branch='self_attention' cannot be used with gradient checkpointing: a block that is run again would "

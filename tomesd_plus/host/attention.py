@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from diffusers.hooks import _helpers as host_registries
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -11,6 +12,21 @@ from torch.nn.functional import pad
 
 _NATIVE = AttentionBackendName.NATIVE  # the host's own default is what any model has set last, for all models
 EXTRA_CHANNELS = 8  # one is used; kernels want a multiple of eight
+
+
+def register_processor(kind: type) -> None:
+    """Make a processor's class known to guiders that leave attention out, where the host has a registry for that.
+
+    Put there directly: the registry's own method first imports a dozen of transformers.
+    """
+    registry = getattr(host_registries, "AttentionProcessorRegistry", None)
+    if registry is not None:
+        registry._registry[kind] = host_registries.AttentionProcessorMetadata(skip_processor_output_fn=_skipped)
+
+
+def _skipped(attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An attention layer's output where it is left out."""
+    return hidden_states
 
 
 def attention(

@@ -79,7 +79,9 @@ class FirstCalls:
             if reading is not None and model is not None:
                 # A video model has folded its frames into the batch by now, but not into its timesteps.
                 batch = len(args[0]) if reading.timestep is None else len(reading.timestep)
-                self._begin(model, args[0][:batch], reading.timestep)
+                frames = len(args[0]) // batch
+                sample = args[0] if frames == 1 else args[0].unflatten(0, (batch, frames)).transpose(1, 2)
+                self._begin(model, sample, reading.timestep)
             with self.lock:
                 self._readings.pop(threading.current_thread(), None)
                 self._leave_if_done()

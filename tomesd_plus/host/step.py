@@ -12,12 +12,31 @@ from tomesd_plus.host.noise_level import NoiseLevels
 MOST_CALLS = 4
 """A step may call the model more than once, with each guidance branch by itself; more calls are of tiles or views."""
 
+_WHY_OUTSIDE = "token merging and caching choose at each step what runs: remove them before an export"
+
 Hook = TypeVar("Hook", bound=Callable[..., None])
 
 
 def outside_graphs(hook: Hook) -> Hook:
     """Keep a hook that reads the host's values out of the graphs of ``torch.compile``."""
-    return cast(Hook, torch.compiler.disable(hook))
+    try:
+        disabled = torch.compiler.disable(hook, reason=_WHY_OUTSIDE)
+    except TypeError:  # torch 2.6 takes no reason
+        disabled = torch.compiler.disable(hook)
+    return cast(Hook, disabled)
+
+
+def refuse_tracing(what: str) -> None:
+    """Refuse to be recorded once and for all: what is done differs from step to step.
+
+    Raises:
+        RuntimeError: The model is being traced or exported.
+    """
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():  # also in an export that is run as Python
+        raise RuntimeError(
+            f"{what} cannot be traced or exported: what runs differs from step to step. Remove it for the export, or "
+            "use torch.compile, which works with it"
+        )
 
 
 @dataclass(frozen=True)

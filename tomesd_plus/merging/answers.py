@@ -39,6 +39,11 @@ class Why(Enum):
     fused = "its projections are fused, so queries and keys cannot have tokens of their own"
     replaced = "its processor was replaced by {} after merging was applied"
     module_processor = "its processor is a module, which must stay registered on the layer"
+    unknown_processor = (
+        "its processor {} is not one of diffusers', and may depend on the tokens' number or order; "
+        "if it does not, set permutation_equivariant = True on it"
+    )
+    other_batch = "its batch of {} is not the call's {}: its tokens may be tiles"
     own_arguments = "its processor takes arguments of its own ({})"
 
 

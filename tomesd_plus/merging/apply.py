@@ -27,6 +27,9 @@ def apply_token_merging(
 ) -> TokenMergingReport:
     """Merge tokens in a pipeline's UNet and ControlNets, around the attention processors that are there.
 
+    Processors that are not diffusers' own may shuffle or count tokens, as HyperTile's do, so they are left alone, and
+    the report says so; one that does neither says it by an attribute ``permutation_equivariant = True``.
+
     Args:
         pipe: A diffusers pipeline with a UNet, or a UNet or ControlNet itself.
         config: What to merge; ``ToMeConfig()`` by default. Anything else is taken as the ratio.
@@ -102,11 +105,14 @@ def merging_report(pipe: Any) -> TokenMergingReport:
     return _report({name: attachments[0] for name, attachments in found.items() if attachments})
 
 
-def merge_with(pipe: Any, make: Callable[[str, dict[str, Reason]], Attachment]) -> TokenMergingReport:
+def merge_with(
+    pipe: Any, make: Callable[[str, dict[str, Reason]], Attachment], unknown: bool = False
+) -> TokenMergingReport:
     """Put processors and attachments on a pipeline's models.
 
     Args:
         pipe: As in :func:`apply_token_merging`.
+        unknown: True to merge around processors that are not diffusers' too.
         make: ``(name, excluded layers) -> Attachment``, called for each model.
     """
     models = models_of(pipe)
@@ -122,7 +128,7 @@ def merge_with(pipe: Any, make: Callable[[str, dict[str, Reason]], Attachment]) 
         excluded: dict[str, Reason] = {}
         for layer_name, layer in model.named_modules():
             if isinstance(layer, Attention) and not layer.is_cross_attention:
-                reason = Reason(Why.frames) if attends_over_frames(layer_name) else _why_excluded(layer)
+                reason = Reason(Why.frames) if attends_over_frames(layer_name) else _why_excluded(layer, unknown)
                 if reason is None:
                     merging.append(layer)
                 else:
@@ -150,12 +156,15 @@ def _report(attachments: dict[str, Attachment]) -> TokenMergingReport:
     )
 
 
-def _why_excluded(layer: Attention) -> Reason | None:
+def _why_excluded(layer: Attention, unknown: bool) -> Reason | None:
     """Why no processor can be wrapped around a layer's own, or ``None``."""
     if isinstance(layer.processor, nn.Module):
         return Reason(Why.module_processor)
-    known = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}
-    extra = set(inspect.signature(layer.processor.__call__).parameters) - known
+    named = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}
+    extra = set(inspect.signature(layer.processor.__call__).parameters) - named
     if extra:  # Attention hands on such arguments only to a processor whose own signature names them
         return Reason(Why.own_arguments, (", ".join(sorted(extra)),))
+    known = type(layer.processor).__module__.partition(".")[0] == "diffusers"
+    if not (unknown or known or getattr(layer.processor, "permutation_equivariant", False)):
+        return Reason(Why.unknown_processor, (type(layer.processor).__name__,))
     return None

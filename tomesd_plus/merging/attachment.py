@@ -12,7 +12,7 @@ from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.models import owners_of_hooks
 from tomesd_plus.host.noise_level import NoiseLevels
-from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs
+from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.merging.answers import KeptOutputs, Reason, Why
 from tomesd_plus.merging.blocks import BlockHooks
@@ -123,12 +123,14 @@ class Attachment:
         """Before the model: read the step, and lay out what is to be done."""
         if not self.attached or kwargs is None:  # a call that had begun when the hook was removed, or a compiled one
             return
+        refuse_tracing("Token merging")
         replaced = not self.serves_any()
         if self.stays and replaced != self._replaced:
             self._processors_changed(model, replaced)
         if replaced and self.stays:
             return
         if replaced:
+            self._warn_if_replaced_by_others()
             self.lose(model)
             return
         sample, timestep, text = call_of(model, args, kwargs)
@@ -143,7 +145,7 @@ class Attachment:
         current.generation, self.record.value = generation, generation.record
         generation.record.steps.append(StepRecord(step.index, step.noise_level))
         current.call = self.decider.latest.value = call = Call(
-            step, record=generation.record, gradients=torch.is_grad_enabled()
+            step, record=generation.record, video=sample.ndim == 5, gradients=torch.is_grad_enabled()
         )
         cache = feature_cache_on(model)
 
@@ -229,6 +231,16 @@ class Attachment:
             "Apply it again to merge around these, or put the former ones back.",
             stacklevel=2,
         )
+
+    def _warn_if_replaced_by_others(self) -> None:
+        """A processor set by itself is removed by setting diffusers' default ones; any others are a surprise."""
+        kinds = sorted({type(attention.processor).__name__ for attention in self.attentions})
+        if not set(kinds) <= {"AttnProcessor", "AttnProcessor2_0", "ToMeProcessor"}:
+            warnings.warn(
+                f"Token merging merges nothing any more: ToMeProcessor was replaced by {', '.join(kinds)}. Use "
+                "apply_token_merging, which merges around other processors, or set it again.",
+                stacklevel=2,
+            )
 
     def came_back(self, attention: nn.Module) -> None:
         """A processor is called outside of a call of the model: see whether it is back on a model it was lost on."""

@@ -85,6 +85,8 @@ class Decider:
         if block.inside is not None:
             inside = block.inside.kept.shape == hidden_states.shape[:2] and obstacle is None
             return AlreadyMerged(block.inside) if inside else Leave(obstacle)
+        if obstacle is None and not call.video and hidden_states.shape[0] != call.step.batch:
+            obstacle = Reason(Why.other_batch, (hidden_states.shape[0], call.step.batch))
         if obstacle is not None and role == "self_attention":
             return Leave(obstacle)
         found = self._find(call, layer, role, hidden_states)

@@ -135,6 +135,7 @@ class Call:
         skips: Tells of a layer, by name, if cached steps skip it.
         attention_level: The downsample at which a cache skips self-attention alone.
         record: Where to note what is done; ``None`` while the gate measures.
+        video: Frames are samples of the layers' batches, so these may be larger than the call's.
         running: Between the model's pre-hook and its hook.
         gradients: Whether gradients are wanted, so that checkpointed blocks may be run again.
         used: The kept outputs that layers have used, where gradients are wanted.
@@ -152,6 +153,7 @@ class Call:
     skips: Callable[[str], bool] | None = None
     attention_level: int | None = None
     record: Record | None = None
+    video: bool = False
     running: bool = True
     gradients: bool = False
     used: dict[torch.nn.Module, Tensor] = field(default_factory=dict)

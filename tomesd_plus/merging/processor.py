@@ -5,7 +5,7 @@ from typing import Any, cast
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from tomesd_plus.host.attention import attention
+from tomesd_plus.host.attention import attention, register_processor
 from tomesd_plus.host.first_call import FirstCalls
 from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
@@ -22,6 +22,7 @@ class ToMeProcessor:
     At the model's first call it finds the model by itself and from then on knows noise level, step and latent size.
     Set this way it replaces what processors the model had, an IP-Adapter's too, and takes 1,000 timesteps of training
     for granted; to keep the processors use :func:`tomesd_plus.apply_token_merging`. An instance serves one model.
+    Processors that the host makes anew from an instance's class, as for an IP-Adapter, have its settings.
 
     It honours ``unet.set_attention_backend(…)``, which diffusers' own processors for these models do not.
 
@@ -38,6 +39,7 @@ class ToMeProcessor:
 
     _attention_backend: Any = None  # diffusers' ``set_attention_backend`` sets it on processors that have it
     _parallel_config: Any = None
+    _settings: ToMeConfig | None = None  # of this class, where it is one with settings
 
     def __init__(
         self,
@@ -50,10 +52,15 @@ class ToMeProcessor:
         if options and (config is not None or attachment is not None):
             raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
         self.inner = inner if inner is not None else AttnProcessor2_0()
-        self.attachment = attachment if attachment is not None else Attachment(config or ToMeConfig(**options))
         self.default = config is None and not options and attachment is None
+        if options:
+            config = ToMeConfig(**options)
+        if config is not None and attachment is None:
+            self.__class__ = _class_with(type(self), config)
         if attachment is None:
+            attachment = Attachment(config or self._settings or ToMeConfig())
             _waiting.add(self)
+        self.attachment = attachment
 
     def __call__(
         self,
@@ -113,9 +120,36 @@ class ToMeProcessor:
             attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
         )
 
+    def __reduce__(self) -> Any:
+        base = type(self) if self._settings is None else type(self).__base__
+        return _new, (base, self._settings), self.__dict__
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _waiting.add(self)  # goes by itself if the copy's attachment has its model, which a half-made copy cannot tell
+
+
+def _class_with(kind: type[ToMeProcessor], settings: ToMeConfig) -> type[ToMeProcessor]:
+    """A processor's class whose instances have these settings by default.
+
+    Where a host makes processors anew it calls a processor's class without arguments.
+    """
+    made = _classes.get((kind, repr(settings)))
+    if made is None:
+        own = {"_settings": settings, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        made = _classes[kind, repr(settings)] = type(kind.__name__, (kind,), own)
+        register_processor(made)
+    return made
+
+
+def _new(kind: type[ToMeProcessor], settings: ToMeConfig | None) -> ToMeProcessor:
+    """An instance to be filled in, for copies and pickles."""
+    kind = kind if settings is None else _class_with(kind, settings)
+    return kind.__new__(kind)
+
+
+_classes: dict[tuple[type[ToMeProcessor], str], type[ToMeProcessor]] = {}
+register_processor(ToMeProcessor)
 
 
 def attach_to(model: nn.Module, own: Attachment | None = None) -> bool:
