@@ -16,14 +16,15 @@ from tomesd_plus.evaluation.errors import EvaluationError
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write to a temporary file in the same folder, then rename it, so that no process sees an incomplete file.
 
-    The temporary name is random: processes in containers may have the same id, and machines may share a disk.
+    The temporary name is random: processes in containers may have the same id, and machines may share a disk. Of names
+    of files that are not UTF-8, escapes are written, which JSON reads back.
 
     Raises:
         OSError: For example, the disk is full. The temporary file is removed and ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{_writer()}.tmp")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
