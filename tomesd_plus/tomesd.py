@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import MergeMode, MergePlan, make_cells
+from tomesd_plus.matching.plan import WITH_KERNEL
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.apply import merge_with, remove_token_merging
 from tomesd_plus.merging.attachment import Attachment, attachments_on
@@ -192,6 +193,8 @@ class TomesdPlan(MergePlan):
 
     def merge(self, hidden_states: Tensor, mode: MergeMode = "merge") -> Tensor:
         """As tomesd: ``scatter_reduce`` of the sources into the destinations."""
+        if mode == "merge" and hidden_states.device.type not in WITH_KERNEL:  # nor for scatter_reduce, maybe
+            return super().merge(hidden_states, mode)
         merged = super().merge(hidden_states, "prune")
         if mode == "merge":
             channels = hidden_states.shape[2]
