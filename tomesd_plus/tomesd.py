@@ -43,7 +43,7 @@ def apply_patch(
 
     Args:
         model: A diffusers pipeline with a UNet, or a UNet. A patch that is on it is replaced.
-        ratio: Share of tokens to remove. Cells of ``sx × sy`` allow at most 1 − 1/(sx·sy); more is cut silently.
+        ratio: Share of tokens to remove, at least 0. Cells of ``sx × sy`` allow at most 1 − 1/(sx·sy); more is cut silently.
         max_downsample: Merge where the latents are downsampled by at most this.
         sx, sy: Width and height of the cells that hold one destination each.
         use_rand: Draw destinations at random; never done at odd batch sizes.
@@ -51,7 +51,12 @@ def apply_patch(
 
     Returns:
         ``model``.
+
+    Raises:
+        ValueError: ``ratio`` is no number of at least 0.
     """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < math.inf:
+        raise ValueError(f"ratio must be a finite number of at least 0, usually 0.5, not {ratio!r}")
     remove_patch(model)
     if not (merge_attn or merge_crossattn or merge_mlp):
         return model

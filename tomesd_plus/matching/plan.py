@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag
 MergeMode = Literal["merge", "prune"]
 
 # Device types with a kernel for embedding_bag; MPS has one since torch 2.10. Others get plain operations.
-WITH_KERNEL = {"cpu", "cuda", "meta"} | ({"mps"} if torch.__version__ >= (2, 10) else set())
+WITH_KERNEL = {"cpu", "cuda", "meta"} | ({"mps"} if torch.__version__ >= "2.10" else set())
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +111,7 @@ class MergePlan:
         """
         batch, tokens, channels = hidden_states.shape
         rows = hidden_states.reshape(batch * tokens, channels)
-        if mode == "merge":
-            merged = self._means(rows)
-        else:
-            merged = rows.index_select(0, _rows(self.kept, tokens))
+        merged = self._means(rows) if mode == "merge" else rows.index_select(0, _rows(self.kept, tokens))
         return merged.view(batch, -1, channels)
 
     def _means(self, rows: Tensor) -> Tensor:
