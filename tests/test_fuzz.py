@@ -1,5 +1,6 @@
 """Hostile inputs through a UNet: a right picture or a clear error, and a usable model afterwards."""
 
+import contextlib
 import math
 
 import pytest
@@ -92,10 +93,8 @@ def switch_on(unet, kind, ratio, chosen):
 
 def switch_off(unet):
     for remove in (remove_preset, remove_feature_cache, remove_token_merging):
-        try:
+        with contextlib.suppress(UserWarning):  # it was not on
             remove(unet)
-        except UserWarning:
-            pass  # it was not on
     tomesd.remove_patch(unet)
 
 

@@ -43,7 +43,8 @@ def apply_patch(
 
     Args:
         model: A diffusers pipeline with a UNet, or a UNet. A patch that is on it is replaced.
-        ratio: Share of tokens to remove, at least 0. Cells of ``sx × sy`` allow at most 1 − 1/(sx·sy); more is cut silently.
+        ratio: Share of tokens to remove, at least 0. Cells of ``sx × sy`` allow at most 1 − 1/(sx·sy); more is cut
+            silently.
         max_downsample: Merge where the latents are downsampled by at most this.
         sx, sy: Width and height of the cells that hold one destination each.
         use_rand: Draw destinations at random; never done at odd batch sizes.

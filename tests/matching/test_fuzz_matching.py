@@ -86,7 +86,8 @@ def step_of(height, width, noise_level):
 configurations = st.fixed_dictionaries(
     {},
     optional={
-        "cell_size": cell_sizes, "window": st.sampled_from([None, 1, 3, 8]), "max_downsample": st.sampled_from([1, 2, 4, 8]),
+        "cell_size": cell_sizes, "window": st.sampled_from([None, 1, 3, 8]),
+        "max_downsample": st.sampled_from([1, 2, 4, 8]),
         "destinations": st.sampled_from(["random", "fixed"]), "seed": st.integers(0, 2**64),
     },
 )  # fmt: skip
