@@ -18,7 +18,8 @@ roots = ["tomesd_plus"]
 if importlib.util.find_spec("gradio"):
     import gradio_app
     roots.append("gradio_app")
-names = [name for root in roots for _, name, _ in pkgutil.walk_packages(importlib.import_module(root).__path__, f"{root}.")]
+paths = {root: importlib.import_module(root).__path__ for root in roots}
+names = [name for root in roots for _, name, _ in pkgutil.walk_packages(paths[root], f"{root}.")]
 for name in names:
     if not name.endswith("__main__"):
         importlib.import_module(name)
@@ -67,7 +68,7 @@ print("done")
 )
 def test_a_fresh_interpreter_with_warnings_as_errors(script, last, tmp_path):
     root = Path(__file__).parent.parent
-    # -W default: the interpreter hides warnings of deprecation by itself; our modules' are errors, the hosts' are shown
+    # -W default: the interpreter hides warnings of deprecation by itself; ours are errors
     command = [sys.executable, "-W", "default", "-c", script, str(tmp_path / "out")]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

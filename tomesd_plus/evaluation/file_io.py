@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.plain_data import load_json, read_text
+from tomesd_plus.evaluation.words import printable
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -62,9 +64,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; an EvaluationError if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(read_text(path))
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read {path}: {error}") from error
+        raise EvaluationError(f"cannot read {printable(path)}: {error}") from error
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:

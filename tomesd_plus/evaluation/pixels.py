@@ -106,6 +106,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _rotation(image: Image.Image) -> Image.Transpose | None:
+    if image.format == "TIFF":  # Pillow has turned it while reading, and older ones still tell of the rotation
+        return None
     try:
         return _TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF says nothing of a rotation, and the pixels are as good as before

@@ -6,6 +6,8 @@ from typing import Any
 
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.file_io import read_json
+from tomesd_plus.evaluation.manifests import checked_manifest
+from tomesd_plus.evaluation.plain_data import checked
 from tomesd_plus.evaluation.speed import Speed
 from tomesd_plus.evaluation.words import printable
 from tomesd_plus.metrics.intervals import Estimate
@@ -73,12 +75,16 @@ def load_results(folder: Path) -> list[Result]:
         )
     try:
         return [_row(entry, folder) for entry in read_json(path)["rows"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise EvaluationError(f"{path} is not an evaluation's: {error}") from error
 
 
 def _row(entry: dict[str, Any], folder: Path) -> Result:
-    metrics = {name: Estimate(**estimate) for name, estimate in entry.pop("metrics").items()}
+    metrics = {name: checked(Estimate, estimate) for name, estimate in entry.pop("metrics").items()}
     speed = entry.pop("speed")
     path = folder / entry.pop("images_at")
-    return Result(images_at=path, metrics=metrics, speed=Speed(**speed) if speed else None, **entry)
+    more = {"images_at": path, "metrics": metrics, "speed": checked(Speed, speed) if speed else None}
+    row = checked(Result, entry | more)
+    checked_manifest(row.manifest, path)
+    row.conditions  # noqa: B018  raises an error if the manifest lacks something
+    return row

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.file_io import digest, read_json, write_json
+from tomesd_plus.evaluation.plain_data import checked
 from tomesd_plus.metrics.intervals import Estimate
 
 PREFIX = "score-"
@@ -46,8 +47,8 @@ def load_parts(folder: Path, images: Iterable[str]) -> dict[str, Part]:
     for path in sorted(folder.glob(f"{PREFIX}*.json")):
         try:
             entry = read_json(path)
-            metrics = {name: Estimate(**estimate) for name, estimate in entry.pop("metrics").items()}
-            part = Part(metrics=metrics, **entry | {"unreadable": dict(entry["unreadable"])})
+            metrics = {name: checked(Estimate, estimate) for name, estimate in entry.pop("metrics").items()}
+            part = checked(Part, entry | {"metrics": metrics})
         except (
             EvaluationError,
             AttributeError,
