@@ -1,10 +1,11 @@
-# Everything runs in .venv, made by the first target that needs it.
+# Everything runs in .venv, made by the first target that needs it; test-oldest makes one of its own.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo app test test-slow screenshots architecture lint types format install clean
+.PHONY: demo app test test-slow test-oldest screenshots architecture lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
@@ -19,6 +20,9 @@ test-slow: $(INSTALLED)  ## the tests marked slow
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		echo "No browser, so the tests of the app's page are skipped: apt-get install chromium"
 	$(BIN)/python -m pytest -n logical --dist loadfile -m slow
+
+test-oldest:  ## the tests but the slow ones, with the oldest supported versions
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 	$(BIN)/python -m gradio_app.screenshots docs
@@ -42,10 +46,10 @@ install: $(INSTALLED)
 
 # torch first and pinned: an unpinned torch may bring gigabytes of CUDA libraries
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' $(CONSTRAINTS))
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -92,7 +92,7 @@ def _loading(model: str, device: str, dtype: str) -> tuple[list[str], str]:
     if model == TINY:
         options = "" if (device, dtype) == ("cpu", "float32") else f"torch.{dtype}, {device!r}"
         return ["load_tiny_pipeline"], f"pipe = load_tiny_pipeline({options})"
-    if model.endswith((".safetensors", ".ckpt")):
+    if model.endswith(".safetensors"):
         return ["load_model"], f"pipe = load_model({model!r}, {device!r}, torch.{dtype})"
     load = f"pipe = AutoPipelineForText2Image.from_pretrained({model!r}, torch_dtype=torch.{dtype}).to({device!r})"
     return ["AutoPipelineForText2Image"], load

@@ -46,7 +46,7 @@ def start(
     print(f"{model}: {device}, {dtype}, torch {torch.__version__}")
     demo = build_demo(Backend(pipe, model, dtype))
     try:
-        demo.launch(server_name=host, server_port=port, **launch_options())
+        demo.launch(server_name=host, server_port=port, share=False, **launch_options())
     except OSError as error:  # the port is taken, or there is no such address
         raise EvaluationError(
             f"cannot listen on {host or '127.0.0.1'}, port {port or 'from 7860'}: {error}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import MergeMode, MergePlan, make_cells
+from tomesd_plus.matching.plan import WITH_KERNEL
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.apply import merge_with, remove_token_merging
 from tomesd_plus.merging.attachment import Attachment, attachments_on
@@ -43,7 +44,8 @@ def apply_patch(
 
     Args:
         model: A diffusers pipeline with a UNet, or a UNet. A patch that is on it is replaced.
-        ratio: Share of tokens to remove. Cells of ``sx × sy`` allow at most 1 − 1/(sx·sy); more is cut silently.
+        ratio: Share of tokens to remove, at least 0. Cells of ``sx × sy`` allow at most 1 − 1/(sx·sy); more is cut
+            silently.
         max_downsample: Merge where the latents are downsampled by at most this.
         sx, sy: Width and height of the cells that hold one destination each.
         use_rand: Draw destinations at random; never done at odd batch sizes.
@@ -51,7 +53,12 @@ def apply_patch(
 
     Returns:
         ``model``.
+
+    Raises:
+        ValueError: ``ratio`` is no number of at least 0.
     """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < math.inf:
+        raise ValueError(f"ratio must be a finite number of at least 0, usually 0.5, not {ratio!r}")
     remove_patch(model)
     if not (merge_attn or merge_crossattn or merge_mlp):
         return model
@@ -194,6 +201,8 @@ class TomesdPlan(MergePlan):
 
     def merge(self, hidden_states: Tensor, mode: MergeMode = "merge") -> Tensor:
         """As tomesd: ``scatter_reduce`` of the sources into the destinations."""
+        if mode == "merge" and hidden_states.device.type not in WITH_KERNEL:  # nor for scatter_reduce, maybe
+            return super().merge(hidden_states, mode)
         merged = super().merge(hidden_states, "prune")
         if mode == "merge":
             channels = hidden_states.shape[2]

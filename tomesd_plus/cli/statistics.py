@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from tomesd_plus.cli.common import check_writable, console, fail, progress_bar, quiet, run, usable
 from tomesd_plus.cli.options import Device
@@ -26,6 +27,7 @@ def statistics_command(
     quiet()
     from tomesd_plus.evaluation.scoring.extractors import load_extractor
     from tomesd_plus.evaluation.scoring.reference import save_reference
+    from tomesd_plus.evaluation.words import in_words, printable
 
     where = usable(device)
     extractor = run(lambda: load_extractor(features, where, inception_weights))
@@ -34,7 +36,6 @@ def statistics_command(
         reference = run(
             lambda: save_reference(pictures, extractor, out, split, column, lambda count: progress.advance(bar, count))
         )
-    skipped = f", {reference.unreadable} unreadable ones left out" if reference.unreadable else ""
-    console.print(
-        f"Written: {out}, {reference.statistics.count} pictures by {extractor.name}{skipped}", soft_wrap=True
-    )
+    skipped = f"; left out: {in_words(reference.skipped)}" if reference.skipped else ""
+    line = f"Written: {printable(out)}, {reference.statistics.count} pictures by {extractor.name}{skipped}"
+    console.print(escape(line), soft_wrap=True)

@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.evaluation.file_io import plain
+from tomesd_plus.evaluation.file_io import digest, plain
+from tomesd_plus.evaluation.plain_data import load_yaml, read_text
 from tomesd_plus.evaluation.switches import SWITCHES, Switch, prepare
 from tomesd_plus.merging.report import TokenMergingReport
 
+MAX_FOLDER = 150  # bytes; file systems allow 255
 OTHER_SEED = 1_000_003  # offset of the noise floor's seeds
 
 
@@ -45,8 +47,11 @@ class Configuration:
 
     @property
     def folder(self) -> str:
-        """The name in a form that suits a folder."""
-        return re.sub(r"[^\w.]+", "-", self.name).strip("-.").lower()
+        """The name in a form that suits a folder, and leads nowhere else; long ones end with a hash."""
+        name = re.sub(r"[^\w.]+", "-", self.name).strip("-.").lower()
+        if len(name.encode()) > MAX_FOLDER or name.endswith((".json", ".csv", ".md", ".png")):  # as our files' names
+            name = f"{name.encode()[:MAX_FOLDER].decode(errors='ignore')}-{digest(self.name)[:8]}"
+        return name
 
     @property
     def is_baseline(self) -> bool:
@@ -99,11 +104,9 @@ def parse_configuration(entry: str | Mapping[str, Any]) -> Configuration:
         if entry.strip() == BASELINE.name:
             return BASELINE
         try:
-            values = yaml.safe_load("{" + entry + "}")
-        except yaml.YAMLError as error:
-            raise EvaluationError(
-                f"cannot read the configuration {entry!r}: {' '.join(str(error).split())}"
-            ) from error
+            values = load_yaml("{" + entry + "}")
+        except ValueError as error:
+            raise EvaluationError(f"cannot read the configuration {entry[:200]!r}: {error}") from error
     else:
         values = entry
     if not isinstance(values, Mapping) or not values:
@@ -118,8 +121,8 @@ def parse_configuration(entry: str | Mapping[str, Any]) -> Configuration:
 def load_configurations(path: Path) -> list[Configuration]:
     """Read a YAML file: a list of configurations, or a mapping with the list under ``configurations``."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = load_yaml(read_text(path))
+    except (OSError, ValueError) as error:
         raise EvaluationError(f"cannot read configurations from {path}: {' '.join(str(error).split())}") from error
     if isinstance(content, Mapping):
         content = content.get("configurations")

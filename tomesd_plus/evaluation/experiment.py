@@ -1,6 +1,7 @@
 """The folder of an evaluation: an index of items and configurations, and a folder of images for each configuration."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.file_io import atomic_write, plain, read_json, write_json
 from tomesd_plus.evaluation.images import to_image
 from tomesd_plus.evaluation.items import Item
-from tomesd_plus.evaluation.manifests import make_manifest, manifest_under, refuse_another
+from tomesd_plus.evaluation.manifests import checked_manifest, make_manifest, manifest_under, refuse_another
+from tomesd_plus.evaluation.plain_data import checked
 
 INDEX = "experiment.json"
 MANIFEST = "manifest.json"
@@ -56,7 +58,7 @@ class ImageFolder:
     @property
     def manifest(self) -> dict[str, Any]:
         """The record of how the images were generated."""
-        return dict(read_json(self.path / MANIFEST))
+        return checked_manifest(read_json(self.path / MANIFEST), self.path / MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,11 @@ class Experiment:
             raise EvaluationError(f"{out} holds no evaluation (no {INDEX}): generate one first")
         index = read_json(out / INDEX)
         try:
-            items = tuple(Item(**item) for item in index.pop("items"))
-            folders = tuple(name for name in index.pop("configurations") if (out / name / MANIFEST).exists())
-            return cls(out, items, configurations=folders, **index)
-        except (KeyError, TypeError, AttributeError) as error:
+            items = tuple(checked(Item, item) for item in index.pop("items"))
+            names = tuple(map(_plain_name, index.pop("configurations")))
+            folders = tuple(name for name in names if (out / name / MANIFEST).exists())
+            return checked(cls, {"out": out, "items": items, "configurations": folders, **index})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise EvaluationError(f"{out / INDEX} is not an evaluation's: {error}") from error
 
     def prepare(
@@ -172,3 +175,10 @@ class Experiment:
         names = dict.fromkeys([*old.configurations, *self.configurations])
         # the baseline comes first, even if its folder was deleted and generated again
         return replace(longer, configurations=tuple(sorted(names, key=lambda name: name != BASELINE.folder)))
+
+
+def _plain_name(name: Any) -> str:
+    """A folder's name in an index; nothing that leads out of the evaluation's folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{name!r} is no configuration's folder")
+    return name

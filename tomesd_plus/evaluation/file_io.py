@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.plain_data import load_json, read_text
+from tomesd_plus.evaluation.words import printable
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write to a temporary file in the same folder, then rename it, so that no process sees an incomplete file.
 
-    The temporary name is random: processes in containers may have the same id, and machines may share a disk.
+    The temporary name is random: processes in containers may have the same id, and machines may share a disk. Of names
+    of files that are not UTF-8, escapes are written, which JSON reads back.
 
     Raises:
         OSError: For example, the disk is full. The temporary file is removed and ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{_writer()}.tmp")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -61,9 +64,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; an EvaluationError if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(read_text(path))
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read {path}: {error}") from error
+        raise EvaluationError(f"cannot read {printable(path)}: {error}") from error
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:

@@ -1,6 +1,7 @@
 """Read images from files, folders and data sets."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from tomesd_plus.evaluation.errors import EvaluationError
+from tomesd_plus.evaluation.folders import list_pictures
 from tomesd_plus.evaluation.hub_data import choose_column, load_data_set
+from tomesd_plus.evaluation.pixels import UnusableImage, open_file, read_rgb, suffixes
+from tomesd_plus.evaluation.words import in_words, printable
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BATCH_BYTES = 2**28  # large pictures come in smaller batches
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -27,12 +31,14 @@ class Images:
     Args:
         names: Name of each image.
         open: Opens the image with a given index.
-        unreadable: Names of the images that could not be read so far.
+        unreadable: The images that could not be read so far, by name, with the reason.
+        passed_over: Number of files that were not even tried, by reason.
     """
 
     names: Sequence[str]
     open: Callable[[int], Image.Image]
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,15 +46,18 @@ class Images:
     @classmethod
     def of_paths(cls, paths: Sequence[Path]) -> "Images":
         """The images in these files."""
-        return cls([str(path) for path in paths], lambda index: Image.open(paths[index]))
+        return cls([str(path) for path in paths], lambda index: open_file(paths[index]))
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Images":
-        """The images in a folder and its subfolders, sorted by path."""
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise EvaluationError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-        return cls.of_paths(paths)
+        """The images in a folder and its subfolders, sorted by path; see :func:`~.folders.list_pictures`."""
+        listing = list_pictures(folder)
+        if not listing.paths:
+            others = f" Skipped: {in_words(listing.skipped)}." if listing.skipped else ""
+            raise EvaluationError(f"{printable(folder)} holds no images ({', '.join(sorted(suffixes()))}).{others}")
+        images = cls.of_paths(listing.paths)
+        images.passed_over = listing.skipped
+        return images
 
     @classmethod
     def of_data_set(cls, name: str, split: str = "validation", column: str | None = None) -> "Images":
@@ -57,14 +66,19 @@ class Images:
         chosen = choose_column(data.column_names, column, name, ("image", "jpg", "img"))
         return cls([f"{name}[{index}]" for index in range(len(data))], lambda index: data[index][chosen])
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many files were left out so far, by reason: those that could not be read, and those not even tried."""
+        return dict(Counter(self.unreadable.values()) + Counter(self.passed_over))
+
     def read(self, index: int) -> Tensor | None:
         """Read an image as uint8 (3, height, width); ``None``, and an entry in :attr:`unreadable`, if that fails."""
         try:
-            with self.open(index) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except Exception:  # truncated, not an image, too large, deleted: each format raises its own errors
-            self.unreadable.append(self.names[index])
+            image = read_rgb(lambda: self.open(index))
+        except UnusableImage as error:
+            self.unreadable[self.names[index]] = str(error)
             return None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def batches(self, size: int) -> Iterator[tuple[list[int], Tensor]]:
         """Yield indices and uint8 images (count, 3, height, width); a change of size starts a new batch."""
@@ -74,7 +88,8 @@ class Images:
             image = self.read(index)
             if image is None:
                 continue
-            if images and (len(images) == size or image.shape != images[0].shape):
+            full = len(images) == size or len(images) * image.numel() >= BATCH_BYTES
+            if images and (full or image.shape != images[0].shape):
                 yield indices, torch.stack(images)
                 indices, images = [], []
             indices.append(index)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,18 @@ class Item:
         prompt_id: The prompt's index in its source.
         prompt: The prompt.
         seed: Distinguishes several images of one prompt.
+
+    Raises:
+        ValueError: The id cannot be part of a file's name.
     """
 
     prompt_id: str
     prompt: str
     seed: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", self.prompt_id):  # it becomes part of files' names
+            raise ValueError(f"a prompt's id must be up to 100 letters, digits, -, _ and ., not {self.prompt_id!r}")
 
     @property
     def name(self) -> str:

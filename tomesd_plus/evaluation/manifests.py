@@ -6,6 +6,14 @@ from typing import Any
 from tomesd_plus.evaluation.configurations import Configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 
+NoneType = type(None)
+REQUIRED: dict[str, tuple[type, ...]] = {  # what tables say of each row
+    "model": (str,), "dtype": (str,), "device": (str,), "versions": (dict,), "scheduler.class": (str,),
+    "sampling.steps": (int,), "sampling.guidance_scale": (int, float),
+    "sampling.height": (int, NoneType), "sampling.width": (int, NoneType),
+    "configuration.name": (str,), "configuration.seed_offset": (int,),
+}  # fmt: skip
+
 
 def make_manifest(
     configuration: Configuration, conditions: dict[str, Any], batch: dict[str, int] | None
@@ -23,6 +31,17 @@ def make_manifest(
     if configuration.depends_on_batch and batch:
         made_by["batch"] = batch
     return manifest_under(conditions, made_by)
+
+
+def checked_manifest(value: Any, path: Path) -> dict[str, Any]:
+    """A manifest that was read from a file; an EvaluationError if it is none."""
+    for place, kinds in REQUIRED.items():
+        found: Any = value
+        for key in place.split("."):
+            found = found.get(key, REQUIRED) if isinstance(found, dict) else REQUIRED
+        if not isinstance(found, kinds) or isinstance(found, bool):
+            raise EvaluationError(f"{path} is no evaluation's, by its {place}: delete the folder, and generate again")
+    return value
 
 
 def manifest_under(conditions: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:

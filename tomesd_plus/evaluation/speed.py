@@ -9,6 +9,7 @@ from tomesd_plus.evaluation.configurations import BASELINE
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.experiment import Experiment
 from tomesd_plus.evaluation.file_io import read_json
+from tomesd_plus.evaluation.plain_data import checked
 
 SPEED_FILE = "speed.json"
 
@@ -42,6 +43,14 @@ class Speed:
     device: str = ""
     manifest: str = ""
 
+    def __post_init__(self) -> None:
+        for step in self.removed:  # a stranger may have written the file that they were read from
+            shares = step.get("removed")
+            if not isinstance(shares, dict) or not all(
+                str(level).isdecimal() and type(share) in (int, float) for level, share in shares.items()
+            ):
+                raise TypeError("removed must hold a share of tokens for each level of each step")
+
 
 def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = None) -> dict[str, Speed]:
     """Load the measured speeds that are still valid, by folder name.
@@ -57,7 +66,7 @@ def load_speeds(experiment: Experiment, runs: int = 0, batch_size: int | None = 
     if not path.exists():
         return {}
     try:
-        speeds = {name: Speed(**entry) for name, entry in read_json(path).items()}
+        speeds = {name: checked(Speed, entry) for name, entry in read_json(path).items()}
     except (TypeError, AttributeError) as error:
         raise EvaluationError(f"{path} is not of this version: delete it to measure speeds again") from error
     base = speeds.get(BASELINE.folder)

@@ -46,9 +46,9 @@ class Cells:
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if torch.device(device).type != "cuda":  # to MPS, a copy not waited for may read memory that is free again
+        return tensor.to(device)
+    return (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
 
 
 def make_cells(

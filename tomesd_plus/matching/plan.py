@@ -9,6 +9,9 @@ from torch.nn.functional import embedding_bag
 
 MergeMode = Literal["merge", "prune"]
 
+# Device types with a kernel for embedding_bag; MPS has one since torch 2.10. Others get plain operations.
+WITH_KERNEL = {"cpu", "cuda", "meta"} | ({"mps"} if torch.__version__ >= "2.10" else set())
+
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
@@ -108,11 +111,16 @@ class MergePlan:
         """
         batch, tokens, channels = hidden_states.shape
         rows = hidden_states.reshape(batch * tokens, channels)
-        if mode == "merge":
-            merged = embedding_bag(self.members, rows, self.starts, mode="mean")
-        else:
-            merged = rows.index_select(0, _rows(self.kept, tokens))
+        merged = self._means(rows) if mode == "merge" else rows.index_select(0, _rows(self.kept, tokens))
         return merged.view(batch, -1, channels)
+
+    def _means(self, rows: Tensor) -> Tensor:
+        """The mean of each group, (batch · M, channels), of all tokens of the batch, (batch · N, channels)."""
+        if rows.device.type in WITH_KERNEL:
+            return embedding_bag(self.members, rows, self.starts, mode="mean")
+        exact = torch.promote_types(rows.dtype, torch.float32)  # as the kernel: a sum may overflow float16
+        sums = torch.zeros(self.kept.numel(), rows.shape[1], dtype=exact, device=rows.device)
+        return (sums.index_add(0, self.rows, rows.to(exact)) / self.sizes.view(-1, 1)).to(rows.dtype)
 
     def unmerge(self, hidden_states: Tensor) -> Tensor:
         """Lengthen (batch, M, channels) to (batch, N, channels): every token of a group gets the group's value."""

@@ -45,6 +45,7 @@ def match(metric: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         score, best = (source.view(batch, windows, -1, channels) @ target).max(dim=-1)
         parts.append((score / _length(source).view(score.shape), best))
     similarity, best = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    similarity = similarity.nan_to_num(-1.0, 1.0, -1.0)  # of NaN, or beyond the dtype's range: the last to be merged
     if cells.padding is not None:
         similarity = similarity.masked_fill(cells.padding, -torch.inf)
     return similarity, best

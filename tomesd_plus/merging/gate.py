@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,6 +23,7 @@ from tomesd_plus.schedules import AdaptiveRatio
 from tomesd_plus.version import __version__
 
 REPEATS = 3
+MAX_BYTES = 2**24  # of the file; a decision takes some 400
 LEAST_GAIN = 1.02  # a smaller speed-up is within the noise of a short measurement
 
 
@@ -85,9 +87,12 @@ class Gate:
         content = {key: asdict(decision) for key, decision in (_read(self.path) | self.decisions).items()}
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
                 json.dump(content, file, indent=1)
-            os.replace(file.name, self.path)
+            try:
+                os.replace(file.name, self.path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)  # it is still there if that failed
 
 
 def judged_removal(level: Level) -> int:
@@ -133,9 +138,19 @@ def cache_folder() -> Path:
 
 def _read(path: Path) -> dict[str, Decision]:
     try:
-        return {key: Decision(**times) for key, times in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # not there, or not what we have written
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return {}
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Decision(**times) for key, times in entries.items() if _are_times(times)}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # not there, or not what we have written
         return {}
+
+
+def _are_times(times: Any) -> bool:
+    """True for what a measurement gives; the file may be a stranger's."""
+    return set(times) == {"untouched_ms", "merged_ms"} and all(
+        type(value) in (int, float) and 0 <= value < math.inf for value in times.values()
+    )
 
 
 def _machine(device: torch.device) -> str:

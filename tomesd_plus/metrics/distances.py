@@ -172,4 +172,8 @@ def within(features: Features, kernel: Kernel, weights: Tensor | None = None, de
 def _blocks(features: Features, device: Device) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(features), BLOCK):
         rows = slice(start, min(start + BLOCK, len(features)))
-        yield rows, torch.from_numpy(np.array(features[rows], dtype=np.float64)).to(device)
+        block = features[rows]
+        yield (
+            rows,
+            (block if isinstance(block, Tensor) else torch.from_numpy(np.array(block))).to(device, torch.float64),
+        )

@@ -56,8 +56,11 @@ class ClipFeatures:
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu", label: str | None = None) -> "ClipFeatures":
-        """Load a CLIP model by hub id or from a folder, in float32; ``label`` is the name shown in tables."""
-        model = CLIPModel.from_pretrained(name).to(device, torch.float32)
+        """Load a CLIP model by hub id or from a folder, in float32; ``label`` is the name shown in tables.
+
+        Weights are read from safetensors only.
+        """
+        model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device, torch.float32)
         # transformers 5 has two processors; with Pillow's, features do not depend on whether torchvision is installed
         processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
         return cls(

@@ -195,7 +195,8 @@ def test_lost_images_are_counted_and_said(out, scoring):
     assert {estimate.count for estimate in row.metrics.values()} == {2}
     assert any("1 items have no image: not a number" in note for note in row.notes)
     assert any("over fewer images" in note for note in row.notes)
-    assert any(f"1 images cannot be read: {ITEMS[0].name}.png" in note for note in row.notes)
+    reason = row.unreadable_files[f"{ITEMS[0].name}.png"]
+    assert any(f"1 images cannot be read: {ITEMS[0].name}.png ({reason})" in note for note in row.notes)
     assert "| 2 (2 lost) |" in (out / "results.md").read_text()
     assert rows(out)["merge: 0.75"].images == 4
 
@@ -272,6 +273,36 @@ def test_a_reference_can_be_saved_and_taken_again(out, scoring, tmp_path):
     with pytest.raises(EvaluationError, match="by another CLIP, but the images' are by tiny CLIP"):
         score(out, replace(scoring, reference=str(tmp_path / "others.npz")))
     assert CliRunner().invoke(app, [*arguments, "--out", "reference.csv"]).exit_code == 2
+
+
+def test_what_is_left_out_of_a_reference_is_counted_with_reasons(out, scoring, tmp_path):
+    folder = tmp_path / os.fsdecode(b"odd \xff\n[b]name[/b]")
+    shutil.copytree(Experiment.load(out).folder("baseline").path, folder, ignore=shutil.ignore_patterns("*.json"))
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / ".hidden.png").touch()
+    (folder / "notes.txt").touch()
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(folder / "float.tif")
+    counts = {
+        "no picture in a format that is read": 2, "hidden": 1, "no picture by its suffix": 1,
+        "floats of no declared range": 1,
+    }  # fmt: skip
+    note = "1 × floats of no declared range, 1 × hidden, 1 × no picture by its suffix."
+    score(out, replace(scoring, reference=str(folder)))
+    for row in load_results(out):
+        assert row.reference_skipped == {"tiny CLIP": counts}
+        (said,) = [line for line in row.notes if line.startswith("left out of ")]
+        assert said.isprintable() and said.endswith(f"2 × no picture in a format that is read, {note}")
+    assert "left out of " in (out / "results.md").read_text(encoding="utf-8")
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 0 and "[b]name[/b]: 2 × no picture" in result.output.replace("\n", " ")
+    saved = str(tmp_path / "r.npz")
+    result = CliRunner().invoke(
+        app, ["statistics", str(folder), "--features", "tiny", "--device", "cpu", "--out", saved]
+    )
+    assert result.exit_code == 0 and "left out: 2 × no picture" in result.output.replace("\n", " ")
+    score(out, replace(scoring, reference=saved))
+    assert rows(out)["baseline"].reference_skipped == {"tiny CLIP": counts}
 
 
 def test_references_that_cannot_be_used_are_said(out, scoring, tmp_path, monkeypatch):

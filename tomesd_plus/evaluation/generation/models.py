@@ -12,6 +12,8 @@ from tomesd_plus.evaluation.generation.devices import local_device
 from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.tiny import load_tiny_pipeline
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
 
 def usual_guidance(model: str) -> float:
     """The default guidance scale of a model: 3 for the embedded pipeline, as in its model card, else 7.5."""
@@ -25,7 +27,8 @@ def load_model(
 
     Args:
         name: ``"tiny"`` for the embedded pipeline, a hub id, a folder in diffusers' layout, or a ``.safetensors``
-            or ``.ckpt`` file in the original layout of SD 1.x, 2.x or SDXL (its configuration comes from the hub).
+            file in the original layout of SD 1.x, 2.x or SDXL (its configuration comes from the hub). Weights are
+            read from safetensors only, and no code that comes with a model is run.
         device: PyTorch's name of the device; see :func:`~.devices.local_device`. A GPU becomes the current device.
         dtype: The dtype of all its models.
         safety_checker: Keep the safety checker, if the model has one. In comparisons it would remove images.
@@ -34,18 +37,22 @@ def load_model(
         ModelError: It cannot be found or read, or it has no UNet.
     """
     device = local_device(device)
-    options = {"torch_dtype": dtype}  # not "dtype", which the oldest supported diffusers does not know
+    # not "dtype", which the oldest supported diffusers does not know
+    options: dict[str, Any] = {"torch_dtype": dtype}
     try:
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(torch.device(device))
         if name == TINY:
             pipe = load_tiny_pipeline(dtype, device)
-        elif name.endswith((".safetensors", ".ckpt")):
+        elif name.lower().endswith(PICKLES):
+            raise ValueError("such a file may run any code when it is read: convert it to .safetensors first")
+        elif name.endswith(".safetensors"):
             if not Path(name).is_file():
                 raise FileNotFoundError("there is no such file")
             pipe = _single_file_class(name).from_single_file(name, **options)
         else:
-            pipe = AutoPipelineForText2Image.from_pretrained(name, **options)
+            _refuse_code(Path(name))
+            pipe = AutoPipelineForText2Image.from_pretrained(name, use_safetensors=True, **options)
         if not hasattr(pipe, "unet"):
             raise ValueError(f"{type(pipe).__name__} has no UNet; SD 1.x, 2.x and SDXL have")
         if not safety_checker and getattr(pipe, "safety_checker", None) is not None:
@@ -60,9 +67,14 @@ def load_model(
 
 
 def _single_file_class(name: str) -> Any:
-    if name.endswith(".safetensors"):
-        with safe_open(name, "pt") as file:
-            names = list(file.keys())
-        if any(name.startswith("conditioner.embedders.1.") for name in names):  # SDXL's second text encoder
-            return StableDiffusionXLPipeline
+    with safe_open(name, "pt") as file:
+        names = list(file.keys())
+    if any(name.startswith("conditioner.embedders.1.") for name in names):  # SDXL's second text encoder
+        return StableDiffusionXLPipeline
     return StableDiffusionPipeline
+
+
+def _refuse_code(folder: Path) -> None:
+    """Older hosts, diffusers 0.35 among them, run a component's own code from a local folder without asking."""
+    if code := next(folder.glob("*/*.py"), None):
+        raise ValueError(f"its folder holds code, {code.relative_to(folder)}, which is not run: take it away first")

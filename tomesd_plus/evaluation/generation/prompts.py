@@ -5,7 +5,6 @@ turns prompts such as "NA" or "1" into other values.
 """
 
 import csv
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from tomesd_plus.evaluation.errors import EvaluationError, optional_import
 from tomesd_plus.evaluation.hub_data import choose_column, load_data_set
 from tomesd_plus.evaluation.names import EMBEDDED
+from tomesd_plus.evaluation.plain_data import load_json
 from tomesd_plus.tiny import held_out_captions
 
 ENCODING = "utf-8-sig"  # spreadsheets write a byte order mark
@@ -106,9 +106,9 @@ def _read_json(path: Path, column: str | None) -> list[Any]:
     text = path.read_text(encoding=ENCODING)
     entries: Any
     if path.suffix.lower() == ".jsonl":
-        entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        entries = [load_json(line) for line in text.splitlines() if line.strip()]
     else:
-        entries = json.loads(text)
+        entries = load_json(text)
     if isinstance(entries, Mapping):
         entries = entries.get("annotations")  # COCO
     if not isinstance(entries, list):

@@ -8,6 +8,7 @@ import torch
 
 from tomesd_plus.evaluation.images import Images
 from tomesd_plus.evaluation.scoring.reference import Reference
+from tomesd_plus.evaluation.words import in_words, printable
 from tomesd_plus.metrics.distances import (
     Features,
     Kernel,
@@ -62,7 +63,9 @@ def distances(
             value = frechet_distance(reference.statistics, Statistics.of(features, device=device))
             estimates[name] = Estimate.of(value, torch.tensor(resampled), count)
         elif reference.features is None:
-            notes.append(f"{name} is left out: {reference.source} has no features, only their mean and covariance.")
+            notes.append(
+                f"{name} is left out: {printable(reference.source)} has no features, only their mean and covariance."
+            )
         else:
             all_weights = torch.cat([torch.ones(1, count), weights])
             values = kernel_distance(
@@ -75,8 +78,8 @@ def distances(
                 f"{number} {whose} images for the {dimensions} dimensions of {extractor.name}: the covariance is "
                 "singular and the Fréchet distance far too large; compare only rows of the same number of images."
             )
-    if reference.unreadable:
-        notes.append(f"{reference.unreadable} images of {reference.source} cannot be read and were left out.")
+    if reference.skipped:
+        notes.append(f"left out of {printable(reference.source)}: {in_words(reference.skipped)}.")
     return estimates, notes
 
 

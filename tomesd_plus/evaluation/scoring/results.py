@@ -6,7 +6,10 @@ from typing import Any
 
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.file_io import read_json
+from tomesd_plus.evaluation.manifests import checked_manifest
+from tomesd_plus.evaluation.plain_data import checked
 from tomesd_plus.evaluation.speed import Speed
+from tomesd_plus.evaluation.words import printable
 from tomesd_plus.metrics.intervals import Estimate
 
 RESULTS = "results"
@@ -29,6 +32,8 @@ class Result:
         references: Source of the reference images, by extractor name.
         speed: Times and memory, if measured.
         notes: Remarks for the reader of the table.
+        unreadable_files: Names of the unreadable images, with the reasons.
+        reference_skipped: Number of reference images that were left out, by extractor name and reason.
     """
 
     name: str
@@ -43,6 +48,8 @@ class Result:
     references: dict[str, str] = field(default_factory=dict)
     speed: Speed | None = None
     notes: list[str] = field(default_factory=list)
+    unreadable_files: dict[str, str] = field(default_factory=dict)
+    reference_skipped: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def conditions(self) -> str:
@@ -50,12 +57,12 @@ class Result:
         made, sampling = self.manifest, self.manifest["sampling"]
         size = f"{sampling['width']} × {sampling['height']}" if sampling["width"] else "the model's own size"
         model = "the embedded tiny model" if made["model"] == "tiny" else made["model"]
-        references = "".join(f", {name} against {source}" for name, source in self.references.items())
+        references = "".join(f", {name} against {printable(source)}" for name, source in self.references.items())
         versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
         device = self.speed.device if self.speed else made["device"]
         return (
-            f"{model}, {size}, {made['scheduler']['class']}, guidance {sampling['guidance_scale']:g}, "
-            f"{made['dtype']}, {device}, prompts: {self.prompts}{references}; {versions}"
+            f"{printable(model)}, {size}, {made['scheduler']['class']}, guidance {sampling['guidance_scale']:g}, "
+            f"{made['dtype']}, {device}, prompts: {printable(self.prompts)}{references}; {versions}"
         )
 
 
@@ -68,12 +75,16 @@ def load_results(folder: Path) -> list[Result]:
         )
     try:
         return [_row(entry, folder) for entry in read_json(path)["rows"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise EvaluationError(f"{path} is not an evaluation's: {error}") from error
 
 
 def _row(entry: dict[str, Any], folder: Path) -> Result:
-    metrics = {name: Estimate(**estimate) for name, estimate in entry.pop("metrics").items()}
+    metrics = {name: checked(Estimate, estimate) for name, estimate in entry.pop("metrics").items()}
     speed = entry.pop("speed")
     path = folder / entry.pop("images_at")
-    return Result(images_at=path, metrics=metrics, speed=Speed(**speed) if speed else None, **entry)
+    more = {"images_at": path, "metrics": metrics, "speed": checked(Speed, speed) if speed else None}
+    row = checked(Result, entry | more)
+    checked_manifest(row.manifest, path)
+    row.conditions  # noqa: B018  raises an error if the manifest lacks something
+    return row

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +149,7 @@ class Scorer:
         estimates, notes = fidelities(images, originals, metrics, self.scoring.resamples, tick)
         if originals.unreadable:
             notes.append(f"{len(set(originals.unreadable))} images of the baseline cannot be read.")
-        return replace(part, metrics=estimates, notes=notes, unreadable=_names(images))
+        return replace(part, metrics=estimates, notes=notes, unreadable=_reasons(images))
 
     def _extracted(
         self, folder: ImageFolder, items: Sequence[Item], extractor: Extractor, part: Part, tick: OnCount
@@ -168,7 +168,10 @@ class Scorer:
             name = f"CLIP score ({extractor.name})"
             metrics[name] = clip_score(extractor, features, prompts, self.scoring.resamples)
         sources = {extractor.name: reference.source} if reference else {}
-        return replace(part, metrics=metrics, notes=notes, unreadable=_names(images), references=sources)
+        skipped = {extractor.name: reference.skipped} if reference and reference.skipped else {}
+        return replace(
+            part, metrics=metrics, notes=notes, unreadable=_reasons(images), references=sources, skipped=skipped
+        )
 
     def _combine(
         self, folder: ImageFolder, made: Sequence[Item], pairs: Sequence[Item], parts: list[Part], others: list[Part]
@@ -187,7 +190,7 @@ class Scorer:
         for part in parts:
             own = f"{name}: " if part.metrics.keys() & fidelity else ""
             notes += [f"{own}{note}" for note in part.notes]
-        unreadable = {file for part in parts for file in part.unreadable}
+        unreadable = {file: reason for part in parts for file, reason in part.unreadable.items()}
         failed = [item for item in self.experiment.items if folder.failure(item).exists()]
         reasons = {folder.failure(item).read_text(encoding="utf-8").strip() for item in failed}
         notes += _losses(name, len(failed), reasons, unreadable)
@@ -197,7 +200,8 @@ class Scorer:
             self.experiment.prompts, manifest,
             {name: estimate for part in parts for name, estimate in part.metrics.items()},
             {name: source for part in parts for name, source in part.references.items()},
-            self.speeds.get(folder.path.name), list(dict.fromkeys(notes)),
+            self.speeds.get(folder.path.name), list(dict.fromkeys(notes)), unreadable,
+            {name: skipped for part in parts for name, skipped in part.skipped.items()},
         )  # fmt: skip
 
     def _reference(self, extractor: Extractor) -> Reference | None:
@@ -213,15 +217,15 @@ class Scorer:
         return (lambda count: on_progress(f"score: {name}", count, total)) if on_progress else None
 
 
-def _names(images: Images) -> list[str]:
-    return sorted({Path(name).name for name in images.unreadable})
+def _reasons(images: Images) -> dict[str, str]:
+    return {Path(name).name: reason for name, reason in sorted(images.unreadable.items())}
 
 
-def _losses(name: str, failed: int, reasons: Iterable[str], unreadable: Iterable[str]) -> list[str]:
+def _losses(name: str, failed: int, reasons: Iterable[str], unreadable: Mapping[str, str]) -> list[str]:
     notes = []
     if failed:
         notes.append(f"{name}: {failed} items have no image: {'; '.join(sorted(reasons))}.")
-    if files := sorted(unreadable):
+    if files := [f"{file} ({reason})" for file, reason in sorted(unreadable.items())]:
         notes.append(f"{name}: {len(files)} images cannot be read: {', '.join(files[:3])}.")
     if notes:
         notes.append(

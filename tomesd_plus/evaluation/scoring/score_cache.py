@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.file_io import digest, read_json, write_json
+from tomesd_plus.evaluation.plain_data import checked
 from tomesd_plus.metrics.intervals import Estimate
 
 PREFIX = "score-"
@@ -21,16 +22,18 @@ class Part:
         images: Hash of the images; see :func:`~tomesd_plus.evaluation.file_io.files_digest`.
         metrics: Estimates by metric.
         notes: Remarks for the reader of the table.
-        unreadable: Names of unreadable images.
+        unreadable: Names of unreadable images, with the reasons.
         references: Source of the reference images, by extractor name.
+        skipped: Number of reference images that were left out, by extractor name and reason.
     """
 
     of: str
     images: str
     metrics: dict[str, Estimate] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the part to the folder of the images."""
@@ -44,9 +47,15 @@ def load_parts(folder: Path, images: Iterable[str]) -> dict[str, Part]:
     for path in sorted(folder.glob(f"{PREFIX}*.json")):
         try:
             entry = read_json(path)
-            metrics = {name: Estimate(**estimate) for name, estimate in entry.pop("metrics").items()}
-            part = Part(metrics=metrics, **entry)
-        except (EvaluationError, AttributeError, KeyError, TypeError):  # written by another version: compute it again
+            metrics = {name: checked(Estimate, estimate) for name, estimate in entry.pop("metrics").items()}
+            part = checked(Part, entry | {"metrics": metrics})
+        except (
+            EvaluationError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ):  # by another version: do it again
             continue
         if part.images in wanted:
             parts[part.of] = part

@@ -15,6 +15,7 @@ from typing import Any
 from tomesd_plus.evaluation.file_io import atomic_write, write_json
 from tomesd_plus.evaluation.scoring.results import RESULTS, Result
 from tomesd_plus.evaluation.speed import Speed
+from tomesd_plus.evaluation.words import printable
 from tomesd_plus.metrics.intervals import Estimate
 
 FIDELITY = ("PSNR", "SSIM", "LPIPS")
@@ -74,11 +75,16 @@ def legend() -> str:
 def as_markdown(rows: Sequence[Result]) -> str:
     """The table with its conditions and notes."""
     header, cells = table(rows)
-    lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]
+    lines = [f"| {' | '.join(map(_in_table, line))} |" for line in (header, ["---"] * len(header), *cells)]
     lines += ["", legend(), "", "Made with:", "", *(f"- {line}" for line in conditions(rows))]
     if notes(rows):
         lines += ["", "Notes:", "", *(f"- {line}" for line in notes(rows))]
     return "\n".join(lines) + "\n"
+
+
+def _in_table(cell: str) -> str:
+    """A configuration's name may hold what ends a cell or a line."""
+    return printable(cell).replace("|", "\\|")
 
 
 def as_csv(rows: Sequence[Result]) -> str:
