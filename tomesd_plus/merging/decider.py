@@ -73,7 +73,7 @@ class Decider:
             return Leave()
         if not torch.compiler.is_compiling() and attends_over_frames(self.names.get(layer, "")):
             obstacle = Reason(Why.frames)
-        answer = self._answer(call, layer, role, hidden_states, obstacle)
+        answer = self._answer(call, layer, role, hidden_states, obstacle or call.obstacle)
         if isinstance(answer, Merge) or (isinstance(answer, Leave) and answer.reason is not None):
             self._note(call, layer, hidden_states, answer)
         return answer
