@@ -157,7 +157,7 @@ def why_not_merged(attn: Any, given: dict[str, Any]) -> Reason | None:
         return Reason(Why.own_arguments, (", ".join(own),))
     if not is_known(inner):
         return Reason(Why.unknown_processor, (type(inner).__name__,))
-    if attn.fused_projections:
+    if isinstance(attn, FluxAttention) and attn.fused_projections:  # Stable Diffusion 3 has a processor for them
         return Reason(Why.all_fused)
     if getattr(inner, "_parallel_config", None) is not None:
         return Reason(Why.parallel)
