@@ -62,9 +62,8 @@ def test_a_run_is_merged_once_and_exact_in_its_residual(family, size):
     alone = copy.deepcopy(model)
     shapes, seen = [], []
     for block in blocks_of(model).values():
-        places = {"hidden_states": 0}
         block.register_forward_pre_hook(
-            lambda m, args, kwargs: seen.append(kwargs.get("hidden_states", *args[places["hidden_states"] :][:1])),
+            lambda m, args, kwargs: seen.append(kwargs.get("hidden_states", args[0] if args else None)),
             with_kwargs=True,
         )
     report = apply_token_merging(model, **BLOCK, blocks_per_run=size)
@@ -158,7 +157,7 @@ def test_runs_are_left_alone_while_blocks_are_checkpointed():
     model = make_transformer("sd3")
     model.enable_gradient_checkpointing()
     model.train()
-    apply_token_merging(model, **BLOCK, blocks_per_run=2)
+    apply_token_merging(model, **BLOCK, blocks_per_run=3)
     with pytest.warns(UserWarning, match="run again for gradients"):
         call(model, 8, 8, gradients=True)
 

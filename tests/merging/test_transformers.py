@@ -115,7 +115,7 @@ def call(model, rows, columns, batch=1, timestep=700.0, dtype=torch.float32, **m
     def random(*shape):
         return torch.randn(batch, *shape, generator=given).to(dtype)
 
-    kind = type(model).__name__
+    kind = type(getattr(model, "_orig_mod", model)).__name__
     with torch.set_grad_enabled(more.pop("gradients", False)):
         if "Flux" in kind:
             y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -13,7 +13,8 @@ from tomesd_plus.merging.answers import AlreadyMerged, Answer, KeptOutputs, Leav
 from tomesd_plus.merging.config import Layer, ToMeConfig
 from tomesd_plus.merging.generation import Call, Current, LayerRecord
 
-Role = Layer | Literal["block"]
+Role = Layer | Literal["block", "more_attention"]
+"""What a layer is to its block; more attention is a second one among the same tokens, by the first one's plan."""
 KEPT = "_tomesd_plus_kept"  # a layer's attribute: a field of its own lets compiled layers share graphs
 
 
@@ -85,10 +86,11 @@ class Decider:
         if block.inside is not None:
             inside = block.inside.kept.shape == hidden_states.shape[:2] and obstacle is None
             return AlreadyMerged(block.inside) if inside else Leave(obstacle)
-        if obstacle is not None and role == "self_attention":
+        if obstacle is not None and role in ("self_attention", "more_attention"):
             return Leave(obstacle)
         found = self._find(call, layer, role, hidden_states)
-        if role not in self.config.layers and role != self.config.layers:
+        layers = self.config.layers
+        if role != layers and ("self_attention" if role == "more_attention" else role) not in layers:
             return Leave()
         if isinstance(found, MergePlan) and obstacle is None:
             if role == "block":

@@ -111,7 +111,9 @@ class JointToMeProcessor(TransformerProcessor):
         if pair is not None and has_text_inside(attn):  # it was decided for attention and MLP together
             return Leave() if isinstance(pair, Leave) else AlreadyMerged(pair.plan)
         obstacle = Reason(Why.not_tokens) if image.ndim != 3 else why_not_merged(attn, given)
-        return decider.ask(attn, "self_attention", image, obstacle)
+        # The attention that Stable Diffusion 3.5 adds to its first blocks is among the image's tokens alone.
+        added = not isinstance(attn, FluxAttention) and attn.added_kv_proj_dim is None
+        return decider.ask(attn, "more_attention" if added else "self_attention", image, obstacle)
 
     def _tokens(
         self, hidden_states: Tensor, rotary: Rotary | None, plan: MergePlan, text: int, encoder: Tensor | None

@@ -11,7 +11,7 @@ from tomesd_plus.host.arguments import argument, positions
 from tomesd_plus.host.transformers import blocks_of
 from tomesd_plus.merging.answers import Leave, Merge, Reason, Why
 from tomesd_plus.merging.blocks import BlockHooks, LayerHooks
-from tomesd_plus.merging.config import Layer
+from tomesd_plus.merging.config import Layer, ToMeConfig
 from tomesd_plus.merging.decider import Decider
 from tomesd_plus.merging.generation import Call
 from tomesd_plus.merging.joint import JointToMeProcessor, why_not_merged
@@ -42,7 +42,7 @@ class TransformerBlockHooks(BlockHooks):
         if config.layers == "block":
             return handles
         for block in blocks:
-            if merges_as_pair(block, self.decider):
+            if merges_as_pair(block, self.decider.config):
                 pair = PairHooks(self.decider)
                 self.decider.names[block.norm] = self.decider.names[block]  # type: ignore[index]
                 handles.append(block.norm.register_forward_hook(pair.merge_input))  # type: ignore[union-attr]
@@ -57,7 +57,7 @@ class TransformerBlockHooks(BlockHooks):
         blocks = list(blocks_of(model).values())
         if self.decider.config.layers == "block":
             return blocks
-        pairs: list[Any] = [block.norm for block in blocks if merges_as_pair(block, self.decider)]
+        pairs: list[Any] = [block.norm for block in blocks if merges_as_pair(block, self.decider.config)]
         return [*pairs, *(layer for block in blocks for layer in _inner_layers(block, self.decider).values())]
 
     def enter(
@@ -65,7 +65,7 @@ class TransformerBlockHooks(BlockHooks):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         changed = super().enter(block, args, kwargs)
         call = self.decider.call()
-        if call is not None and merges_as_pair(block, self.decider):
+        if call is not None and merges_as_pair(block, self.decider.config):
             self.decider.current.block.obstacle = self._obstacle(call, block, args, kwargs)
         return changed
 
@@ -139,9 +139,8 @@ class PairHooks:
         return None
 
 
-def merges_as_pair(block: nn.Module, decider: Decider) -> bool:
+def merges_as_pair(block: nn.Module, config: ToMeConfig) -> bool:
     """True if a block's attention and MLP run side by side, and both are merged."""
-    config = decider.config
     both = {"self_attention", "mlp"} <= set(config.layers) and config.layers != "block"
     alike = config.sides == "both" and config.metric != "keys"
     return isinstance(block, FluxSingleTransformerBlock) and both and alike

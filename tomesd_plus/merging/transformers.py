@@ -68,6 +68,8 @@ def merge_transformer(pipe: Any, model: nn.Module, config: ToMeConfig, excluded:
                 merging.append(layer)
             else:
                 excluded[f"{name}.{layer_name}"] = reason
+        if "mlp" in config.layers and hasattr(block, "proj_mlp") and not merges_as_pair(block, config):
+            excluded[f"{name}.proj_mlp"] = Reason(Why.beside)
     # A flow's timesteps are 1,000 σ, and noise level 1 is one timestep less than the tracker is told there are.
     timesteps = train_timesteps(pipe) + matches_flows(model)
     attachment = Attachment(
@@ -79,10 +81,6 @@ def merge_transformer(pipe: Any, model: nn.Module, config: ToMeConfig, excluded:
         read=TransformerReader(pipe),
         blocks=TransformerBlockHooks,
     )
-    if "mlp" in config.layers:
-        for name, block in blocks_of(model).items():
-            if hasattr(block, "proj_mlp") and not merges_as_pair(block, attachment.decider):
-                excluded[f"{name}.proj_mlp"] = Reason(Why.beside)
     for layer in merging:
         kind = TransformerProcessor if plain else JointToMeProcessor
         layer.set_processor(kind(layer.processor, attachment))
