@@ -8,7 +8,6 @@ run in turn; speed-up and efficiency are the median and quartiles of those withi
 match for itself: models of many blocks, which share plans, do better.
 """
 
-import copy
 import csv
 import statistics
 import sys
@@ -27,7 +26,7 @@ from tomesd_plus import __version__
 from tomesd_plus.benchmark import SHAPES, build_unet, make_inputs, merge_efficiency, settings_from, with_ideals
 from tomesd_plus.benchmark.measure import stand_in
 from tomesd_plus.benchmark.settings import UNTOUCHED
-from tomesd_plus.benchmark.shapes import at_timestep
+from tomesd_plus.benchmark.shapes import call_model
 from tomesd_plus.evaluation.generation.devices import device_name
 from tomesd_plus.host.transformers import blocks_of
 
@@ -69,7 +68,7 @@ with ExitStack() as stack, torch.no_grad():
         pipes[key].scheduler.set_timesteps(int(rounds) + 1)
     for step in range(int(rounds) + 1):
         for key, pipe in pipes.items():
-            pipe.transformer(**at_timestep(shape, copy.copy(inputs), pipe.scheduler.timesteps[step]))
+            call_model(pipe.transformer, shape, inputs, pipe.scheduler.timesteps[step])
             if step:  # the first warms up
                 seconds[key].append(clocks[key].seconds)
 

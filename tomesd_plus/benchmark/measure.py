@@ -18,7 +18,7 @@ from torch import nn
 
 from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
-from tomesd_plus.benchmark.shapes import SHAPES, Shape, at_timestep, build_unet, make_inputs
+from tomesd_plus.benchmark.shapes import SHAPES, Shape, build_unet, call_model, make_inputs
 from tomesd_plus.evaluation.errors import first_line
 from tomesd_plus.evaluation.generation.devices import MEBIBYTE, dtype_by_name, peak_memory
 from tomesd_plus.host.clock import moment, seconds_between
@@ -179,7 +179,7 @@ class _Candidate:
         model = model_of(self.pipe)
         start = moment(device)
         for timestep in self.pipe.scheduler.timesteps[:calls]:
-            model(**at_timestep(self.shape, self.inputs, timestep), return_dict=False)
+            call_model(model, self.shape, self.inputs, timestep)
         return seconds_between(start, moment(device))
 
     def warm_up(self, device: torch.device, bare: float, compiled: bool) -> None:

@@ -147,7 +147,7 @@ def build_unet(shape: Shape, dtype: torch.dtype = torch.float32, device: str | t
 
 
 def make_inputs(shape: Shape, size: int, batch: int, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """Random inputs of the model as a pipeline would pass them, except the timestep: see :func:`at_timestep`.
+    """Random inputs of the model as a pipeline would pass them, except the timestep: see :func:`call_model`.
 
     Args:
         shape: Shape of the model.
@@ -173,20 +173,22 @@ def make_inputs(shape: Shape, size: int, batch: int, dtype: torch.dtype, device:
     return inputs
 
 
-def at_timestep(shape: Shape, inputs: dict[str, Any], timestep: Tensor) -> dict[str, Any]:
-    """A model's inputs with the timestep as a pipeline would pass it.
+def call_model(model: Any, shape: Shape, inputs: dict[str, Any], timestep: Tensor) -> Any:
+    """Call a model as a pipeline would.
 
     Args:
-        shape: Shape of the model.
+        model: Of the shape.
+        shape: Its shape.
         inputs: From :func:`make_inputs`.
         timestep: Of the scheduler, 0-d.
     """
     if not shape.is_transformer:
-        return inputs | {"timestep": timestep}
+        more = {name: value for name, value in inputs.items() if name != "sample"}
+        return model(inputs["sample"], timestep, **more, return_dict=False)  # tomesd takes no keywords for these
     each = timestep.expand(len(inputs["hidden_states"]))
     if shape.model is FluxTransformer2DModel:
         each = each.to(inputs["hidden_states"].dtype) / 1000
-    return inputs | {"timestep": each}
+    return model(**inputs, timestep=each, return_dict=False)
 
 
 def _transformer_inputs(
