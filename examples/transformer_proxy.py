@@ -1,11 +1,11 @@
 """How far attention's output moves when image tokens are merged, by a proxy: no trained transformer is at hand.
 
-``python examples/transformer_proxy.py CAPTIONS BLOCKS`` writes ``transformer-proxy.csv``; 2 captions and 4 blocks by default.
-The tokens are real, the transformer is not: latents of the embedded pipeline's pictures under way, at five noise
-levels, go through a transformer with random weights. Each attention layer is given the untouched model's input, so that
-errors do not add up, and what is told is the length of the difference of its output (the image's tokens) over the length
-of the output, on average over layers, noise levels and captions. It tells ways to merge apart. It tells nothing of
-pictures: in trained transformers attention is sharper and tokens differ more from block to block.
+``python examples/transformer_proxy.py CAPTIONS BLOCKS`` writes ``transformer-proxy.csv``; 1 caption and 3 blocks by
+default. The tokens are real, the transformer is not: latents of the embedded pipeline's pictures under way, at five
+noise levels, go through a transformer with random weights. Each attention layer is given the untouched model's input,
+so that errors do not add up, and what is told is the length of the difference of its output (the image's tokens) over
+the length of the output, on average over layers, noise levels and captions. It tells ways to merge apart. It tells
+nothing of pictures: in trained transformers attention is sharper and tokens differ more from block to block.
 """
 
 import csv
@@ -25,7 +25,7 @@ from tomesd_plus.host.transformers import blocks_of
 from tomesd_plus.merging import transformers
 from tomesd_plus.tiny import held_out_captions
 
-captions, blocks = map(int, sys.argv[1:] or ("2", "4"))
+captions, blocks = map(int, sys.argv[1:] or ("1", "3"))
 STEPS, TAKEN = 25, (1, 6, 12, 18, 23)
 STAGE = "blocks per stage"  # not an option: the constant behind plan_per="stage"
 SETTINGS: list[dict[str, Any]] = [

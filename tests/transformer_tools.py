@@ -120,3 +120,37 @@ def generate(pipe: Any, seed: int = 0, prompt: str | list[str] = "a cat", **opti
         call |= {"guidance_scale": 5.0}
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt, generator=generator, output_type="pt", **call | options).images
+
+
+def call(
+    model: Any,
+    rows: int,
+    columns: int,
+    batch: int = 1,
+    timestep: float = 700.0,
+    dtype: Any = torch.float32,
+    **more: Any,
+) -> torch.Tensor:
+    """Call a transformer by itself on a grid of tokens."""
+    given = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=given).to(dtype)
+
+    kind = type(getattr(model, "_orig_mod", model)).__name__
+    with torch.set_grad_enabled(more.pop("gradients", False)):
+        if "Flux" in kind:
+            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            ids = torch.stack([torch.zeros_like(y), y, x], dim=-1).flatten(0, 1).to(dtype)
+            return model(
+                hidden_states=random(rows * columns, 16), encoder_hidden_states=random(7, 32),
+                pooled_projections=random(16), timestep=torch.full((batch,), timestep / 1000).to(dtype),
+                **{"img_ids": ids, "txt_ids": torch.zeros(7, 3).to(dtype)} | more,
+            ).sample  # fmt: skip
+        latents, text = random(4, 2 * rows, 2 * columns), random(7, 32)
+        if "PixArt" in kind:
+            return model(latents, encoder_hidden_states=text, timestep=torch.full((batch,), timestep), **more).sample
+        return model(
+            latents, encoder_hidden_states=text, pooled_projections=random(32),
+            timestep=torch.full((batch,), timestep), **more,
+        ).sample  # fmt: skip

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_transformers import call
-from transformer_tools import FAMILIES, generate, make_pipeline, make_transformer
+from transformer_tools import FAMILIES, call, generate, make_pipeline, make_transformer
 
 from tomesd_plus import apply_token_merging, remove_token_merging, token_merging
 from tomesd_plus.host.transformers import blocks_of

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from diffusers import HunyuanDiT2DModel
-from transformer_tools import FAMILIES, generate, make_pipeline, make_transformer
+from transformer_tools import FAMILIES, call, generate, make_pipeline, make_transformer
 
 from tomesd_plus import (
     ConstantSchedule,
@@ -106,32 +106,6 @@ def test_text_tokens_are_never_merged(family):
     call(model, 8, 8)
     assert {count for kind, count in seen if kind == "text"} == {7}
     assert {count for kind, count in seen if kind == "image"} == {32}
-
-
-def call(model, rows, columns, batch=1, timestep=700.0, dtype=torch.float32, **more):
-    """Call a transformer by itself on a grid of tokens."""
-    given = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(batch, *shape, generator=given).to(dtype)
-
-    kind = type(getattr(model, "_orig_mod", model)).__name__
-    with torch.set_grad_enabled(more.pop("gradients", False)):
-        if "Flux" in kind:
-            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            ids = torch.stack([torch.zeros_like(y), y, x], dim=-1).flatten(0, 1).to(dtype)
-            return model(
-                hidden_states=random(rows * columns, 16), encoder_hidden_states=random(7, 32),
-                pooled_projections=random(16), timestep=torch.full((batch,), timestep / 1000).to(dtype),
-                **{"img_ids": ids, "txt_ids": torch.zeros(7, 3).to(dtype)} | more,
-            ).sample  # fmt: skip
-        latents, text = random(4, 2 * rows, 2 * columns), random(7, 32)
-        if "PixArt" in kind:
-            return model(latents, encoder_hidden_states=text, timestep=torch.full((batch,), timestep), **more).sample
-        return model(
-            latents, encoder_hidden_states=text, pooled_projections=random(32),
-            timestep=torch.full((batch,), timestep), **more,
-        ).sample  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_transformers import call
-from transformer_tools import make_transformer
+from transformer_tools import call, make_transformer
 
 from tomesd_plus import CosineSchedule, apply_token_merging
 from tomesd_plus.host.transformers import blocks_of

@@ -63,11 +63,12 @@ class _Ids(ThreadLocal):
 
 
 class _Place(ThreadLocal):
-    """Where in the scheduler a thread's last call of Flux stood, and how many calls have stood there."""
+    """Where in the scheduler a thread's last call of Flux stood."""
 
     def __init__(self) -> None:
-        self.at: tuple[int, int] | None = None
-        self.calls = 0
+        self.at: tuple[int, int | None] | None = None  # which timesteps, and the scheduler's step
+        self.calls = 0  # that have stood there
+        self.trusted = False  # the generation's first timestep was the scheduler's
 
 
 class TransformerReader:
@@ -120,23 +121,24 @@ class TransformerReader:
         """The scheduler's own timestep of this step, a view, or the call's as a number on the scheduler's scale.
 
         Flux is given a new tensor at each call, whose value a GPU would have to be waited for. The scheduler says
-        where it stands, and its timesteps are copied to the host once a generation.
+        where it stands, and its timesteps are copied to the host once a generation. Once a generation, too, the value
+        is read, to see that it is this scheduler's; and where so many calls stand at one place that it cannot be.
         """
         scheduler: Any = getattr(None if self._pipe.value is None else self._pipe.value(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
-        if isinstance(timesteps, Tensor) and hasattr(scheduler, "step_index"):
-            index = scheduler.step_index
-            if index is None:
-                index = getattr(scheduler, "begin_index", None) or 0
-            place, at = self._place, (timesteps.data_ptr(), index)
-            place.calls = place.calls + 1 if place.at == at else 1
-            place.at = at
-            if index < len(timesteps) and (on_host or place.calls <= TRUSTED_CALLS):
-                view = timesteps[index]
-                if not on_host or _close(float(view), FLUX_SCALE * _number(timestep)):
-                    return view
-        return FLUX_SCALE * _number(timestep)
+        if not isinstance(timesteps, Tensor):
+            return FLUX_SCALE * _number(timestep)
+        step, place = getattr(scheduler, "step_index", None), self._place
+        at = (timesteps.data_ptr(), step)
+        place.calls = place.calls + 1 if place.at == at else 1
+        place.at = at
+        index = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
+        if index >= len(timesteps):
+            return FLUX_SCALE * _number(timestep)
+        if _on_host(timestep) or step is None or place.calls > TRUSTED_CALLS:
+            close = _close(float(timesteps[index]), FLUX_SCALE * _number(timestep))
+            place.trusted = close if step is None else place.trusted and close
+        return timesteps[index] if place.trusted else FLUX_SCALE * _number(timestep)
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,10 @@ def _between_blocks(model: nn.Module, given: _Arguments) -> str | None:
 
 def _number(timestep: Tensor | float) -> float:
     return float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
+
+
+def _on_host(timestep: Tensor | float) -> bool:
+    return not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
 
 
 def _close(scheduled: float, called: float) -> bool:

@@ -1,6 +1,7 @@
 """Merging in transformers: which of their layers, and by whose plans."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from tomesd_plus.host.transformers import TransformerReader, blocks_of, matches_
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment
 from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.generation import LayerRecord, Record
 from tomesd_plus.merging.joint import JointToMeProcessor, TransformerProcessor
 from tomesd_plus.merging.planner import Planner
 from tomesd_plus.merging.transformer_blocks import TransformerBlockHooks, merges_as_pair
@@ -81,6 +83,10 @@ def merge_transformer(pipe: Any, model: nn.Module, config: ToMeConfig, excluded:
         read=TransformerReader(pipe),
         blocks=TransformerBlockHooks,
     )
+    if not merging:
+        warnings.warn("Token merging does nothing to transformer: no attention layer can be merged.", stacklevel=4)
+        attachment.record.value = Record({name: LayerRecord(name, left_alone=why) for name, why in excluded.items()})
+        return attachment
     for layer in merging:
         kind = TransformerProcessor if plain else JointToMeProcessor
         layer.set_processor(kind(layer.processor, attachment))
