@@ -1,6 +1,7 @@
 """Compiled transformers: the same values, without breaks in the blocks' graphs, and no new ones from step to step."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from transformer_tools import call, make_transformer
 from tomesd_plus import CosineSchedule, apply_token_merging
 from tomesd_plus.host.transformers import blocks_of
 
-FAMILIES = ["pixart-alpha", "sd35", "flux"]
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"layers": ["self_attention", "mlp"], "plan_per": "level"},
     {"layers": "block"},
     {"layers": "block", "blocks_per_run": "all"},
     {"sides": "keys_values", "metric": "keys", "destinations": "fixed"},
 ]
+QUICK = [("pixart-alpha", 1), ("sd35", 0), ("flux", 3)]
+SLOW = [(f, o) for f in ("pixart-alpha", "sd35", "flux") for o in range(len(OPTIONS)) if (f, o) not in QUICK]
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +28,11 @@ def fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "attention")
-def test_blocks_compile_in_one_graph_and_keep_it(family, options):
-    graphs = []
+@pytest.mark.parametrize(
+    ("family", "option"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
+def test_blocks_compile_in_one_graph_and_keep_it(family, option):
+    options, graphs = OPTIONS[option], []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -50,7 +53,8 @@ def test_blocks_compile_in_one_graph_and_keep_it(family, options):
     assert counts[1] == counts[2]  # a plan that was there before may cost a graph once
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["pixart-alpha", "sd35", "flux"])
 def test_whole_models_compile_to_the_same_values(family):
     eager = make_transformer(family)
     apply_token_merging(eager, CosineSchedule(0.7, 0.3).quantized(2), plan_per="block")
