@@ -81,7 +81,7 @@ def spread(figures: list[float]) -> list[str]:
 
 quartiles = ["lower quartile", "upper quartile"]
 head = ["shape", "image tokens", "setting", "ratio", "ms", "speed-up", *quartiles, "efficiency", *quartiles, "rounds"]
-about = [f"{device_name(torch.device('cpu'))}, 1 thread", __version__, torch.__version__, diffusers.__version__]
+about = [device_name(torch.device("cpu")), __version__, torch.__version__, diffusers.__version__]
 about += [datetime.now(UTC).date().isoformat()]
 path = Path("transformer-blocks.csv")
 new = not path.exists()
