@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tomesd_plus.host.models import unet_of
 from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import MergeMode, MergePlan, make_cells
 from tomesd_plus.merging.answers import Reason, Why
@@ -51,6 +52,7 @@ def apply_patch(
     Returns:
         ``model``.
     """
+    unet_of(model)  # refuses what has none
     remove_patch(model)
     if not (merge_attn or merge_crossattn or merge_mlp):
         return model
