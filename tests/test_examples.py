@@ -23,8 +23,10 @@ WRITES = {
     "cache_steps.py": ["cache-steps.csv"],
     "merge_efficiency.py": ["merge-efficiency.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
+    "transformer_blocks.py": ["transformer-blocks.csv"],
+    "transformer_proxy.py": ["transformer-proxy.csv"],
 }
-SLOW = ("adaptive_ratio.py", "evaluate_fid.py", "from_tomesd.py", "with_feature_cache.py")
+SLOW = ("adaptive_ratio.py", "evaluate_fid.py", "from_tomesd.py", "transformer_proxy.py", "with_feature_cache.py")
 RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in WRITES]
 
 

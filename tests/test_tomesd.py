@@ -129,3 +129,8 @@ def test_signature_is_theirs():
     assert [(p.name, p.default) for p in inspect.signature(ours.apply_patch).parameters.values()] == [
         (p.name, p.default) for p in inspect.signature(tomesd.apply_patch).parameters.values()
     ]
+
+
+def test_what_has_no_unet_is_refused_in_words():
+    with pytest.raises(TypeError, match="expected a diffusers pipeline with a UNet"):
+        ours.apply_patch(torch.nn.Linear(1, 1), ratio=0.5)

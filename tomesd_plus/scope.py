@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
-from tomesd_plus.host.models import models_of
+from tomesd_plus.merging.apply import merged_models
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.processor import attach_to
 
@@ -29,10 +29,10 @@ class generation:
     it. Blocks are left in the reverse order of entering.
 
     Args:
-        pipe: A diffusers pipeline, UNet or ControlNet on which merging, a feature cache or a preset is on.
+        pipe: A diffusers pipeline, UNet, ControlNet or transformer on which merging, a cache or a preset is on.
 
     Raises:
-        TypeError: ``pipe`` has no UNet.
+        TypeError: ``pipe`` has no such model.
         RuntimeError: It is entered while it is entered already.
 
     Example:
@@ -48,7 +48,7 @@ class generation:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._models = models_of(pipe)
+        self._models = merged_models(pipe)
         self._held: dict[Attachment | FeatureCache, Any] = {}  # this generation's state while it is left
         self._outside: dict[Attachment | FeatureCache, Any] | None = None  # what was there before it was entered
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tomesd_plus.host.models import unet_of
 from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import MergeMode, MergePlan, make_cells
@@ -57,6 +58,7 @@ def apply_patch(
     Raises:
         ValueError: ``ratio`` is no number of at least 0.
     """
+    unet_of(model)  # refuses what has none
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < math.inf:
         raise ValueError(f"ratio must be a finite number of at least 0, usually 0.5, not {ratio!r}")
     remove_patch(model)

@@ -53,7 +53,7 @@ def run(*arguments):
         (["statistics", "pictures", "--out", "reference.csv"], 2, "--out must name an .npz file"),
         (["report", "one", "two"], 2, "several evaluations need --out"),
         (["benchmark", "--suite", "huge"], 2, "unknown suite 'huge': choose from cpu, gpu, smoke"),
-        (["benchmark", "--shape", "sd3"], 2, "unknown shape 'sd3': choose from sd15, sd21, sdxl, tiny"),
+        (["benchmark", "--shape", "sd4"], 2, "unknown shape 'sd4': choose from sd15, sd21, sdxl, pixart"),
         *([[command, "--help"], 0, f"tomesd-plus {command} [OPTIONS]"] for command in COMMANDS),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -13,15 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
-from tomesd_plus.benchmark.shapes import LATENT_PIXELS, SHAPES, build_unet, make_inputs
+from tomesd_plus.benchmark.shapes import SHAPES, Shape, build_unet, call_model, make_inputs
 from tomesd_plus.evaluation.errors import first_line
 from tomesd_plus.evaluation.generation.devices import MEBIBYTE, dtype_by_name, peak_memory
 from tomesd_plus.host.clock import moment, seconds_between
+from tomesd_plus.host.transformers import blocks_of, matches_flows
 
 MAX_CALLS = STEPS  # per run
 REFERENCE_CALLS = 5  # at most; the first setting, the reference, makes as many calls per run as the longest cycle
@@ -160,24 +161,26 @@ class _Candidate:
 
     Args:
         setting: The setting.
-        pipe: A stand-in for a pipeline: a UNet and a scheduler.
-        inputs: Inputs of the UNet.
+        pipe: A stand-in for a pipeline: a model and a scheduler.
+        shape: Of the model.
+        inputs: Inputs of the model.
     """
 
-    def __init__(self, setting: Setting, pipe: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, setting: Setting, pipe: Any, shape: Shape, inputs: dict[str, Any]) -> None:
         self.measured = Measured(setting)
         self.pipe = pipe
+        self.shape = shape
         self.inputs = inputs
 
     def run(self, calls: int) -> float:
         """Begin a generation; return the time of its UNet calls in seconds."""
-        inputs = dict(self.inputs)
-        sample = inputs.pop("sample")
-        self.pipe.scheduler.set_timesteps(STEPS, device=sample.device)  # new timestep tensors mark a new generation
-        start = moment(sample.device)
+        device = self.inputs["encoder_hidden_states"].device
+        self.pipe.scheduler.set_timesteps(STEPS, device=device)  # new timestep tensors mark a new generation
+        model = model_of(self.pipe)
+        start = moment(device)
         for timestep in self.pipe.scheduler.timesteps[:calls]:
-            self.pipe.unet(sample, timestep, **inputs, return_dict=False)
-        return seconds_between(start, moment(sample.device))
+            call_model(model, self.shape, self.inputs, timestep)
+        return seconds_between(start, moment(device))
 
     def warm_up(self, device: torch.device, bare: float, compiled: bool) -> None:
         """Measure memory and the package's own functions, which would disturb the timed runs."""
@@ -208,23 +211,36 @@ class _Candidate:
 
 @contextmanager
 def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: torch.device) -> Iterator[_Candidate]:
-    shape, latent = SHAPES[workload.shape], workload.size // LATENT_PIXELS
+    shape = SHAPES[workload.shape]
     dtype = dtype_by_name(workload.dtype, device)
     pipe = stand_in(unet)
-    if workload.compiled:
+    if workload.compiled and shape.is_transformer:
+        for block in blocks_of(pipe.transformer).values():
+            block.compile(fullgraph=True)
+    elif workload.compiled:
         # tomesd creates a generator in its forward, which breaks the graph
         pipe.unet.compile_repeated_blocks(fullgraph=PACKAGE not in setting.switches)
-    with setting.switched_on(pipe, shape.finest, (latent, latent)):
+    with setting.switched_on(pipe, shape.finest, shape.grid(workload.size)):
         yield _Candidate(
             setting,
             pipe,
+            shape,
             make_inputs(shape, workload.size, workload.batch, dtype, device),
         )
 
 
 def stand_in(unet: nn.Module) -> SimpleNamespace:
-    """A stand-in for a pipeline, on which settings can be switched on: a scheduler and a copy of the UNet."""
-    return SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
+    """A stand-in for a pipeline, on which settings can be switched on: a scheduler and a copy of the model."""
+    if any(hasattr(unet, name) for name in ("down_blocks", "up_blocks")):
+        return SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
+    scheduler = FlowMatchEulerDiscreteScheduler() if matches_flows(unet) else DDIMScheduler(steps_offset=1)
+    return SimpleNamespace(transformer=twin(unet), scheduler=scheduler)
+
+
+def model_of(pipe: Any) -> nn.Module:
+    """The model of a stand-in."""
+    model: nn.Module = getattr(pipe, "unet", None) or pipe.transformer
+    return model
 
 
 def twin(unet: nn.Module) -> nn.Module:

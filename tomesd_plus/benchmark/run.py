@@ -12,6 +12,7 @@ from tomesd_plus.benchmark.measure import Protocol, measure
 from tomesd_plus.benchmark.report import save_report
 from tomesd_plus.benchmark.rows import Row, blank_row, load_rows, make_rows, save_rows
 from tomesd_plus.benchmark.settings import UNTOUCHED, Setting
+from tomesd_plus.benchmark.shapes import SHAPES
 from tomesd_plus.benchmark.suites import Suite
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.generation.devices import device_name
@@ -78,7 +79,8 @@ def run_suite(
         if not measured:
             unfinished.append(str(task.workload))
             continue
-        rows += [row for row in make_rows(task.workload, measured, where, psnr) if row.key not in known]
+        of_unet = {} if SHAPES[task.workload.shape].is_transformer else psnr  # the embedded pipeline has a UNet
+        rows += [row for row in make_rows(task.workload, measured, where, of_unet) if row.key not in known]
         save_rows(rows, path)
     files = [path, *save_report(rows, out, name)] if rows else []
     return Outcome(rows, files, unfinished, left_out)

@@ -8,6 +8,7 @@ from math import lcm
 from typing import Any
 
 from tomesd_plus.benchmark.ideal import fewer_tokens
+from tomesd_plus.benchmark.ideal_transformers import fewer_image_tokens
 from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
@@ -19,7 +20,7 @@ IDEAL = "ideal: "
 PACKAGE = TOMESD_PACKAGE
 INTERVALS = (2, 3, 4, 5, 7)  # of feature caches
 FEW_INTERVALS = (2, 3, 5)
-OF_IDEAL = ("layers", "sides", "cell_size")
+OF_IDEAL = ("layers", "blocks_per_run", "sides", "cell_size")
 """The options that determine which layers run on how many tokens, and with it the ideal."""
 
 _ALL_LAYERS: dict[str, Any] = {"layers": list(LAYERS)}
@@ -33,6 +34,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "attention cache 4": {"cache": {"interval": 4, "branch": "self_attention"}},
     "attn1 + attn2 + mlp": {"merge": _ALL_LAYERS},
     "block": {"merge": _BLOCK},
+    "run": {"merge": _BLOCK | {"blocks_per_run": "all"}},  # transformers: merged once, unmerged once
     "block, plan every 4": {"merge": _BLOCK | {"plan_every": 4}},
     "block, full every 4": {"merge": _BLOCK | {"full_steps": 4}},
     "keys and values": {"merge": {"sides": "keys_values"}},
@@ -115,13 +117,18 @@ class Setting:
         Args:
             pipe: A pipeline, or an object with a UNet and a scheduler.
             finest: The smallest downsample at which the UNet has self-attention.
-            latent_size: Height and width of the latents; required by ideals.
+            latent_size: Height and width of the latents, or of a transformer's grid of tokens; required by ideals.
         """
         if "ideal" in self.switches:
             assert latent_size is not None
             layers = self.switches["ideal"]
             config = ToMeConfig(self.ratio or 0.0, max_downsample=self._max_downsample(finest), **layers)
-            on: Any = fewer_tokens(pipe.unet, config, *latent_size)
+            transformer = getattr(pipe, "transformer", None)
+            on: Any = (
+                fewer_tokens(pipe.unet, config, *latent_size)
+                if transformer is None
+                else fewer_image_tokens(transformer, config, *latent_size)
+            )
         else:
             on = self.configuration(finest).switched_on(pipe) if self.switches else nullcontext()
         with on as report:
@@ -197,5 +204,6 @@ def _layers(options: dict[str, Any]) -> str:
     config = ToMeConfig(**options)
     attention = {"both": "attn1", "keys_values": "keys and values", "queries": "queries"}[config.sides]
     words = {"self_attention": attention, "cross_attention": "attn2", "mlp": "mlp"}
-    name = "block" if config.layers == "block" else " + ".join(words[layer] for layer in config.layers)
+    block = "block" if config.blocks_per_run == 1 else f"run of {config.blocks_per_run} blocks"
+    name = block if config.layers == "block" else " + ".join(words[layer] for layer in config.layers)
     return name + (f", cells {options['cell_size']}" if "cell_size" in options else "")

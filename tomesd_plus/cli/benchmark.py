@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SINGLE = {"shape", "size", "batch", "ratio", "setting", "preset", "cache_interval", "levels", "dtype", "compiled"}
 SETTINGS = ["attn1", "block", "keys and values", "tomesd"]
+TRANSFORMER_SETTINGS = ["attn1", "attn1 + attn2 + mlp", "block", "run"]
 
 
 def _check_ratios(ratios: list[float] | None) -> list[float] | None:
@@ -33,7 +34,7 @@ def _check_ratios(ratios: list[float] | None) -> list[float] | None:
 def benchmark_command(
     context: typer.Context,
     suite: Annotated[str | None, typer.Option(help=f"A complete published table: {', '.join(SUITES)}.")] = None,
-    shape: Annotated[str, typer.Option(help=f"Shape of the UNet: {', '.join(SHAPES)}.")] = "sd15",
+    shape: Annotated[str, typer.Option(help=f"Shape of the UNet or transformer: {', '.join(SHAPES)}.")] = "sd15",
     size: Annotated[
         list[int] | None, typer.Option(help="Side in pixels; repeatable. Default: the model's own.")
     ] = None,
@@ -72,9 +73,10 @@ def benchmark_command(
         Path | None, typer.Option(help="The folder to write to. Default: results for a suite, else benchmark.")
     ] = None,
 ) -> None:
-    """Time a UNet of a published shape, with random weights, under several settings in turn.
+    """Time a UNet or transformer of a published shape, with random weights, under several settings in turn.
 
-    Settings: attn1; attn1, full every 4; attn1, gate; attn1 + attn2 + mlp; block; block, plan every 4; block, whole
+    Settings: attn1 (in sd3 and flux-blocks the joint attention); attn1, full every 4; attn1, gate; attn1 + attn2 +
+    mlp; block; run (transformers only: all blocks, merged and unmerged once); block, plan every 4; block, whole
     every 4; keys and values; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache
     2, 3 or 5; block + cache 3; preset quality, balanced or fast (a complete run of 25 steps); or a configuration
     as `evaluate` takes it. The untouched UNet is always included, and so is the ideal, fewer tokens at no cost,
@@ -101,7 +103,7 @@ def benchmark_command(
         names = [*(setting or []), *(f"preset: {name}" for name in preset or [])]
         caches = ("cache", "deepcache") if installed("DeepCache") else ("cache",)
         names += [f"{kind}: {count}" for count in cache_interval or [] for kind in caches]
-        chosen = run(lambda: _single(shape, size, batch, ratio, names or SETTINGS, levels, dtype, compiled))
+        chosen = run(lambda: _single(shape, size, batch, ratio, names or _usual(shape), levels, dtype, compiled))
     chosen = replace(
         chosen,
         repeats=repeats or chosen.repeats,
@@ -120,6 +122,13 @@ def benchmark_command(
     _print(outcome)
 
 
+def _usual(shape: str) -> list[str]:
+    """The settings that are compared if none is named."""
+    from tomesd_plus import benchmark
+
+    return TRANSFORMER_SETTINGS if benchmark.SHAPES[shape].is_transformer else SETTINGS
+
+
 def _single(
     shape: str,
     size: list[int] | None,
@@ -134,8 +143,10 @@ def _single(
     from tomesd_plus import benchmark
 
     sizes = size or [benchmark.SHAPES[shape].image_size]
-    if any(pixels < 16 or pixels % 8 for pixels in sizes):
-        fail(f"sizes must be multiples of 8 and at least 16 pixels, not {', '.join(map(str, sizes))}")
+    transformer = benchmark.SHAPES[shape].is_transformer
+    multiple = 16 if transformer else 8
+    if any(pixels < 16 or pixels % multiple for pixels in sizes):
+        fail(f"sizes must be multiples of {multiple} and at least 16 pixels, not {', '.join(map(str, sizes))}")
     if min(batch or [2]) < 1:
         fail("a batch has at least one sample")
     ratios = ratio or [0.5]
@@ -144,7 +155,8 @@ def _single(
     workloads = [
         benchmark.Workload(shape, pixels, count, dtype, compiled) for pixels in sizes for count in batch or [2]
     ]
-    return benchmark.Suite(tuple(benchmark.task(workload, names, ratios, levels) for workload in workloads))
+    tasks = tuple(benchmark.task(workload, names, ratios, levels) for workload in workloads)
+    return benchmark.Suite(tasks, prompts=0) if transformer else benchmark.Suite(tasks)
 
 
 def _print(outcome: "Outcome") -> None:

@@ -2,5 +2,5 @@
 
 DOWNSAMPLES = 1, 2, 4, 8
 PRESETS = "quality", "balanced", "fast"
-SHAPES = "sd15", "sd21", "sdxl", "tiny"
+SHAPES = "sd15", "sd21", "sdxl", "pixart", "sd3", "flux-blocks", "tiny"
 SUITES = "cpu", "gpu", "smoke"

@@ -62,17 +62,46 @@ def attention(
         query = attn.norm_q(query)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
+    output = attend(query, key, value, sizes, backend).flatten(2).to(query.dtype)
+    return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sizes: Tensor | None = None,
+    backend: Any = None,
+    masked: bool = False,
+) -> Tensor:
+    """Attention of heads, in which a key that stands for several tokens weighs as many times.
+
+    Args:
+        query, key, value: (batch, tokens, heads, channels), normalized and rotated if that is wanted.
+        sizes: How many tokens each key stands for, (batch, keys); ``None``: one each.
+        backend: As in :func:`attention`.
+        masked: Hand the sizes over as a mask, which is as exact, and cheaper on a CPU (``results/README.md``).
+
+    Returns:
+        (batch, queries, heads, channels).
+    """
     channels = query.shape[-1]
-    if sizes is not None:
+    mask = None
+    if sizes is not None and masked:
+        mask = sizes.log()[:, None, None].to(query.dtype)  # (batch, 1, 1, keys)
+    elif sizes is not None:
         exact = torch.promote_types(key.dtype, torch.float32)
         weight = (
-            (math.sqrt(channels) * sizes.to(exact).log()).to(key.dtype)[:, :, None, None].expand(-1, -1, attn.heads, 1)
+            (math.sqrt(channels) * sizes.to(exact).log())
+            .to(key.dtype)[:, :, None, None]
+            .expand(-1, -1, key.shape[2], 1)
         )
         one = torch.ones_like(query[..., :1])
         query, key, value = (
             pad(torch.cat(parts, dim=-1), (0, channels + EXTRA_CHANNELS - sum(p.shape[-1] for p in parts)))
             for parts in ((query, one), (key, weight), (value,))
         )
-    output = dispatch_attention_fn(query, key, value, scale=1 / math.sqrt(channels), backend=backend or _NATIVE)
-    output = output[..., :channels].flatten(2).to(query.dtype)
-    return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
+    output = dispatch_attention_fn(
+        query, key, value, attn_mask=mask, scale=1 / math.sqrt(channels), backend=backend or _NATIVE
+    )
+    return output[..., :channels]

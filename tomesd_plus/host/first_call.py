@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tomesd_plus.host.step import outside_graphs
+from tomesd_plus.host.transformers import KNOWN
 
 
 @dataclass
@@ -32,6 +33,9 @@ class FirstCalls:
         carries: True if a model carries objects that have not met it.
         meet: Let those that a model carries meet it; false if it carries none, met or not.
         begin: ``(model, sample, timestep)``: the call has begun.
+
+    Raises:
+        TypeError: At the call of a transformer that carries one: its calls cannot be read so.
     """
 
     def __init__(
@@ -57,6 +61,12 @@ class FirstCalls:
         if hasattr(module, "time_proj") and hasattr(module, "conv_in"):
             if not compiling or self._carries(module):
                 self._start(module)
+        elif isinstance(module, KNOWN):
+            if self._carries(module):
+                raise TypeError(
+                    f"a processor that is set by itself merges in UNets: use apply_token_merging for this "
+                    f"{type(module).__name__}"
+                )
         elif self._readings or not (compiling or self.waiting):
             self._go_on(module, args)
 

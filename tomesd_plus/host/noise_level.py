@@ -26,10 +26,12 @@ class NoiseLevels:
     Args:
         pipe: The pipeline; its scheduler is asked. Without one, timesteps of training are all that can be read.
         needed: True if something depends on the noise level, so that not knowing it deserves a warning.
+        flow: True if the model was trained by flow matching, so that a timestep is T · σ.
     """
 
-    def __init__(self, pipe: Any = None, needed: bool = True) -> None:
+    def __init__(self, pipe: Any = None, needed: bool = True, flow: bool = False) -> None:
         self.needed = needed
+        self.flow = flow
         self._scheduler = getattr(pipe, "scheduler", None)  # a copied pipeline's copy finds its own by this
         self._pipe: Transient[weakref.ref[Any]] = Transient(None if self._scheduler is None else weakref.ref(pipe))
         self._table: Transient[tuple[Tensor, int | None, dict[float, float]]] = Transient()
@@ -39,12 +41,12 @@ class NoiseLevels:
     def of(self, timesteps: Sequence[float]) -> list[float]:
         """Noise levels in [0, 1] of a generation's timesteps, or of one."""
         table = self._levels_of_scheduler()
-        training = self.train_timesteps - 1
+        training = self.train_timesteps - (not self.flow)
         self._clear = self._clear or max(timesteps) > CLEAR
         levels = []
         for place, timestep in enumerate(timesteps):
             level = table.get(timestep)
-            if level is None and (float(timestep).is_integer() or self._clear):
+            if level is None and (float(timestep).is_integer() or self._clear or self.flow):
                 level = timestep / training
             level = _nearest(table, timestep) if level is None else level
             if level is None:

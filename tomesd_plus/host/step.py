@@ -32,7 +32,9 @@ def refuse_tracing(what: str) -> None:
     Raises:
         RuntimeError: The model is being traced or exported.
     """
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():  # also in an export that is run as Python
+    if (
+        torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    ):  # also in an export that is run as Python
         raise RuntimeError(
             f"{what} cannot be traced or exported: what runs differs from step to step. Remove it for the export, or "
             "use torch.compile, which works with it"

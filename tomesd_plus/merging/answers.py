@@ -23,6 +23,7 @@ class Why(Enum):
     full_step = "the step is a full one"
     nothing_similar = "too few tokens are alike"
     does_not_pay = "{}"
+    of_call = "{}"
     tomesd = "tomesd leaves it alone: the level is beyond max_downsample, or the ratio removes nothing"
     block_not_merged = "its block's attention was not merged"
     other_tokens = "its input is not the block's tokens"
@@ -37,9 +38,15 @@ class Why(Enum):
     text_too = "it attends to text too"
     frames = "its tokens are frames"
     fused = "its projections are fused, so queries and keys cannot have tokens of their own"
+    all_fused = "its projections are fused"
+    unknown_processor = "it is not known what its processor, {}, does"
+    backend = "it is not known whether its attention backend, {}, takes heads with an extra channel"
+    parallel = "its tokens are spread over several devices"
+    beside = "its block's MLP runs beside the attention: only both by one plan can be merged there"
+    controlnet = "ControlNets of transformers are not merged"
     replaced = "its processor was replaced by {} after merging was applied"
     module_processor = "its processor is a module, which must stay registered on the layer"
-    unknown_processor = (
+    foreign_processor = (
         "its processor {} is not one of diffusers', and may depend on the tokens' number or order; "
         "if it does not, set permutation_equivariant = True on it"
     )

@@ -11,11 +11,13 @@ from torch import nn
 
 from tomesd_plus.host.models import attends_over_frames, models_of
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Ratios, ToMeConfig
 from tomesd_plus.merging.processor import ToMeProcessor, attach_to
 from tomesd_plus.merging.report import ModelReport, TokenMergingReport
+from tomesd_plus.merging.transformers import check_transformer, merge_transformer
 
 
 def apply_token_merging(
@@ -25,13 +27,14 @@ def apply_token_merging(
     ratio: Ratios | None = None,
     **options: Any,
 ) -> TokenMergingReport:
-    """Merge tokens in a pipeline's UNet and ControlNets, around the attention processors that are there.
+    """Merge tokens in a pipeline's UNet and ControlNets, or its transformer, around the processors that are there.
 
     Processors that are not diffusers' own may shuffle or count tokens, as HyperTile's do, so they are left alone, and
     the report says so; one that does neither says it by an attribute ``permutation_equivariant = True``.
 
     Args:
-        pipe: A diffusers pipeline with a UNet, or a UNet or ControlNet itself.
+        pipe: A diffusers pipeline with a UNet or with a transformer of PixArt, Stable Diffusion 3 or Flux, or a UNet,
+            ControlNet or such a transformer itself.
         config: What to merge; ``ToMeConfig()`` by default. Anything else is taken as the ratio.
         ratio: Short for ``ToMeConfig(ratio=…)``.
         options: Other fields of :class:`ToMeConfig`.
@@ -40,7 +43,7 @@ def apply_token_merging(
         A report of what merging does, which follows the pipeline as it runs.
 
     Raises:
-        TypeError: ``pipe`` has no UNet, or both a config and options are given.
+        TypeError: ``pipe`` has neither, or both a config and options are given.
         ValueError: Merging is on already, or an option is out of range.
 
     Example:
@@ -58,6 +61,11 @@ def apply_token_merging(
     if config is not None and options:
         raise TypeError(f"give either a config or options, not both: {', '.join(options)}")
     config = config or ToMeConfig(**options)
+    transformer = transformer_of(pipe)
+    if transformer is not None:
+        return _merge_transformer(pipe, transformer, config)
+    if config.blocks_per_run != 1:
+        raise ValueError("blocks_per_run is of transformers: a UNet's blocks are merged one by one")
     noise_levels = NoiseLevels(pipe, config.follows_noise_level)
     return merge_with(pipe, lambda name, excluded: Attachment(config, noise_levels, name, excluded, stays=True))
 
@@ -69,7 +77,7 @@ def remove_token_merging(pipe: Any) -> None:
     ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
     """
     found = False
-    for model in models_of(pipe).values():
+    for model in merged_models(pipe).values():
         for attachment in attachments_on(model):  # also those whose processors were replaced since
             found = True
             attachment.detach()
@@ -99,7 +107,7 @@ def merging_report(pipe: Any) -> TokenMergingReport:
 
     Bare processors count once their model has been called.
     """
-    found = {name: attachments_on(model) for name, model in models_of(pipe).items()}
+    found = {name: attachments_on(model) for name, model in merged_models(pipe).items()}
     if not any(found.values()):
         raise ValueError("token merging is not applied, or its model has not been called yet")
     return _report({name: attachments[0] for name, attachments in found.items() if attachments})
@@ -145,6 +153,23 @@ def merge_with(
     return _report(attachments)
 
 
+def merged_models(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline in which tokens may be merged, by name."""
+    transformer = transformer_of(pipe)
+    return models_of(pipe) if transformer is None else {"transformer": transformer}
+
+
+def _merge_transformer(pipe: Any, model: nn.Module, config: ToMeConfig) -> TokenMergingReport:
+    check_transformer(model, config)
+    if is_merging(model):
+        raise ValueError("token merging is already applied to transformer: call remove_token_merging first")
+    for attachment in attachments_on(model):  # its processors were replaced since
+        attachment.detach()
+    controlled = getattr(pipe, "controlnet", None) is not None
+    excluded = {"controlnet": Reason(Why.controlnet)} if controlled else {}
+    return _report({"transformer": merge_transformer(pipe, model, config, excluded)})
+
+
 def is_merging(model: nn.Module) -> bool:
     """True if a model carries a :class:`ToMeProcessor`."""
     return any(isinstance(getattr(module, "processor", None), ToMeProcessor) for module in model.modules())
@@ -166,5 +191,5 @@ def _why_excluded(layer: Attention, unknown: bool) -> Reason | None:
         return Reason(Why.own_arguments, (", ".join(sorted(extra)),))
     known = type(layer.processor).__module__.partition(".")[0] == "diffusers"
     if not (unknown or known or getattr(layer.processor, "permutation_equivariant", False)):
-        return Reason(Why.unknown_processor, (type(layer.processor).__name__,))
+        return Reason(Why.foreign_processor, (type(layer.processor).__name__,))
     return None

@@ -2,16 +2,16 @@
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tomesd_plus.caching.cache import feature_cache_on
-from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.models import owners_of_hooks
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.reading import Reading, read_unet
 from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.merging.answers import KeptOutputs, Reason, Why
@@ -34,6 +34,8 @@ class Attachment:
         plans: By which plans tokens are merged; :class:`Planner` by default.
         stays: Wait on the model, when all processors are replaced, for them to be put back; else the hooks go away,
             until a processor that was put back is called.
+        read: Reads a call of the model; a UNet's by default.
+        blocks: ``(decider) -> hooks`` for the model's blocks; a UNet's by default.
     """
 
     def __init__(
@@ -44,13 +46,16 @@ class Attachment:
         excluded: dict[str, Reason] | None = None,
         plans: Plans | None = None,
         stays: bool = False,
+        read: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Reading] = read_unet,
+        blocks: Callable[[Decider], BlockHooks] = BlockHooks,
     ) -> None:
         self.config = config
         self.noise_levels = noise_levels or NoiseLevels(needed=config.follows_noise_level)
         self.excluded = excluded or {}
         self.plans = plans or Planner(config)
         self.decider = Decider(config, self.plans, name)
-        self.blocks = BlockHooks(self.decider)
+        self.blocks = blocks(self.decider)
+        self.read = read
         self.stays = stays
         self.attentions: list[nn.Module] = []
         self.record: Transient[Record] = Transient()  # of the latest generation, in any thread
@@ -133,10 +138,10 @@ class Attachment:
             self._warn_if_replaced_by_others()
             self.lose(model)
             return
-        sample, timestep, text = call_of(model, args, kwargs)
+        reading = self.read(model, args, kwargs)
         current = self.decider.current
         generation = current.generation or self.new_generation()
-        step = generation.tracker.observe(sample, timestep, text)
+        step = generation.tracker.observe(reading.sample, reading.timestep, reading.text)
         if step.new_generation:
             generation = Generation(generation.tracker)
             record = generation.record
@@ -145,14 +150,20 @@ class Attachment:
         current.generation, self.record.value = generation, generation.record
         generation.record.steps.append(StepRecord(step.index, step.noise_level))
         current.call = self.decider.latest.value = call = Call(
-            step, record=generation.record, video=sample.ndim == 5, gradients=torch.is_grad_enabled()
+            step,
+            record=generation.record,
+            video=reading.sample.ndim == 5,
+            gradients=torch.is_grad_enabled(),
+            text_tokens=reading.text_tokens,
+            obstacle=_reason(reading.obstacle),
+            between=_reason(reading.between),
         )
         cache = feature_cache_on(model)
 
         def settle(cached: bool | None) -> None:
             call.cached = cached
             self._drop_kept(generation.settle(call, self.config))
-            self.plans.lay_out(call, sample.device)
+            self.plans.lay_out(call, reading.sample.device)
 
         if cache is None:
             settle(None)
@@ -267,6 +278,10 @@ class Attachment:
 def attachments_on(model: nn.Module) -> list[Attachment]:
     """The attachments whose hooks are on a model."""
     return owners_of_hooks(model, Attachment)
+
+
+def _reason(words: str | None) -> Reason | None:
+    return None if words is None else Reason(Why.of_call, (words,))
 
 
 def _bytes(kept: KeptOutputs) -> int:

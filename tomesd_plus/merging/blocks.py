@@ -131,6 +131,14 @@ class BlockHooks:
             return Reason(Why.attention_left_alone)
         return None
 
+    def attention_of(self, block: Any) -> Any:
+        """A block's self-attention layer."""
+        return block.attn1
+
+    def more_of_kind(self, call: Call, block: nn.Module) -> str:
+        """What else the time of a block depends on."""
+        return ""
+
     # The gate ---------------------------------------------------------------------------------------------------
 
     def _gate_decision(
@@ -147,7 +155,8 @@ class BlockHooks:
             return None  # a block without its attention tells nothing of it
         judged = judged_removal(level)
         states = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
-        kind = (*states, block.attn1.heads, kernel_of(block.attn1), level.height, judged)
+        attention = self.attention_of(block)
+        kind = (*states, type(block), attention.heads, kernel_of(attention), level.height, judged)
         if kind not in self.decisions:
             with _MEASURING:
                 self.decisions[kind] = self._measure(gate, call, block, args, kwargs, judged)
@@ -169,7 +178,8 @@ class BlockHooks:
                 inputs, keywords = self.enter(block, args, kwargs) or (args, kwargs)
                 self.leave(block, inputs, block.forward(*inputs, **keywords))
 
-        key = kind_of_block(block, hidden_states, level, judged, self.decider.config)
+        key = kind_of_block(self.attention_of(block), hidden_states, level, judged, self.decider.config)
+        key += self.more_of_kind(call, block)
         off = Reason(Why.does_not_pay, ("measuring",))
         return gate.decide(key, hidden_states.device, lambda: run(off), lambda: run(None))
 

@@ -17,6 +17,7 @@ Metric = Literal["attention_input", "block_input", "keys"]
 Destinations = Literal["random", "fixed"]
 PlanPer = Literal["block", "stage", "level"]
 GateMode = Literal["off", "on", "remeasure"]
+BlocksPerRun = int | Literal["all"]
 Cache = Literal["cache"]
 
 LEVELS = (1, 2, 4, 8)
@@ -94,7 +95,11 @@ class ToMeConfig:
         layers: Which layers of a transformer block run on merged tokens, all by one plan: any of
             ``"self_attention"`` (default), ``"cross_attention"`` and ``"mlp"``. More layers save more; the MLP costs
             most quality. ``"block"``: merge once where a block begins and add what it changed back to every token
-            where it ends: all its layers, for one merge and one unmerge.
+            where it ends: all its layers, for one merge and one unmerge. Stable Diffusion 3 and Flux attend to text
+            in ``"self_attention"``, and have no ``"cross_attention"``.
+        blocks_per_run: With ``layers="block"`` in a transformer: merge once before so many consecutive blocks, and add
+            what they have changed back to every token after the last; 1 by default. ``"all"``: from the first block to
+            the last. Longer runs save more, and tokens of a group stay alike for longer.
         sides: Which side of self-attention is merged: ``"both"`` (default); ``"keys_values"`` keeps every query, which
             keeps more detail and saves less. With ``window=1``, fixed destinations, pruning and a ratio of 0.75 this
             is ToDo's downsampling (https://arxiv.org/abs/2402.13573); with merging instead of pruning, average
@@ -125,6 +130,7 @@ class ToMeConfig:
     destinations: Destinations = "random"
     metric: Metric = "attention_input"
     layers: Sequence[Layer] | Literal["block"] = ("self_attention",)
+    blocks_per_run: BlocksPerRun = 1
     sides: Sides = "both"
     mode: MergeMode = "merge"
     proportional_attention: bool = True
@@ -175,6 +181,15 @@ class ToMeConfig:
             object.__setattr__(self, name, value)
 
     def _check_combinations(self) -> None:
+        if self.blocks_per_run != "all" and not is_whole(self.blocks_per_run, 1):
+            raise ValueError(
+                f"blocks_per_run must be 'all' or a whole number of at least 1, not {self.blocks_per_run!r}"
+            )
+        if self.blocks_per_run != 1 and (self.layers != "block" or self.gate != "off"):
+            raise ValueError(
+                f"blocks_per_run={self.blocks_per_run!r} needs layers='block', and goes without a gate, which "
+                "measures single blocks"
+            )
         if self.sides != "both" and "self_attention" not in self.layers:
             raise ValueError(f"sides={self.sides!r} is of self-attention: it needs layers with 'self_attention'")
         if self.sides == "keys_values" and self.full_steps is not None:

@@ -13,7 +13,8 @@ from tomesd_plus.merging.answers import AlreadyMerged, Answer, KeptOutputs, Leav
 from tomesd_plus.merging.config import Layer, ToMeConfig
 from tomesd_plus.merging.generation import Call, Current, LayerRecord
 
-Role = Layer | Literal["block"]
+Role = Layer | Literal["block", "more_attention"]
+"""What a layer is to its block; more attention is a second one among the same tokens, by the first one's plan."""
 KEPT = "_tomesd_plus_kept"  # a layer's attribute: a field of its own lets compiled layers share graphs
 
 
@@ -73,7 +74,7 @@ class Decider:
             return Leave()
         if not torch.compiler.is_compiling() and attends_over_frames(self.names.get(layer, "")):
             obstacle = Reason(Why.frames)
-        answer = self._answer(call, layer, role, hidden_states, obstacle)
+        answer = self._answer(call, layer, role, hidden_states, obstacle or call.obstacle)
         if isinstance(answer, Merge) or (isinstance(answer, Leave) and answer.reason is not None):
             self._note(call, layer, hidden_states, answer)
         return answer
@@ -87,10 +88,11 @@ class Decider:
             return AlreadyMerged(block.inside) if inside else Leave(obstacle)
         if obstacle is None and not call.video and hidden_states.shape[0] != call.step.batch:
             obstacle = Reason(Why.other_batch, (hidden_states.shape[0], call.step.batch))
-        if obstacle is not None and role == "self_attention":
+        if obstacle is not None and role in ("self_attention", "more_attention"):
             return Leave(obstacle)
         found = self._find(call, layer, role, hidden_states)
-        if role not in self.config.layers and role != self.config.layers:
+        layers = self.config.layers
+        if role != layers and ("self_attention" if role == "more_attention" else role) not in layers:
             return Leave()
         if isinstance(found, MergePlan) and obstacle is None:
             if role == "block":

@@ -109,16 +109,16 @@ def judged_removal(level: Level) -> int:
 
 
 # What the time of a block does not depend on, or what stands in the key by itself.
-_NOT_OF_TIME = ("ratio", "cached_ratio", "max_downsample", "gate", "seed", "plan_per", "plan_every")
+_NOT_OF_TIME = ("ratio", "cached_ratio", "max_downsample", "gate", "seed", "plan_per", "plan_every", "blocks_per_run")
 
 
-def kind_of_block(block: Any, hidden_states: Tensor, level: Level, judged: int, config: ToMeConfig) -> str:
-    """All that the time of a transformer block depends on, but for machine and versions."""
+def kind_of_block(attention: Any, hidden_states: Tensor, level: Level, judged: int, config: ToMeConfig) -> str:
+    """All that the time of a transformer block depends on, but for machine and versions; by its attention layer."""
     batch, _, channels = hidden_states.shape
     options = {name: value for name, value in asdict(config).items() if name not in _NOT_OF_TIME}
     options["full_steps"] = config.full_steps is not None  # what details are kept for takes time
     return (
-        f"{channels} channels, {block.attn1.heads} heads, {kernel_of(block.attn1)}, "
+        f"{channels} channels, {attention.heads} heads, {kernel_of(attention)}, "
         f"{level.height} × {level.width} tokens, batch {batch}, "
         f"{hidden_states.dtype}, {hidden_states.device.type}, {judged} removed, {options}"
     )

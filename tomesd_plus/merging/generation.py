@@ -10,7 +10,7 @@ from torch import Tensor
 from tomesd_plus.host.step import Step, StepTracker
 from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import Cells, MergePlan
-from tomesd_plus.merging.answers import Answer, Reason
+from tomesd_plus.merging.answers import Answer, Leave, Merge, Reason
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.schedules import AdaptiveRatio, Schedule
 
@@ -105,19 +105,24 @@ class BlockState:
         found: The plan that its layers share, or why there is none.
         inside: The plan by which its input was merged, if the whole block runs on merged tokens.
         gate_decision: Why the gate leaves it alone; ``None`` if it does not.
+        obstacle: Why it cannot run on merged tokens as a whole.
         entered: What was to be done with its input, the input, and the same merged; ``None`` if nobody asked.
         layer: What is to be done in the layer under way inside it.
+        pair: What is to be done in its attention and its MLP, where these run side by side.
     """
 
     found: MergePlan | Reason | None = None
     inside: MergePlan | None = None
     gate_decision: Reason | None = None
+    obstacle: Reason | None = None
     entered: tuple[Answer, Tensor, Tensor | None] | None = None
     layer: Answer | None = None
+    pair: Merge | Leave | None = None
 
     def forget(self) -> None:
         """Between blocks. The object stays: ``torch.compile`` does not see a thread's field change within a graph."""
-        self.found = self.inside = self.gate_decision = self.entered = self.layer = None
+        self.found = self.inside = self.gate_decision = self.obstacle = None
+        self.entered = self.layer = self.pair = None
 
 
 @dataclass(eq=False)
@@ -141,6 +146,9 @@ class Call:
         used: The kept outputs that layers have used, where gradients are wanted.
         ran: The levels, by downsample, at which a layer has run.
         trial: Of a call of the gate's own: what it is to have decided, or ``None`` for merging.
+        text_tokens: That a transformer was given.
+        obstacle: Why nothing can be merged in it.
+        between: Why tokens cannot stay merged from one block to the next.
     """
 
     step: Step
@@ -159,6 +167,9 @@ class Call:
     used: dict[torch.nn.Module, Tensor] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
     trial: Reason | None = None
+    text_tokens: int = 0
+    obstacle: Reason | None = None
+    between: Reason | None = None
 
 
 class Generation:
