@@ -49,7 +49,8 @@ def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: 
 
 
 def sample_and_timestep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Latents and timestep of a UNet's or ControlNet's call."""
+    """Latents and timestep of a denoiser's or ControlNet's call; a transformer calls its latents hidden states."""
     inner: nn.Module = getattr(model, "_orig_mod", model)  # a compiled model has a signature of its own
     places = positions(type(inner))
-    return argument(places, args, kwargs, "sample"), argument(places, args, kwargs, "timestep")
+    latents = "sample" if "sample" in places else "hidden_states"
+    return argument(places, args, kwargs, latents), argument(places, args, kwargs, "timestep")
