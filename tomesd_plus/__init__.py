@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         CosineSchedule,
         LinearSchedule,
         Schedule,
+        StepPlan,
         StepsSchedule,
     )
     from tomesd_plus.scope import generation
@@ -49,6 +50,7 @@ __all__ = [
     "Preset",
     "PresetReport",
     "Schedule",
+    "StepPlan",
     "StepsSchedule",
     "ToMeConfig",
     "ToMeProcessor",
@@ -88,6 +90,7 @@ _HOMES = {
         "CosineSchedule",
         "LinearSchedule",
         "Schedule",
+        "StepPlan",
         "StepsSchedule",
     ],
     "scope": ["generation"],

@@ -31,7 +31,7 @@ class generation:
     it. Blocks are left in the reverse order of entering.
 
     Args:
-        pipe: A diffusers pipeline, UNet, transformer or ControlNet on which merging, a feature cache or a preset is on.
+        pipe: A diffusers pipeline, UNet, transformer or ControlNet on which merging, a cache or a preset is on.
 
     Raises:
         TypeError: ``pipe`` has no UNet or transformer.

@@ -23,8 +23,8 @@ def apply_feature_cache(
     and removing, and with ``torch.compile``: one graph for full steps and one for cached ones (an adaptive cache
     breaks the UNet's graph once). Steps that are skipped (``branch="nothing"``, or S in a ``plan``) call no layer at
     all, of any denoiser; their output is a forecast from those of the steps before. The pipeline's ControlNets are
-    skipped with them, where they are called with the denoiser's batch, and run at every other step. What is kept is free again at the next generation's
-    start, or once the cache is removed.
+    skipped with them, where they are called with the denoiser's batch, and run at every other step. What is kept is
+    free again at the next generation's start, or once the cache is removed.
 
     Args:
         pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself; where steps

@@ -133,9 +133,8 @@ class FeatureCache:
             kind, reason = "full", WhyFull.replaced
         if generation.blank == step.number and kind != "skipped":
             raise RuntimeError(
-                f"step {step.number} was to be skipped, and so its ControlNet was, but the call that came is of another "
-                f"batch, size or form ({reason}). Apply the feature cache to the UNet alone: ControlNets then run at "
-                "every step."
+                f"step {step.number} was to be skipped, and so its ControlNet was, but the call that came cannot be "
+                f"({reason}). Apply the feature cache to the UNet alone: ControlNets then run at every step."
             )
         if kind == "cached" and self.config.threshold is not None:
             current.kind = "undecided"
@@ -153,7 +152,9 @@ class FeatureCache:
             assert early is not None and threshold is not None
             change = float((output - early).abs().mean() / early.abs().mean())
             changed = change > threshold
-            self._decide(generation, step, "full" if changed else "cached", WhyFull.changed if changed else None, change)
+            self._decide(
+                generation, step, "full" if changed else "cached", WhyFull.changed if changed else None, change
+            )
         if self._current.kind == "full":
             generation.record.features[step.call].early = output.detach()
 

@@ -64,7 +64,6 @@ class FeatureCacheReport:
             lines.append(line.rstrip())
         layers = f"; cached ones skip {len(self.skipped_layers)} layers and blocks" if self.skipped_layers else ""
         skipped = f", {self.skipped} skipped" if self.skipped else ""
-        lines.append(
-            f"{self.full} full and {self.cached} cached steps{skipped}{layers}; {self.kept_bytes / 2**20:.1f} MiB kept."
-        )
+        memory = f"{self.kept_bytes / 2**20:.1f} MiB kept"
+        lines.append(f"{self.full} full and {self.cached} cached steps{skipped}{layers}; {memory}.")
         return "\n".join(lines)

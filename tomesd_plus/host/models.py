@@ -41,7 +41,7 @@ def denoiser_of(pipe: Any) -> nn.Module:
     Raises:
         TypeError: There is none.
     """
-    model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None) or pipe
+    model = getattr(pipe, "unet", getattr(pipe, "transformer", pipe))
     called_as = positions(type(unwrapped(model))) if isinstance(model, nn.Module) else {}
     denoises = "timestep" in called_as and ("sample" in called_as or "hidden_states" in called_as)
     if not isinstance(model, nn.Module) or not denoises or "controlnet_cond" in called_as:

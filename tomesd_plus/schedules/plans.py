@@ -1,6 +1,7 @@
 """What runs at each step, a letter a step, also where the steps are others than those that it was made for."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite
 from typing import Literal, cast
 
@@ -47,7 +48,7 @@ class StepPlan:
         numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in levels)
         if not numbers or not all(isfinite(each) and 0 <= each <= 1 for each in levels):
             raise ValueError("the noise levels of a plan must be numbers in [0, 1]")
-        if len(levels) != len(self.letters) or any(late >= early for early, late in zip(levels, levels[1:])):
+        if len(levels) != len(self.letters) or any(late >= early for early, late in pairwise(levels)):
             raise ValueError(f"a plan of {len(self.letters)} steps needs as many noise levels, which fall")
 
     def at_number(self, number: int) -> Depth:
@@ -66,9 +67,9 @@ class StepPlan:
         low, high = (level, before) if before is None or before > level else (before, level)
         passed = [
             letter
-            for letter, each in zip(self.letters, levels)
+            for number, (letter, each) in enumerate(zip(self.letters, levels))
             if low - SAME <= each <= (1.0 if high is None else high) + SAME
-            and (before is None or abs(each - before) > SAME)
+            and (before is None or (number and abs(each - before) > SAME))  # the first letter is the first step's
         ]
         if not passed:  # more steps than the plan has: none of its own lies here, so as those around it
             later = next((letter for letter, each in zip(self.letters, levels) if each < level), None)
