@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from tomesd_plus.scope import generation
     from tomesd_plus.tiny import load_tiny_pipeline
+    from tomesd_plus.tuning import tune
 
 __all__ = [
     "PRESETS",
@@ -68,6 +69,7 @@ __all__ = [
     "remove_token_merging",
     "token_merging",
     "tomesd",
+    "tune",
 ]
 
 _HOMES = {
@@ -95,6 +97,7 @@ _HOMES = {
     ],
     "scope": ["generation"],
     "tiny": ["load_tiny_pipeline"],
+    "tuning": ["tune"],
 }
 """The module of each public name; ``tomesd`` is a module itself."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.caching.config import FeatureCacheConfig
+from tomesd_plus.caching.layers import skipped_layers
 from tomesd_plus.caching.report import FeatureCacheReport
 from tomesd_plus.host.models import controlnets_of, denoiser_of, train_timesteps, unet_of
 from tomesd_plus.schedules import IntervalSchedule
@@ -109,3 +110,12 @@ def _unet(pipe: Any) -> Any:
             'skip whole calls instead, by branch="nothing" or a plan of F and S'
         ) from None
     return getattr(pipe, "unet", pipe)
+
+
+def cached_steps_possible(pipe: Any) -> bool:
+    """True if a pipeline's denoiser has outer layers that can run alone, as UNets of Stable Diffusion have."""
+    try:
+        skipped_layers(unet_of(pipe), 0)
+    except TypeError:
+        return False
+    return True

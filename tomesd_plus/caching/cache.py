@@ -2,7 +2,8 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -172,6 +173,17 @@ class FeatureCache:
             outputs = generation.record.outputs
             outputs[step.call] = kept_with(outputs.get(step.call, ()), new)
         current.kind, current.outputs, current.waiting, current.given = "idle", {}, [], None
+
+    @contextmanager
+    def taking(self, outputs: dict[str, Any]) -> Iterator[None]:
+        """Let the denoiser's ``forward``, called by itself, be a cached call that takes certain layers' outputs."""
+        current = self._current
+        before = current.kind, current.outputs
+        current.kind, current.outputs = "cached", outputs
+        try:
+            yield
+        finally:
+            current.kind, current.outputs = before
 
     # For the layers, and for token merging ----------------------------------------------------------------------
 
