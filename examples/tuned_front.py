@@ -2,8 +2,8 @@
 
 ``python -m examples.tuned_front SOLVER CAPTIONS TUNED_ON GENERATIONS`` adds a solver's rows to ``front.csv`` and saves
 its presets beside it; ``python -m examples.tuned_front draw`` makes ``front.md`` and ``front.png`` of them. Without
-arguments: two steps of two captions, to see that it runs. Costs of steps are Stable Diffusion 1.5's, 512 × 512, float32
-on two CPU cores (``cache-steps.csv``, ``cpu.csv``), in which speed-ups are told; pictures are the embedded pipeline's.
+arguments: two captions, to see that it runs. Costs of steps are Stable Diffusion 1.5's, 512 × 512, float32, two CPU
+cores (``cache-steps.csv``, ``cpu.csv``), in which speed-ups are told; pictures are the embedded pipeline's.
 """
 
 import csv
@@ -23,7 +23,7 @@ from diffusers import (
 )
 from matplotlib.figure import Figure
 
-from tomesd_plus import PRESETS, Preset, load_tiny_pipeline, tune
+from tomesd_plus import PRESETS, Preset, load_tiny_pipeline, preset, tune
 from tomesd_plus.tiny import held_out_captions
 from tomesd_plus.tuning.pictures import Task, psnr_of, squared_error, switched_on
 from tomesd_plus.tuning.plans import Costs, Plan, even_plans, untouched
@@ -50,10 +50,9 @@ def measure(solver: str, count: int, tuned_on: int, generations: float, batch: i
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     captions = held_out_captions()
-    call = {"num_inference_steps": steps, "guidance_scale": 3.0, "batch_size": batch}
     presets = tune(
         pipe, captions[200 : 200 + tuned_on], speedup=SPEEDUPS, costs=COSTS, steps="free", max_generations=generations,
-        **call,
+        num_inference_steps=steps, guidance_scale=3.0, batch_size=batch,
     )  # fmt: skip
     task, prompts = Task(pipe, steps, 3.0, 1000, batch, {}), list(enumerate(captions[300 : 300 + count]))
     references = task.pictures(prompts)
@@ -62,8 +61,6 @@ def measure(solver: str, count: int, tuned_on: int, generations: float, batch: i
     def row(wanted: Any, kind: str, plan: Plan, speedup: float, name: str = "") -> dict[str, Any]:
         if (plan, name) not in known:
             if name:
-                from tomesd_plus import preset
-
                 with preset(pipe, name):
                     known[plan, name] = squared_error(task.pictures(prompts), references)
             else:
@@ -71,8 +68,8 @@ def measure(solver: str, count: int, tuned_on: int, generations: float, batch: i
                     known[plan, name] = squared_error(task.pictures(prompts, plan.steps), references)
         error = known[plan, name]
         low, high = _interval(error)
-        values = [solver, steps, wanted, kind, name or str(plan), plan.steps, f"{speedup:.2f}", f"{psnr_of(error):.2f}",
-                  f"{low:.2f}", f"{high:.2f}", count]  # fmt: skip
+        figures = [f"{value:.2f}" for value in (speedup, psnr_of(error), low, high)]
+        values = [solver, steps, wanted, kind, name or str(plan), plan.steps, *figures, count]
         print(*values, flush=True)
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -104,8 +101,6 @@ def _plan(chosen: Preset) -> Plan:
 
 def _letters_of(pipe: Any, chosen: Preset, steps: int) -> str:
     """Which steps of a preset are full, seen in a generation."""
-    from tomesd_plus import preset
-
     with preset(pipe, chosen) as report:
         pipe("a star", num_inference_steps=steps, guidance_scale=3.0, output_type="latent")
     assert report.cache is not None

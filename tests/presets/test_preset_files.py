@@ -105,6 +105,11 @@ def cache(**options):
     return GOOD | {"preset": data | {"cache": {"kind": "FeatureCacheConfig"} | options}}
 
 
+def whole(**fields):
+    data = {"kind": "Preset", "description": "", "merging": None, "cache": None}
+    return GOOD | {"preset": data | fields}
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
@@ -122,11 +127,8 @@ def cache(**options):
         (cache(full_steps=list(range(3000))), "longer than"), (cache(interval=[[[[[[[[[[1]]]]]]]]]]), "nested deeper"),
         (cache(plan={"kind": "mapping", "entries": [[1, 2, 3]]}), "pair"), (cache(full_steps=3), "FeatureCacheConfig"),
         (cache(plan={"kind": "Preset", "description": "", "merging": None, "cache": None}), "must be a word"),
-        (GOOD | {"preset": {"kind": "Preset", "description": 3, "merging": None, "cache": None}}, "must be a text"),
-        (GOOD | {"preset": {"kind": "Preset", "description": "", "merging": 3, "cache": None}}, "merging must be"),
-        (GOOD | {"preset": {"kind": "Preset", "description": "", "merging": None, "cache": None, "steps": 0}}, "steps"),
-        (GOOD | {"preset": {"kind": "Preset", "description": "", "merging": {"kind": "ToMeConfig", "seed": "x"},
-                            "cache": None}}, "seed must be"),
+        (whole(description=3), "must be a text"), (whole(merging=3), "merging must be"), (whole(steps=0), "steps"),
+        (whole(merging={"kind": "ToMeConfig", "seed": "x"}), "seed must be"),
     ],
 )  # fmt: skip
 def test_a_strangers_file_is_refused_in_words(content, match, pipe, tmp_path):
@@ -153,10 +155,13 @@ def test_what_is_no_preset_is_refused(pipe, tmp_path):
             replace(MEASURED, **wrong)
 
 
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("Preset")
+NAMES = st.sampled_from(["kind", "cache", "merging", "plan", "description", "letters", "entries"])
+ANY = st.recursive(PLAIN, lambda x: st.lists(x, max_size=3) | st.dictionaries(NAMES, x, max_size=4))
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("Preset"),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
-                        ["kind", "cache", "merging", "plan", "description", "letters", "entries"]), x, max_size=4)))  # fmt: skip
+@given(ANY)
 def test_any_json_gives_a_preset_or_a_value_error(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("any") / "any.json"
     path.write_text(json.dumps(GOOD | {"preset": data}))
