@@ -59,7 +59,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
                 with gr.Tab("Explore", id="explore"), gr.Row(equal_height=False):
                     with gr.Column(scale=0, min_width=290):
                         tried = gr.CheckboxGroup(
-                            [*((f"ratio {ratio}", ratio) for ratio in RATIOS), *((name, name) for name in backend.presets)],
+                            [*((f"ratio {ratio}", ratio) for ratio in RATIOS), *zip(backend.presets, backend.presets)],
                             value=["0.25", "0.5", "0.75", *PRESETS], label="What to try", elem_id="tried",
                             info="Ratios with the other settings of Compare; presets as they are.",
                         )  # fmt: skip

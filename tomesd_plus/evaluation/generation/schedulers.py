@@ -1,6 +1,6 @@
 """Schedulers by name: short ones, and diffusers' class names."""
 
-from typing import Any
+from typing import Any, cast
 
 from tomesd_plus.evaluation.errors import ModelError
 from tomesd_plus.evaluation.names import KARRAS, SCHEDULERS
@@ -20,13 +20,13 @@ def scheduler_by_name(name: str, config: Any) -> Any:
     import diffusers
 
     short = name.removesuffix(KARRAS)
-    kind: Any = getattr(diffusers, SCHEDULERS.get(short, short), None)
+    kind = getattr(diffusers, SCHEDULERS.get(short, short), None)
     known = f"choose from {', '.join(SCHEDULERS)}, or a class of diffusers, each also with {KARRAS}"
     if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
         raise ModelError(f"unknown scheduler {name!r}: {known}")
     options = {"use_karras_sigmas": True} if name.endswith(KARRAS) else {}
     try:
-        made = kind.from_config(config, **options)
+        made: Any = cast(Any, kind).from_config(config, **options)
     except Exception as error:  # the host's checks of a configuration that was made for another raise anything
         raise ModelError(f"the scheduler {name!r} does not suit this model: {' '.join(str(error).split())}") from error
     if options and not made.config.get("use_karras_sigmas"):
