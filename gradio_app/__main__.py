@@ -21,10 +21,12 @@ def main(
     dtype: str | None = None,
     host: str | None = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    scheduler: str | None = None,
+    preset: list[Path] | None = None,
 ) -> None:
     """Open the comparison app: type a prompt, move the ratio, look at both pictures."""
     try:
-        start(model, device, dtype, host, port)
+        start(model, device, dtype, host, port, scheduler, preset or ())
     except (EvaluationError, ModelError) as error:
         print(f"gradio_app: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from tomesd_plus.evaluation.generation.devices import device_name, peak_memory
 from tomesd_plus.evaluation.generation.sampling import Sampling, generate_batch
 from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.metrics.fidelity import psnr, ssim
+from tomesd_plus.presets import PRESETS, Preset
 
 MAX_BASELINES = 16
 MAX_CANDIDATES = 9
@@ -40,10 +41,14 @@ class Backend:
         pipe: A text-to-image pipeline with a UNet, untouched.
         model: The name it was loaded by, for the page and the code.
         dtype: Its dtype by name.
+        presets: Those to offer beside the package's, by the names of their files.
     """
 
-    def __init__(self, pipe: Any, model: str = TINY, dtype: str = "float32") -> None:
+    def __init__(
+        self, pipe: Any, model: str = TINY, dtype: str = "float32", presets: Mapping[str, Preset] | None = None
+    ) -> None:
         self.pipe = pipe
+        self.presets = {**PRESETS, **(presets or {})}
         self.model = model
         self.dtype = dtype
         self.limits = Limits.of(pipe)
@@ -84,7 +89,7 @@ class Backend:
         if not 1 <= len(candidates) <= MAX_CANDIDATES:
             raise Refused(f"choose 1 to {MAX_CANDIDATES} settings, not {len(candidates)}")
         self.limits.check(picture)
-        configs = [candidate.configs(self.pipe) for candidate in candidates]
+        configs = [candidate.configs(self.pipe, self.presets) for candidate in candidates]
         run = Run(on_progress, stop or threading.Event())
         with run.turn(self._lock):
             baseline = self._baselines.get(picture)
@@ -137,7 +142,7 @@ class Backend:
             code=snippet(picture, merging, cache, candidate.preset, self.model, str(self.pipe.device), self.dtype),
             steps=self._steps(picture),
             removed={level: share for level, share in report.removed.items() if share} if report else {},
-            cached_steps=cached.cached if cached else 0,
+            cached_steps=cached.cached + cached.skipped if cached else 0,
             merge_maps=merge_maps,
             notes=_notes(report),
         )  # fmt: skip

@@ -17,7 +17,6 @@ from gradio_app.settings import MAX_SEED, Candidate, Picture, Refused, described
 from tomesd_plus import ConstantSchedule, Schedule
 from tomesd_plus.evaluation.images import to_image
 from tomesd_plus.evaluation.reporting.overlays import difference, merge_map_overlay
-from tomesd_plus.presets import PRESETS
 
 CUSTOM = "custom"
 View = tuple[Tensor, dict[tuple[int, int], Tensor]]
@@ -109,7 +108,9 @@ class Handlers:
         picture = picture_from(prompt, negative_prompt, seed, random_seed, steps, guidance_scale, width, height)
         others = (schedule, more_at, merged, max_downsample, cache_interval)
         candidates = [
-            candidate_from(name, 0, *others) if name in PRESETS else candidate_from(CUSTOM, float(name), *others)
+            candidate_from(name, 0, *others)
+            if name in self.backend.presets
+            else candidate_from(CUSTOM, float(name), *others)
             for name in tried
         ]
         progress = follow(lambda on_progress, stop: self.backend.explore(picture, candidates, on_progress, stop))
@@ -128,19 +129,19 @@ class Handlers:
     def curve(self, *values: Any) -> str:
         """The ratio over the steps; takes the fields of :func:`candidate_from`."""
         try:
-            merging, _ = candidate_from(*values).configs(self.backend.pipe)
+            merging, _ = candidate_from(*values).configs(self.backend.pipe, self.backend.presets)
         except Refused as error:
             return words.status(escape(words.in_words(error)), "failed")
         schedule = None if merging is None else merging.schedules.get(self.backend.limits.levels[0])
         preset = values[0]
-        hint = PRESETS[preset].description if preset in PRESETS else None
+        hint = self.backend.presets[preset].description if preset in self.backend.presets else None
         return drawings.curve(schedule if isinstance(schedule, Schedule) else ConstantSchedule(0.0), hint)
 
     def preset(self, name: str) -> list[Any]:
         """The fields of a candidate as a preset sets them, locked; without one they can be changed from there."""
-        if name not in PRESETS:
+        if name not in self.backend.presets:
             return [gr.update(interactive=True)] * 6
-        near = described(PRESETS[name], self.backend.pipe)
+        near = described(self.backend.presets[name], self.backend.pipe)
         shown = (near.ratio, near.schedule, near.more_at, near.merged, near.max_downsample, near.cache_interval)
         return [gr.update(value=value, interactive=False) for value in shown]
 

@@ -1,6 +1,7 @@
 """What a user chooses, and what a model allows: every value is checked here, whoever sends it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from tomesd_plus import FeatureCacheConfig, Schedule, ToMeConfig
 from tomesd_plus.host.models import attention_levels
 from tomesd_plus.merging.config import LAYERS
-from tomesd_plus.presets import Preset, preset_by_name
+from tomesd_plus.presets import PRESETS, Preset
 from tomesd_plus.schedules import SCHEDULES, schedule_by_name
 
 MAX_PROMPT = 500  # characters
@@ -84,20 +85,30 @@ class Candidate:
         cache = f", cache {self.cache_interval}" if self.cache_interval > 1 else ""
         return f"ratio {self.ratio:g}{cache}"
 
-    def configs(self, pipe: Any) -> tuple[ToMeConfig | None, FeatureCacheConfig | None]:
+    def configs(
+        self, pipe: Any, presets: Mapping[str, Preset] = PRESETS
+    ) -> tuple[ToMeConfig | None, FeatureCacheConfig | None]:
         """What to switch on for a pipeline; ``None`` for what stays off.
+
+        Args:
+            pipe: The pipeline.
+            presets: Those that may be chosen: a user's text opens no file.
 
         Raises:
             Refused: A value is outside its range; the message says what is allowed.
         """
         try:
-            return self._configs(pipe)
+            return self._configs(pipe, presets)
         except ValueError as error:  # the package's own checks, whose messages are for users too
             raise Refused(str(error)) from error
 
-    def _configs(self, pipe: Any) -> tuple[ToMeConfig | None, FeatureCacheConfig | None]:
+    def _configs(
+        self, pipe: Any, presets: Mapping[str, Preset]
+    ) -> tuple[ToMeConfig | None, FeatureCacheConfig | None]:
         if self.preset is not None:
-            chosen = preset_by_name(self.preset)
+            if self.preset not in presets:
+                raise Refused(f"unknown preset {self.preset!r}: choose from {', '.join(presets)}")
+            chosen = presets[self.preset]
             return chosen.merging_for(pipe), chosen.cache
         _check_range("the ratio", self.ratio, 0, MAX_RATIO)
         _check_integer("the cache interval", self.cache_interval, 1, MAX_INTERVAL)
@@ -115,8 +126,14 @@ class Candidate:
 def described(preset: Preset, pipe: Any) -> Candidate:
     """The candidate nearest to a preset, to show what that does; it may do more than a candidate can."""
     merging = preset.merging_for(pipe)
-    interval = preset.cache.interval
-    mean_interval = interval if isinstance(interval, int) else round(fmean(interval.intervals))
+    mean_interval = 1
+    if preset.cache is not None:
+        interval, plan = preset.cache.interval, preset.cache.plan
+        mean_interval = interval if isinstance(interval, int) else round(fmean(interval.intervals))
+        if plan is not None:
+            mean_interval = min(MAX_INTERVAL, round(len(plan.letters) / max(1, plan.letters.count("F"))))
+    if merging is None:
+        return Candidate(ratio=0.0, cache_interval=mean_interval)
     schedule = next(iter(merging.schedules.values()))
     mean = round(schedule.mean(), 2) if isinstance(schedule, Schedule) else 0.5
     named = {type(each).__name__: name for name, each in SCHEDULES.items()}

@@ -59,7 +59,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
                 with gr.Tab("Explore", id="explore"), gr.Row(equal_height=False):
                     with gr.Column(scale=0, min_width=290):
                         tried = gr.CheckboxGroup(
-                            [(f"ratio {ratio}", ratio) for ratio in RATIOS] + [(name, name) for name in PRESETS],
+                            [*((f"ratio {ratio}", ratio) for ratio in RATIOS), *zip(backend.presets, backend.presets)],
                             value=["0.25", "0.5", "0.75", *PRESETS], label="What to try", elem_id="tried",
                             info="Ratios with the other settings of Compare; presets as they are.",
                         )  # fmt: skip
@@ -172,7 +172,7 @@ def _picture_fields(backend: Backend, tiny: bool) -> dict[str, Any]:
 def _candidate_fields(backend: Backend) -> tuple[dict[str, Any], gr.HTML]:
     """What is compared, in the order of :func:`gradio_app.handlers.candidate_from`, and the curve."""
     finest = backend.limits.levels[0]
-    presets = [("none: set it below", CUSTOM)] + [(name, name) for name in PRESETS]
+    presets = [("none: set it below", CUSTOM)] + [(name, name) for name in backend.presets]
     preset = gr.Dropdown(presets, value=CUSTOM, label="Preset", elem_id="preset")
     ratio = gr.Slider(0, MAX_RATIO, 0.5, step=0.05, label="Ratio: tokens merged", buttons=[],
                       elem_id="ratio")  # fmt: skip

@@ -10,8 +10,8 @@ def noise(seed=0, batch=2, height=16, width=16):
 
 
 def kinds(report):
-    """F for each full call of the latest generation, c for each cached one."""
-    return "".join("F" if step.full else "c" for step in report.steps)
+    """F for each full call of the latest generation, c for each cached one, s for each that was skipped."""
+    return "".join({"full": "F", "cached": "c", "skipped": "s"}[step.kind] for step in report.steps)
 
 
 def forwards(pipe):

@@ -85,6 +85,8 @@ FEATURES = {
     "cache, forecast": cache(interval=2, forecast=1.0, branch=1),
     "adaptive cache": cache(interval=3, threshold=0.2),
     "attention cache": cache(interval=2, branch="self_attention"),
+    "skipped calls": cache(branch="nothing", full_steps=(0, 1, 3)),
+    "plan": cache(plan="FFSCFSC", forecast=1.0),
     "preset": Feature(
         lambda pipe: apply_preset(pipe, "balanced"),
         remove_preset,
@@ -112,7 +114,7 @@ def reports(returned):
 
 
 def at_work(report):
-    return report.merged if hasattr(report, "merged") else report.cached > 0
+    return report.merged if hasattr(report, "merged") else report.full < len(report.steps)
 
 
 def traces(pipe):

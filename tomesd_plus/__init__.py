@@ -31,10 +31,12 @@ if TYPE_CHECKING:
         CosineSchedule,
         LinearSchedule,
         Schedule,
+        StepPlan,
         StepsSchedule,
     )
     from tomesd_plus.scope import generation
     from tomesd_plus.tiny import load_tiny_pipeline
+    from tomesd_plus.tuning import tune
 
 __all__ = [
     "PRESETS",
@@ -49,6 +51,7 @@ __all__ = [
     "Preset",
     "PresetReport",
     "Schedule",
+    "StepPlan",
     "StepsSchedule",
     "ToMeConfig",
     "ToMeProcessor",
@@ -66,6 +69,7 @@ __all__ = [
     "remove_token_merging",
     "token_merging",
     "tomesd",
+    "tune",
 ]
 
 _HOMES = {
@@ -88,10 +92,12 @@ _HOMES = {
         "CosineSchedule",
         "LinearSchedule",
         "Schedule",
+        "StepPlan",
         "StepsSchedule",
     ],
     "scope": ["generation"],
     "tiny": ["load_tiny_pipeline"],
+    "tuning": ["tune"],
 }
 """The module of each public name; ``tomesd`` is a module itself."""
 

@@ -4,8 +4,10 @@ import warnings
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
-from tomesd_plus.merging.apply import merged_models
+from tomesd_plus.host.models import denoiser_of, models_of, unwrapped
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.processor import attach_to
 
@@ -29,10 +31,10 @@ class generation:
     it. Blocks are left in the reverse order of entering.
 
     Args:
-        pipe: A diffusers pipeline, UNet, ControlNet or transformer on which merging, a cache or a preset is on.
+        pipe: A diffusers pipeline, UNet, transformer or ControlNet on which merging, a cache or a preset is on.
 
     Raises:
-        TypeError: ``pipe`` has no such model.
+        TypeError: ``pipe`` has no UNet or transformer.
         RuntimeError: It is entered while it is entered already.
 
     Example:
@@ -48,7 +50,7 @@ class generation:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._models = merged_models(pipe)
+        self._models = _models(pipe)
         self._held: dict[Attachment | FeatureCache, Any] = {}  # this generation's state while it is left
         self._outside: dict[Attachment | FeatureCache, Any] | None = None  # what was there before it was entered
 
@@ -72,3 +74,11 @@ class generation:
     ) -> None:
         outside, self._outside = self._outside or {}, None
         self._held = {owner: owner.swap_generation(state) for owner, state in outside.items() if owner.attached}
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    """The models on which something may be switched on."""
+    try:
+        return models_of(pipe)
+    except TypeError:
+        return {"model": unwrapped(denoiser_of(pipe))}  # a transformer's calls can be skipped

@@ -10,7 +10,7 @@ from tomesd_plus.cli import names
 from tomesd_plus.merging.config import LEVELS
 from tomesd_plus.presets import PRESETS
 
-COMMANDS = ("compare", "generate", "evaluate", "report", "statistics", "benchmark", "app")
+COMMANDS = ("compare", "generate", "tune", "evaluate", "report", "statistics", "benchmark", "app")
 HEAVY = {"torch", "diffusers", "transformers", "matplotlib", "torchmetrics", "numpy", "gradio"}
 CODE = """
 import runpy, sys
@@ -49,6 +49,8 @@ def run(*arguments):
         (["generate", "--size", "big", "a cat"], 2, "size must be a number of pixels"),
         (["generate", "--dtype", "int8", "a cat"], 2, "unknown dtype 'int8': choose from float32, bfloat16, float16"),
         (["generate", "--model", "my/model"], 2, "give at least one prompt"),
+        (["tune", "--speedup", "1"], 2, "a speed-up must be larger than 1, not 1"),
+        (["tune", "--speedup", "2", "--psnr", "30"], 2, "either --speedup or --psnr"),
         (["generate", "--preset", "fast", "--ratio", "0.5", "a cat"], 2, "leave out --preset"),
         (["statistics", "pictures", "--out", "reference.csv"], 2, "--out must name an .npz file"),
         (["report", "one", "two"], 2, "several evaluations need --out"),

@@ -1,32 +1,38 @@
-"""A feature cache attached to one UNet: which kind of step is under way, and what the last full steps left."""
+"""A feature cache attached to one denoiser: what runs of the call under way, and what the last ones left."""
 
-from collections.abc import Callable
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tomesd_plus.caching.calls import ControlNetCalls, SkippableCall, make_call_skippable, wants_dict
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.forecast import Features
-from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Generation, WhyFull
+from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Generation, Kind, WhyFull
 from tomesd_plus.caching.layers import Run, SkippableForward, Skipped, Take, make_skippable, skipped_layers
+from tomesd_plus.caching.outputs import Output, forecast, kept_with, map_tensors
 from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.forwards import take_forwards_off
 from tomesd_plus.host.models import finest_level, unwrapped
 from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
+from tomesd_plus.schedules.plans import Depth
 
 CACHE = "_tomesd_plus_cache"  # a UNet's attribute
 
 
 class FeatureCache:
-    """Decides for each call of one UNet whether it is full, and keeps the features between.
+    """Decides for each call of one denoiser what runs, and keeps what is taken on the others.
 
-    Its bound methods are the hooks on the UNet; they copy and pickle, and leave a generation's state behind.
+    Its bound methods are the hooks on the denoiser; they copy and pickle, and leave a generation's state behind.
 
     Args:
-        config: When a step is full, and which layers the others run.
+        config: When a step is full, and what the others run.
         noise_levels: Tells the noise level of a timestep.
     """
 
@@ -38,6 +44,7 @@ class FeatureCache:
         self.record: Transient[CacheRecord] = Transient()  # of the latest generation, in any thread
         self._current = Current()
         self._handles: list[Any] = []
+        self._controlnets: Transient[list[tuple[weakref.ref[nn.Module], ControlNetCalls]]] = Transient()
         self.attention_level: int | None = None  # the downsample at which self-attention alone is skipped
 
     # Installing -------------------------------------------------------------------------------------------------
@@ -47,14 +54,26 @@ class FeatureCache:
         """True while the hooks are on a UNet."""
         return bool(self._handles)
 
-    def attach(self, unet: nn.Module) -> None:
-        """Make a UNet's inner layers skippable and put hooks on it."""
+    def attach(self, unet: nn.Module, controlnets: Iterable[nn.Module] = ()) -> None:
+        """Make a denoiser, or its inner layers, skippable and put hooks on it.
+
+        Args:
+            unet: The UNet, or a transformer of which whole calls are skipped.
+            controlnets: Those that feed it.
+        """
         skipped = self._skipped_layers(unet)
         self.skipped, self.boundary = tuple(skipped.layers), skipped.boundary
         if self.config.branch == "self_attention":
             self.attention_level = finest_level(unwrapped(unet))
         setattr(unwrapped(unet), CACHE, self)
         make_skippable(skipped, self.ask)
+        if self.config.skips_calls:
+            make_call_skippable(unet, self.ask_call)
+            self._controlnets.value = []
+            for net in controlnets:
+                calls = ControlNetCalls(self.will_skip, self.leave_blank, self.is_attached)
+                self._controlnets.value.append((weakref.ref(net), calls))
+                calls.attach(net)
         # Before all others: token merging asks for the step's kind in its own.
         self._handles.append(unet.register_forward_pre_hook(self.begin_call, prepend=True, with_kwargs=True))
         self._handles.append(unet.register_forward_hook(self.end_call, always_call=True))
@@ -69,12 +88,22 @@ class FeatureCache:
         vars(unwrapped(unet)).pop(CACHE, None)
         for layer in unet.modules():
             take_forwards_off(layer, SkippableForward)
+        for model in {unet, unwrapped(unet)}:
+            take_forwards_off(model, SkippableCall)
+        for reference, calls in self._controlnets.value or ():
+            if (net := reference()) is not None:
+                calls.detach(net)
+        self._controlnets.value = None
         self._current = Current()
         if self.record.value is not None:
-            self.record.value.features = {}
+            self.record.value.forget()
+
+    def is_attached(self) -> bool:
+        """True while the hooks are on a denoiser, for ControlNets' hooks."""
+        return self.attached
 
     def _skipped_layers(self, unet: nn.Module) -> Skipped:
-        return skipped_layers(unet, self.config.branch)
+        return skipped_layers(unet, self.config.branch if self.config.skips_layers else "nothing")
 
     # Hooks ------------------------------------------------------------------------------------------------------
 
@@ -91,19 +120,29 @@ class FeatureCache:
             )
         make_skippable(self._skipped_layers(unet), self.ask)  # offloading may have put old forwards back
         current = self._current
-        current.waiting = []
+        current.waiting, current.given = [], None
+        replaced = self.config.skips_calls and not make_call_skippable(unet, self.ask_call)
+        current.as_dict = wants_dict(unet, args, kwargs)
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
             generation = Generation(generation.tracker)
         if step.ambiguous:
-            generation.record.features.clear()
+            generation.record.forget()
         current.generation, current.step, self.record.value = generation, step, generation.record
-        reason = self._why_full(generation, step)
-        if reason is None and self.config.threshold is not None:
+        kind, reason = self._chosen(generation, step, current.as_dict)
+        generation.level_before, generation.latest = generation.before(step), step
+        if kind == "skipped" and replaced:
+            kind, reason = "full", WhyFull.replaced
+        if generation.blank == step.number and kind != "skipped":
+            raise RuntimeError(
+                f"step {step.number} was to be skipped, and so its ControlNet was, but the call that came cannot be "
+                f"({reason}). Apply the feature cache to the UNet alone: ControlNets then run at every step."
+            )
+        if kind == "cached" and self.config.threshold is not None:
             current.kind = "undecided"
         else:
-            self._decide(generation, step, reason)
+            self._decide(generation, step, kind, reason)
 
     @outside_graphs
     def read_early_feature(self, conv_in: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -115,19 +154,38 @@ class FeatureCache:
             early, threshold = generation.record.features[step.call].early, self.config.threshold
             assert early is not None and threshold is not None
             change = float((output - early).abs().mean() / early.abs().mean())
-            self._decide(generation, step, WhyFull.changed if change > threshold else None, change)
+            changed = change > threshold
+            self._decide(
+                generation, step, "full" if changed else "cached", WhyFull.changed if changed else None, change
+            )
         if self._current.kind == "full":
             generation.record.features[step.call].early = output.detach()
 
     def end_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the UNet, also after one that raised an exception: its layers are ordinary ones again.
+        """After the denoiser, also after one that raised an exception: its layers are ordinary ones again.
 
-        PyTorch does not call it after a ``KeyboardInterrupt``; then they are so from the UNet's next call on.
+        PyTorch does not call it after a ``KeyboardInterrupt``; then they are so from the next call on.
         """
         current = self._current
-        current.kind = "idle"
-        current.outputs = {}
-        current.waiting = []
+        generation, step = current.generation, current.step
+        ran = current.kind in ("full", "cached") and output is not None
+        if ran and self.config.skips_calls and generation is not None and step is not None and not step.ambiguous:
+            # Copies: hosts write into what a call gives.
+            new = Output(step, map_tensors(lambda each: each[0].detach().clone(), output), current.as_dict)
+            outputs = generation.record.outputs
+            outputs[step.call] = kept_with(outputs.get(step.call, ()), new)
+        current.kind, current.outputs, current.waiting, current.given = "idle", {}, [], None
+
+    @contextmanager
+    def taking(self, outputs: dict[str, Any]) -> Iterator[None]:
+        """Let the denoiser's ``forward``, called by itself, be a cached call that takes certain layers' outputs."""
+        current = self._current
+        before = current.kind, current.outputs
+        current.kind, current.outputs = "cached", outputs
+        try:
+            yield
+        finally:
+            current.kind, current.outputs = before
 
     # For the layers, and for token merging ----------------------------------------------------------------------
 
@@ -138,16 +196,31 @@ class FeatureCache:
             return Take(current.outputs[layer])
         return Run(current.outputs if current.kind == "full" else None)
 
+    def ask_call(self) -> Any:
+        """What the denoiser's call under way returns in place of running; ``None``: it runs."""
+        return self._current.given
+
+    def will_skip(self, sample: Tensor, timestep: Any) -> tuple[Step, bool]:
+        """The step that the denoiser's next call will be, and whether it will be skipped."""
+        generation = self._current.generation or self.new_generation()
+        step = copy.copy(generation.tracker).observe(sample, timestep)
+        return step, not step.new_generation and self._chosen(generation, step, None)[0] == "skipped"
+
+    def leave_blank(self, step: Step) -> None:
+        """A ControlNet is skipped at a step: the denoiser's call must be, too."""
+        assert self._current.generation is not None
+        self._current.generation.blank = step.number
+
     def skips(self, layer: str) -> bool:
         """True if cached steps skip a layer of the UNet, given by name."""
         return any(layer == name or layer.startswith(f"{name}.") for name in self.skipped)
 
     def when_decided(self, tell: Callable[[bool], None]) -> None:
-        """Tell whether the call under way is cached: now, or once that is known."""
+        """Tell whether the call under way is cached, or skipped: now, or once that is known."""
         if self._current.kind == "undecided":
             self._current.waiting.append(tell)
         else:
-            tell(self._current.kind == "cached")
+            tell(self._current.kind != "full")
 
     # Generations ------------------------------------------------------------------------------------------------
 
@@ -166,35 +239,70 @@ class FeatureCache:
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
-    def _why_full(self, generation: Generation, step: Step) -> WhyFull | None:
-        """Why a step is full whatever the early feature says; ``None`` if nothing asks for it."""
+    def _chosen(self, generation: Generation, step: Step, as_dict: bool | None) -> tuple[Kind, WhyFull | None]:
+        """What a step runs whatever the early feature says, and why if that is all; nothing is changed by asking.
+
+        Args:
+            generation: That of the step.
+            step: The latest, or the one that comes next.
+            as_dict: What the call is to return; ``None`` if that does not matter.
+        """
+        letter = self._letter(generation, step)
+        less: Kind = "skipped" if letter == "S" or (letter is None and self.config.branch == "nothing") else "cached"
+        reason = self._why_full(generation, step, letter, less == "skipped", as_dict)
+        return (less, None) if reason is None else ("full", reason)
+
+    def _letter(self, generation: Generation, step: Step) -> Depth | None:
+        plan = self.config.plan
+        if plan is None:
+            return None
+        if plan.noise_levels is None:
+            return plan.at_number(step.number)
+        return plan.at_level(generation.before(step), step.noise_level)
+
+    def _why_full(
+        self, generation: Generation, step: Step, letter: Depth | None, skip: bool, as_dict: bool | None
+    ) -> WhyFull | None:
+        """Why a step is full; ``None`` if it is not."""
         if step.ambiguous:
             return WhyFull.ambiguous
+        output = next(reversed(generation.record.outputs.get(step.call, ())), None) if skip else None
         kept = generation.record.features.get(step.call)
-        if kept is None or not self._complete(kept):
+        complete = kept is not None and self._complete(kept)
+        last = output.step if output is not None else kept.step if kept is not None and complete and not skip else None
+        if last is None:
             return WhyFull.first_step if step.new_generation else WhyFull.nothing_kept
-        if not step.same_size(kept.step):
+        if not step.same_size(last):
             return WhyFull.other_size
+        if output is not None and as_dict not in (None, output.as_dict):
+            return WhyFull.other_form
+        if letter == "F":
+            return WhyFull.listed
         if self.config.full_steps is not None:
             return WhyFull.listed if step.number in self.config.full_steps else None
-        age = step.number - kept.step.number
-        if age >= self.config.interval_at(step.noise_level):
+        age = step.number - last.number
+        if letter is None and age >= self.config.interval_at(step.noise_level):
             return WhyFull.interval
         return WhyFull.same_noise_level if age == 0 else None
 
-    def _decide(self, generation: Generation, step: Step, reason: WhyFull | None, change: float | None = None) -> None:
-        current, features = self._current, generation.record.features
-        ahead = 0.0
-        if reason is not None:
+    def _decide(
+        self, generation: Generation, step: Step, kind: Kind, reason: WhyFull | None, change: float | None = None
+    ) -> None:
+        current, features, ahead = self._current, generation.record.features, 0.0
+        current.kind, current.outputs = kind, {}
+        if kind == "full":
             features[step.call] = Features(step, before=self._full_before(features.get(step.call), step))
-            current.kind, current.outputs = "full", features[step.call].outputs
-        else:
+            current.outputs = features[step.call].outputs
+        elif kind == "cached":
             kept = features[step.call]
             ahead = kept.ahead(step, self.config.forecast)
-            current.kind, current.outputs = "cached", kept.forecast(self.boundary, ahead)
-        generation.record.steps.append(CacheStep(step.index, step.noise_level, reason, change, ahead))
+            current.outputs = kept.forecast(self.boundary, ahead)
+        else:
+            current.given = forecast(generation.record.outputs[step.call], step.number, self.config.order)
+        skipped = kind == "skipped"
+        generation.record.steps.append(CacheStep(step.index, step.noise_level, reason, change, ahead, skipped))
         for tell in current.waiting:
-            tell(reason is None)
+            tell(kind != "full")
 
     def _complete(self, kept: Features) -> bool:
         """False if the step that left it has failed on its way."""

@@ -1,17 +1,17 @@
-"""Which steps run in full, and which layers the others run."""
+"""Which steps run in full, and what the others run: a few layers, or nothing."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tomesd_plus.schedules import IntervalSchedule
+from tomesd_plus.schedules import IntervalSchedule, StepPlan
 from tomesd_plus.schedules.checks import is_whole
 
-Branch = int | Literal["self_attention"]
+Branch = int | Literal["self_attention", "nothing"]
 
 
 @dataclass(frozen=True)
 class FeatureCacheConfig:
-    """Which steps are full, and which layers the others run.
+    """Which steps are full, and what the others run.
 
     A generation's first step is always full, and so is one whose batch or size the kept features do not fit.
 
@@ -24,9 +24,15 @@ class FeatureCacheConfig:
             0 (default) the last layer of the last up block runs alone: fastest. Each more is slower and closer.
             ``"self_attention"``: all run but self-attention at the finest level that has it, the costliest one, whose
             outputs are taken again (pyramid attention broadcast, https://arxiv.org/abs/2408.12588). Keeps one output
-            of each such layer.
+            of each such layer. ``"nothing"``: the whole call is skipped, and so are those of ControlNets that feed it;
+            its output is a forecast from the last ones that ran. Fastest, of any denoiser, transformers too.
         full_steps: The full steps themselves, counted from 0 at the start of a generation, in place of ``interval``;
             none are listed by default.
+        plan: A letter a step, in place of ``interval``: F in full, C as ``branch`` says, S skipped. Text such as
+            ``"FSCS"``, or a :class:`StepPlan`, whose noise levels carry it over to other numbers of steps.
+        order: How skipped calls are forecast: 1 along a straight line through the last two outputs of calls that ran
+            (the predictor of ZEUS, 2026), 2 along a parabola through the last three, in the number of the step.
+            Default: a parabola where all of these lie at most two steps apart, where it is closer, else a line.
         threshold: Off by default. Makes it adaptive: a step is full once the output of ``conv_in``, the cheapest early
             feature, has changed by more than this share since the last full step (mean absolute change over mean
             absolute value, larger than 0), and at the latest after ``interval``. A larger one makes fewer steps full:
@@ -48,14 +54,18 @@ class FeatureCacheConfig:
     full_steps: tuple[int, ...] | None = None
     threshold: float | None = None
     forecast: float = 0.0
+    plan: StepPlan | None = None
+    order: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.interval, IntervalSchedule) and not is_whole(self.interval, 1):
             raise ValueError(
                 f"interval must be a whole number of at least 1, or an IntervalSchedule, not {self.interval!r}"
             )
-        if self.branch != "self_attention" and not is_whole(self.branch, 0):
-            raise ValueError(f"branch must be 'self_attention' or a whole number of at least 0, not {self.branch!r}")
+        if self.branch not in ("self_attention", "nothing") and not is_whole(self.branch, 0):
+            raise ValueError(
+                f"branch must be 'self_attention', 'nothing' or a whole number of at least 0, not {self.branch!r}"
+            )
         if self.full_steps is not None:
             object.__setattr__(self, "full_steps", tuple(self.full_steps))
             if not all(is_whole(step, 0) for step in self.full_steps):
@@ -66,6 +76,31 @@ class FeatureCacheConfig:
             raise ValueError(f"threshold must be a number larger than 0, not {self.threshold!r}")
         if not (_number(self.forecast) and 0 <= self.forecast <= 1):
             raise ValueError(f"forecast must be a number in [0, 1], not {self.forecast!r}")
+        if self.order is not None and (not is_whole(self.order, 1) or self.order > 2):
+            raise ValueError(f"order must be 1 or 2, not {self.order!r}")
+        if self.plan is not None:
+            self._check_plan(self.plan if isinstance(self.plan, StepPlan) else StepPlan(self.plan))
+        elif self.branch == "nothing" and self.threshold is not None:
+            raise ValueError("threshold watches a layer of the call, so it cannot be used with branch='nothing'")
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        object.__setattr__(self, "plan", plan)
+        others = [name for name in ("full_steps", "threshold") if getattr(self, name) is not None]
+        others += ["interval"] if self.interval != 3 else []
+        if others:
+            raise ValueError(f"give either plan or {' and '.join(others)}, not both: each chooses the full steps")
+        if self.branch == "nothing" and "C" in plan.letters:
+            raise ValueError("plan has cached steps (C), of which branch='nothing' says that they run nothing: use S")
+
+    @property
+    def skips_calls(self) -> bool:
+        """True if whole calls may be skipped."""
+        return self.branch == "nothing" or (self.plan is not None and "S" in self.plan.letters)
+
+    @property
+    def skips_layers(self) -> bool:
+        """True if cached steps may come, which run some layers."""
+        return self.branch != "nothing" and (self.plan is None or "C" in self.plan.letters)
 
     @property
     def follows_noise_level(self) -> bool:

@@ -7,11 +7,12 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from tomesd_plus.caching.forecast import Features
+from tomesd_plus.caching.outputs import Output
 from tomesd_plus.host.step import Step, StepTracker
 from tomesd_plus.host.transient import ThreadLocal
 
-Kind = Literal["idle", "undecided", "full", "cached"]
-"""Of the UNet's call under way; idle outside of calls."""
+Kind = Literal["idle", "undecided", "full", "cached", "skipped"]
+"""Of the denoiser's call under way; idle outside of calls."""
 
 
 class WhyFull(StrEnum):
@@ -22,6 +23,8 @@ class WhyFull(StrEnum):
     ambiguous = "calls are ambiguous"
     other_size = "other batch or size"
     listed = "listed"
+    other_form = "other form of output"
+    replaced = "forward was replaced"
     interval = "interval"
     same_noise_level = "same noise level"
     changed = "changed"
@@ -29,15 +32,16 @@ class WhyFull(StrEnum):
 
 @dataclass(frozen=True)
 class CacheStep:
-    """One call of the UNet in the latest generation.
+    """One call of the denoiser in the latest generation.
 
     Args:
         index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
         noise_level: 1 at the first, noisiest timestep of training, 0 at the last.
-        reason: Why it was full; ``None`` if it was cached.
+        reason: Why it was full; ``None`` if it was cached or skipped.
         change: Of the early feature since the last full step, as a share; ``None`` unless the choice depended on it.
         ahead: How far it followed the trend of the last two full steps, as a share of the way between them; 0 for
-            full steps, and for those that took what the last full step had left as it was.
+            full steps, for those that took what the last full step had left as it was, and for skipped ones.
+        skipped: Nothing ran.
     """
 
     index: int | None
@@ -45,6 +49,12 @@ class CacheStep:
     reason: WhyFull | None
     change: float | None = None
     ahead: float = 0.0
+    skipped: bool = False
+
+    @property
+    def kind(self) -> Literal["full", "cached", "skipped"]:
+        """What ran: all layers, some, or nothing."""
+        return "full" if self.full else "skipped" if self.skipped else "cached"
 
     @property
     def full(self) -> bool:
@@ -57,12 +67,18 @@ class CacheRecord:
     """What was done in one generation, as plain data.
 
     Args:
-        steps: One entry a call of the UNet; of a loop that never begins a new generation the latest.
+        steps: One entry a call of the denoiser; of a loop that never begins a new generation the latest.
         features: What full steps have left, by the number of the call in its step.
+        outputs: What the last calls that ran have given, where others are skipped, likewise.
     """
 
     steps: deque[CacheStep] = field(default_factory=lambda: deque(maxlen=1000))
     features: dict[int, Features] = field(default_factory=dict)
+    outputs: dict[int, list[Output]] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self.features, self.outputs = {}, {}
 
 
 @dataclass
@@ -72,10 +88,22 @@ class Generation:
     Args:
         tracker: Reads the calls' steps.
         record: What was done, and what full steps have left.
+        latest: The latest call's step.
+        level_before: The noise level of the step before that.
+        blank: The number of a step at which a ControlNet was skipped.
     """
 
     tracker: StepTracker
     record: CacheRecord = field(default_factory=CacheRecord)
+    latest: Step | None = None
+    level_before: float | None = None
+    blank: int | None = None
+
+    def before(self, step: Step) -> float | None:
+        """The noise level of the step before a step, which is the latest one or comes next."""
+        if self.latest is None:
+            return None
+        return self.level_before if self.latest.number == step.number else self.latest.noise_level
 
 
 class Current(ThreadLocal):
@@ -86,4 +114,6 @@ class Current(ThreadLocal):
         self.step: Step | None = None
         self.kind: Kind = "idle"
         self.outputs: dict[str, Any] = {}  # those of the call under way
+        self.as_dict = True  # what the call under way is to return
+        self.given: Any = None  # what it gives in place of running, if it is skipped
         self.waiting: list[Callable[[bool], None]] = []  # told of the call's kind once that is known

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UpBlock2D
-from torch import Tensor, nn
+from torch import nn
 
+from tomesd_plus.caching.calls import shape_of
 from tomesd_plus.caching.config import Branch
 from tomesd_plus.host.forwards import forwards_on
 from tomesd_plus.host.models import finest_self_attention, unwrapped
@@ -30,13 +31,15 @@ def skipped_layers(unet: nn.Module, branch: Branch) -> Skipped:
 
     Args:
         unet: An SD UNet.
-        branch: ``3 · block + layer`` or ``"self_attention"``.
+        branch: ``3 · block + layer``, ``"self_attention"``, or ``"nothing"``: then there are no cached steps.
 
     Raises:
         TypeError: A block is not one of Stable Diffusion's.
         ValueError: There is no such branch.
     """
     unet = unwrapped(unet)
+    if branch == "nothing":
+        return Skipped({}, ())
     if branch == "self_attention":
         attentions = finest_self_attention(unet)
         if not attentions:
@@ -152,17 +155,12 @@ class SkippableForward:
     def _keep(self, output: Any) -> Any:
         if isinstance(output, tuple):
             return tuple(map(self._keep, output))
-        return output.detach().clone() if self.boundary else _shape_of(output)
+        return output.detach().clone() if self.boundary else shape_of(output)
 
     def _give(self, kept: Any) -> Any:
         if isinstance(kept, tuple):
             return tuple(map(self._give, kept))
         return kept.clone() if self.boundary else kept.new_empty(kept.shape)
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, type and device that takes the memory of one number."""
-    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def make_skippable(skipped: Skipped, ask: Callable[[str], Run | Take]) -> None:

@@ -2,6 +2,7 @@
 
 from tomesd_plus.caching.cache import FeatureCache
 from tomesd_plus.caching.generation import CacheRecord, CacheStep
+from tomesd_plus.caching.outputs import bytes_of
 
 
 class FeatureCacheReport:
@@ -16,7 +17,7 @@ class FeatureCacheReport:
 
     @property
     def steps(self) -> list[CacheStep]:
-        """The UNet's calls, in order."""
+        """The denoiser's calls, in order."""
         return list(self._record.steps)
 
     @property
@@ -26,8 +27,13 @@ class FeatureCacheReport:
 
     @property
     def cached(self) -> int:
-        """How many were not."""
-        return len(self.steps) - self.full
+        """In how many some layers ran."""
+        return sum(step.kind == "cached" for step in self.steps)
+
+    @property
+    def skipped(self) -> int:
+        """In how many nothing ran."""
+        return sum(step.skipped for step in self.steps)
 
     @property
     def skipped_layers(self) -> tuple[str, ...]:
@@ -36,8 +42,11 @@ class FeatureCacheReport:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory kept between steps: the boundary's outputs, twice for a forecast; the early feature if watched."""
-        return sum(features.bytes(self._cache.boundary) for features in self._record.features.values())
+        """Memory kept between steps: the boundary's outputs, twice for a forecast; the early feature if watched; the
+        outputs of up to three calls, where others are skipped.
+        """
+        layers = sum(features.bytes(self._cache.boundary) for features in self._record.features.values())
+        return layers + sum(bytes_of(each.value) for kept in self._record.outputs.values() for each in kept)
 
     @property
     def _record(self) -> CacheRecord:
@@ -46,16 +55,15 @@ class FeatureCacheReport:
     def __str__(self) -> str:
         if not self.steps:
             return "Feature cache: the model has not run yet."
-        lines = [f"{'step':>4} {'noise level':>11}  {'kind':<6} {'ahead':>5} {'change':>7}  full because"]
+        lines = [f"{'step':>4} {'noise level':>11}  {'kind':<7} {'ahead':>5} {'change':>7}  full because"]
         for step in self.steps:
             index = "-" if step.index is None else step.index
-            kind = "full" if step.full else "cached"
             change = "" if step.change is None else f"{step.change:.1%}"
             ahead = f"{step.ahead:.2f}" if step.ahead else ""
-            line = f"{index:>4} {step.noise_level:>11.3f}  {kind:<6} {ahead:>5} {change:>7}  {step.reason or ''}"
+            line = f"{index:>4} {step.noise_level:>11.3f}  {step.kind:<7} {ahead:>5} {change:>7}  {step.reason or ''}"
             lines.append(line.rstrip())
-        lines.append(
-            f"{self.full} full and {self.cached} cached steps; cached ones skip {len(self.skipped_layers)} layers "
-            f"and blocks; {self.kept_bytes / 2**20:.1f} MiB kept."
-        )
+        layers = f"; cached ones skip {len(self.skipped_layers)} layers and blocks" if self.skipped_layers else ""
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        memory = f"{self.kept_bytes / 2**20:.1f} MiB kept"
+        lines.append(f"{self.full} full and {self.cached} cached steps{skipped}{layers}; {memory}.")
         return "\n".join(lines)

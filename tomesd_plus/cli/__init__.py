@@ -12,11 +12,13 @@ from tomesd_plus.cli.evaluate import evaluate_command
 from tomesd_plus.cli.generate import generate_command
 from tomesd_plus.cli.report import report_command
 from tomesd_plus.cli.statistics import statistics_command
+from tomesd_plus.cli.tune import tune_command
 from tomesd_plus.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
+app.command("tune")(tune_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("statistics")(statistics_command)

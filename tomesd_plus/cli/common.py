@@ -32,7 +32,9 @@ T = TypeVar("T")
 console = Console()
 
 
-def load(model: str, device: str | None, dtype: str | None, safety_checker: bool = True) -> tuple[Any, str]:
+def load(
+    model: str, device: str | None, dtype: str | None, safety_checker: bool = True, scheduler: str | None = None
+) -> tuple[Any, str]:
     """Load a pipeline; returns it with a short description of device, dtype and torch version."""
     quiet()
     import torch
@@ -42,7 +44,7 @@ def load(model: str, device: str | None, dtype: str | None, safety_checker: bool
 
     where = usable(device)
     chosen = run(lambda: dtype_by_name(dtype, where))
-    pipe = run(lambda: load_model(model, local_device(device), chosen, safety_checker))
+    pipe = run(lambda: load_model(model, local_device(device), chosen, safety_checker, scheduler))
     return pipe, f"{local_device(device)}, {str(chosen).removeprefix('torch.')}, torch {torch.__version__}"
 
 

@@ -19,6 +19,7 @@ from tomesd_plus.cli.options import (
     Prompts,
     Ratios,
     ScheduleName,
+    Scheduler,
     Seed,
     Size,
     Steps,
@@ -45,10 +46,11 @@ def compare_command(
     max_downsample: MaxDownsample = 1,
     cache_interval: CacheInterval = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help=f"A preset of merging and cache: {', '.join(PRESETS)}; repeatable.")
+        list[str] | None, typer.Option(help=f"A preset: {', '.join(PRESETS)}, or a file; repeatable.")
     ] = None,
     steps: Steps = 25,
     guidance: Guidance = None,
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     size: Size = None,
     device: Device = None,
@@ -73,7 +75,7 @@ def compare_command(
     check_writable(out.parent)
     if out.is_dir() or out.suffix.lower() not in PICTURES:
         fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
-    pipe, where = load(model, device, dtype)
+    pipe, where = load(model, device, dtype, scheduler=scheduler)
     settings = configurations + (peers_of(ratios, max_downsample, cache_interval) if peers else [])
     with progress_bar() as progress:
         total = (1 + len(settings)) * (len(chosen) * steps + min(2, steps))
@@ -85,9 +87,8 @@ def compare_command(
                 progress.update(task, total=None)  # the equal-time rows' number is not known before
 
         result = run(lambda: compare(pipe, chosen, settings, sampling, seed, equal_time=peers, on_step=on_step))
-    console.print(
-        comparison_table(result, f"{model}, {steps} steps, {f'{schedule} schedule, ' if ratios else ''}{where}")
-    )
+    parts = [model, scheduler, f"{steps} steps", f"{schedule} schedule" if ratios else None, where]
+    console.print(comparison_table(result, ", ".join(part for part in parts if part)))
     comparison_figure(result).savefig(out, dpi=150)
     console.print(f"Picture: {out}")
 

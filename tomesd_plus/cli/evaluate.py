@@ -9,7 +9,7 @@ import typer
 
 from tomesd_plus.cli.checks import Stage, check_features, check_options
 from tomesd_plus.cli.common import check_writable, load, quiet, run, say
-from tomesd_plus.cli.options import Device, Dtype, Guidance, Model, Size, Steps, sampling_from
+from tomesd_plus.cli.options import Device, Dtype, Guidance, Model, Scheduler, Size, Steps, sampling_from
 from tomesd_plus.cli.progress import shown_progress
 from tomesd_plus.cli.report import print_report
 from tomesd_plus.evaluation.errors import EvaluationError
@@ -48,6 +48,7 @@ def evaluate_command(
     seeds: Annotated[int, typer.Option(min=1, help="Images per prompt, with consecutive seeds.")] = 1,
     steps: Steps = 25,
     guidance: Guidance = None,
+    scheduler: Scheduler = None,
     size: Size = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -101,7 +102,7 @@ def evaluate_command(
         given = run(lambda: load_prompts(prompts, column, split, limit))
         items = tuple(make_items(given.entries, range(seed, seed + seeds)))
         check_writable(out)
-        pipe, _ = load(model, device, dtype, safety_checker=False)
+        pipe, _ = load(model, device, dtype, safety_checker=False, scheduler=scheduler)
         with shown_progress(share) as on_progress:
             experiment, failures = run(
                 partial(generate_experiment, pipe, model, Experiment(out, items, given.source, given.skipped), chosen,

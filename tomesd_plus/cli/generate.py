@@ -20,6 +20,7 @@ from tomesd_plus.cli.options import (
     Prompts,
     Ratio,
     ScheduleName,
+    Scheduler,
     Seed,
     Size,
     Steps,
@@ -46,6 +47,7 @@ def generate_command(
     preset: PresetName = "",
     steps: Steps = 25,
     guidance: Guidance = None,
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     size: Size = None,
     device: Device = None,
@@ -69,7 +71,7 @@ def generate_command(
     else:
         configuration = merging_from(ratio, schedule, more_at, max_downsample, cache_interval)
     check_writable(out)
-    pipe, where = load(model, device, dtype)
+    pipe, where = load(model, device, dtype, scheduler=scheduler)
     with configuration.switched_on(pipe), progress_bar() as progress:
         task = progress.add_task(where, total=len(chosen) * steps)
         for index, prompt in enumerate(chosen):

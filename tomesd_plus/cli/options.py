@@ -7,7 +7,7 @@ import typer
 
 from tomesd_plus.cli.common import fail, quiet, run
 from tomesd_plus.cli.names import DOWNSAMPLES, PRESETS
-from tomesd_plus.evaluation.names import DTYPES, TINY
+from tomesd_plus.evaluation.names import DTYPES, KARRAS, SCHEDULERS, TINY
 from tomesd_plus.schedules import AUTO, SCHEDULES, Direction, schedule_by_name
 
 if TYPE_CHECKING:
@@ -76,7 +76,17 @@ CacheInterval = Annotated[
     int | None,
     typer.Option(min=1, help="Feature cache: run the full UNet on every n-th step only.", show_default=False),
 ]
-PresetName = Annotated[str, typer.Option("--preset", help=f"A preset of merging and cache: {', '.join(PRESETS)}.")]
+PresetName = Annotated[
+    str, typer.Option("--preset", help=f"A preset of merging and cache: {', '.join(PRESETS)}, or a file of one.")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help=f"In place of the model's own: {', '.join(SCHEDULERS)}, or a class of diffusers; with {KARRAS} after it "
+        "for Karras' noise levels.",
+        show_default=False,
+    ),
+]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Guidance = Annotated[
     float | None,

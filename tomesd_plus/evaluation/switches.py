@@ -12,7 +12,7 @@ from tomesd_plus.evaluation.errors import EvaluationError, optional_import
 from tomesd_plus.merging.apply import merging_report, token_merging
 from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.report import TokenMergingReport
-from tomesd_plus.presets import preset, preset_by_name
+from tomesd_plus.presets import preset, preset_from
 from tomesd_plus.schedules import AdaptiveRatio, Direction, schedule_by_name
 
 TOMESD_PACKAGE = "tomesd package"
@@ -143,12 +143,12 @@ def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
 
 
 def _preset(name: str = "balanced") -> Switch:
-    """One of this package's presets."""
-    chosen = preset_by_name(name)
+    """One of this package's presets, or a preset's file."""
+    chosen = preset_from(name)
 
     @contextmanager
     def switch_on(pipe: Any) -> Iterator[TokenMergingReport | None]:
-        with preset(pipe, name) as reports:
+        with preset(pipe, chosen) as reports:
             yield reports.merging
 
     # the level at which it merges depends on the model, which the manifest records too

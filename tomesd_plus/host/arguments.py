@@ -49,10 +49,11 @@ def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: 
 
 
 def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, Any]:
-    """Latents, timestep and text of a UNet's or ControlNet's call."""
+    """Latents (of a transformer: hidden states), timestep and text of a denoiser's or ControlNet's call."""
     inner: nn.Module = getattr(model, "_orig_mod", model)  # a compiled model has a signature of its own
     places = positions(type(inner))
+    latents = "sample" if "sample" in places else "hidden_states"
     sample, timestep, text = (
-        argument(places, args, kwargs, name) for name in ("sample", "timestep", "encoder_hidden_states")
+        argument(places, args, kwargs, name) for name in (latents, "timestep", "encoder_hidden_states")
     )
     return sample, timestep, text

@@ -1,6 +1,6 @@
 """A module's ``forward`` replaced by one of ours, and taken off again wherever a host has put it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -18,13 +18,19 @@ def forwards_on(module: nn.Module, kind: type[Forward]) -> list[Forward]:
     return [found for names, name in _places(module) if isinstance(found := names[name], kind)]
 
 
-def take_forwards_off(module: nn.Module, kind: type[Any]) -> None:
-    """Put in the place of each forward of a class what was there ``before`` it: a forward, or ``None``."""
+def take_forwards_off(module: nn.Module, kind: type[Any], mine: Callable[[Any], bool] = lambda _: True) -> None:
+    """Put in the place of each forward of a class what was there ``before`` it: a forward, or ``None``.
+
+    Args:
+        module: What may carry such forwards.
+        kind: Their class.
+        mine: Tells of a forward of the class whether it is meant; all are by default.
+    """
     for names, name in list(_places(module)):
         forward = names[name]
-        while isinstance(forward, kind) and forward.before is not None:
+        while isinstance(forward, kind) and mine(forward) and forward.before is not None:
             forward = forward.before
-        if not isinstance(forward, kind):
+        if not (isinstance(forward, kind) and mine(forward)):
             names[name] = forward
         elif names is vars(module) and name == "forward":
             del names[name]  # the class's own shows again

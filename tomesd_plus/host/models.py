@@ -29,14 +29,36 @@ def unet_of(pipe: Any) -> nn.Module:
     return unet
 
 
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The UNet or transformer that denoises in a pipeline, or such a model itself, with ``torch.compile`` around it.
+
+    Raises:
+        TypeError: There is none.
+    """
+    model = getattr(pipe, "unet", getattr(pipe, "transformer", pipe))
+    called_as = positions(type(unwrapped(model))) if isinstance(model, nn.Module) else {}
+    denoises = "timestep" in called_as and ("sample" in called_as or "hidden_states" in called_as)
+    if not isinstance(model, nn.Module) or not denoises or "controlnet_cond" in called_as:
+        raise TypeError(
+            "expected a diffusers pipeline with a UNet or a transformer that is called with latents and a timestep, "
+            f"or such a model, not {type(pipe).__name__}"
+        )
+    return model
+
+
+def controlnets_of(pipe: Any) -> list[nn.Module]:
+    """The ControlNets of a pipeline, each once."""
+    controlnet = getattr(pipe, "controlnet", None)
+    nets = dict.fromkeys(getattr(controlnet, "nets", None) or [controlnet])  # one net may stand there twice
+    return [net for net in nets if isinstance(net, nn.Module)]
+
+
 def models_of(pipe: Any) -> dict[str, nn.Module]:
     """The UNet and ControlNets of a pipeline, or the model itself, by name."""
     if not hasattr(pipe, "unet"):
         return {"model": unet_of(pipe)}
     models = {"unet": unet_of(pipe)}
-    controlnet = getattr(pipe, "controlnet", None)
-    nets = dict.fromkeys(getattr(controlnet, "nets", None) or [controlnet])  # one net may stand there twice
-    for index, net in enumerate(net for net in nets if isinstance(net, nn.Module)):
+    for index, net in enumerate(controlnets_of(pipe)):
         models[f"controlnet{index or ''}"] = net
     return models
 

@@ -34,15 +34,17 @@ class NoiseLevels:
         self.flow = flow
         self._scheduler = getattr(pipe, "scheduler", None)  # a copied pipeline's copy finds its own by this
         self._pipe: Transient[weakref.ref[Any]] = Transient(None if self._scheduler is None else weakref.ref(pipe))
-        self._table: Transient[tuple[Tensor, int | None, dict[float, float]]] = Transient()
+        self._table: Transient[tuple[Tensor, int | None, dict[float, float], bool]] = Transient()
         self._clear = False  # a timestep was so large that all are of training
         self._told = False
 
     def of(self, timesteps: Sequence[float]) -> list[float]:
         """Noise levels in [0, 1] of a generation's timesteps, or of one."""
-        table = self._levels_of_scheduler()
+        table, flow = self._levels_of_scheduler()
         training = self.train_timesteps - (not self.flow)
         self._clear = self._clear or max(timesteps) > CLEAR
+        if flow and not self._clear and max(timesteps) <= 1:  # as Flux is called
+            return [max(timestep, 0.0) for timestep in timesteps]
         levels = []
         for place, timestep in enumerate(timesteps):
             level = table.get(timestep)
@@ -66,18 +68,19 @@ class NoiseLevels:
             self._scheduler = getattr(pipe, "scheduler", None)
         return self._scheduler
 
-    def _levels_of_scheduler(self) -> dict[float, float]:
-        """The scheduler's timesteps and their noise levels; read from the device once a schedule."""
+    def _levels_of_scheduler(self) -> tuple[dict[float, float], bool]:
+        """The scheduler's timesteps and their noise levels, and if these are σ; read from the device once a schedule."""
         scheduler = self._current_scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or not len(timesteps):
-            return {}
+            return {}, False
         version = None if timesteps.is_inference() else timesteps._version
         if self._table.value is None or self._table.value[0] is not timesteps or self._table.value[1] != version:
             values = [float(value) for value in timesteps.tolist()]
             levels = scheduler_noise_levels(scheduler, values)
-            self._table.value = timesteps, version, {} if levels is None else dict(zip(values, levels, strict=True))
-        return self._table.value[2]
+            table = {} if levels is None else dict(zip(values, levels, strict=True))
+            self._table.value = timesteps, version, table, is_flow(scheduler)
+        return self._table.value[2:]
 
     def _tell(self, timestep: float) -> None:
         if self._told or not self.needed:
@@ -102,7 +105,7 @@ def scheduler_noise_levels(scheduler: Any, timesteps: Sequence[float]) -> list[f
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     found = getattr(scheduler, "sigmas", None)
     sigmas = [float(sigma) for sigma in found] if found is not None and len(found) - len(timesteps) in (0, 1) else None
-    if sigmas is not None and _is_flow(scheduler, sigmas):
+    if sigmas is not None and is_flow(scheduler):
         return sigmas[: len(timesteps)]
     training = all(0 <= timestep <= last for timestep in timesteps)
     if training and all(float(timestep).is_integer() for timestep in timesteps):
@@ -144,10 +147,12 @@ def _stable_diffusion() -> tuple[float, ...]:
     return tuple(alphas)
 
 
-def _is_flow(scheduler: Any, sigmas: Sequence[float]) -> bool:
-    config = scheduler.config
+def is_flow(scheduler: Any) -> bool:
+    """True for a scheduler of models that were trained by flow matching."""
+    config, sigmas = scheduler.config, getattr(scheduler, "sigmas", None)
     said = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(said) or (not hasattr(scheduler, "alphas_cumprod") and max(sigmas) <= 1)
+    bounded = isinstance(sigmas, Tensor) and float(sigmas.max()) <= 1
+    return bool(said) or (bounded and not hasattr(scheduler, "alphas_cumprod"))
 
 
 def _train_timesteps(scheduler: Any) -> int:

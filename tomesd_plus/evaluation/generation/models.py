@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from tomesd_plus.evaluation.errors import ModelError
 from tomesd_plus.evaluation.generation.devices import local_device
+from tomesd_plus.evaluation.generation.schedulers import scheduler_by_name
 from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.tiny import load_tiny_pipeline
 
@@ -21,7 +22,11 @@ def usual_guidance(model: str) -> float:
 
 
 def load_model(
-    name: str = TINY, device: str = "cpu", dtype: torch.dtype = torch.float32, safety_checker: bool = True
+    name: str = TINY,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    safety_checker: bool = True,
+    scheduler: str | None = None,
 ) -> Any:
     """Load a text-to-image pipeline whose denoiser is a UNet.
 
@@ -32,9 +37,10 @@ def load_model(
         device: PyTorch's name of the device; see :func:`~.devices.local_device`. A GPU becomes the current device.
         dtype: The dtype of all its models.
         safety_checker: Keep the safety checker, if the model has one. In comparisons it would remove images.
+        scheduler: In place of the model's own, as :func:`~.schedulers.scheduler_by_name` takes it.
 
     Raises:
-        ModelError: It cannot be found or read, or it has no UNet.
+        ModelError: It cannot be found or read, it has no UNet, or there is no such scheduler.
     """
     device = local_device(device)
     # not "dtype", which the oldest supported diffusers does not know
@@ -62,6 +68,8 @@ def load_model(
     except Exception as error:  # loaders of unknown files raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"cannot load model {name!r}: {reason[:300]}") from error
+    if scheduler is not None:
+        pipe.scheduler = scheduler_by_name(scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

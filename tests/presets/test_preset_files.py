@@ -1,0 +1,169 @@
+"""Presets as files: saved and loaded, carried over to other steps, and strangers' files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cache_tools import kinds
+from conftest import generate, hooks, make_pipeline
+from diffusers import EulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tomesd_plus import (
+    PRESETS,
+    AdaptiveRatio,
+    FeatureCacheConfig,
+    FullSteps,
+    LinearSchedule,
+    Preset,
+    StepPlan,
+    ToMeConfig,
+    apply_feature_cache,
+    apply_preset,
+    preset,
+    remove_preset,
+)
+from tomesd_plus.host.names import model_name, scheduler_name
+from tomesd_plus.presets import Measured, Row
+
+LEVELS = tuple(each / 999 for each in range(876, 0, -125))
+PLAN = Preset("mine", None, FeatureCacheConfig(plan=StepPlan("FSSFCSFC", LEVELS), order=1), steps=8)
+MEASURED = Measured(
+    "UNet", "DDIM", 8, 5.0, "16 × 16", "CPU, float32", "torch 2", 3, 1, 2.5, None, 40.0, 39.5, {"cached": 0.1}, False,
+    30, (Row("4 steps", 2.0, 35.0), Row("FCFC", 2.1, 36.0, 35.0)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *PRESETS.values(),
+        PLAN,
+        replace(PLAN, measured=MEASURED),
+        Preset("", ToMeConfig(ratio={1: LinearSchedule(), 2: 0.25}, full_steps=FullSteps("cache", 0.5)), None),
+        Preset("", ToMeConfig(ratio=AdaptiveRatio(), layers="block", cell_size=(3, 2)), None, merging_inside=None),
+    ],
+)
+def test_what_is_saved_is_loaded(chosen, tmp_path):
+    chosen.save(tmp_path / "mine.json")
+    assert Preset.load(tmp_path / "mine.json") == chosen
+    assert json.loads((tmp_path / "mine.json").read_text())["version"] == 1
+
+
+def test_a_file_is_taken_wherever_a_name_is(pipe, tmp_path):
+    PLAN.save(tmp_path / "mine.json")
+    plain = generate(pipe, num_inference_steps=8)
+    apply_feature_cache(pipe, PLAN.cache)
+    expected = generate(pipe, num_inference_steps=8)
+    remove_preset(pipe)
+    for chosen in (PLAN, tmp_path / "mine.json", str(tmp_path / "mine.json")):
+        with preset(pipe, chosen) as report:
+            assert torch.equal(generate(pipe, num_inference_steps=8), expected) and report.merging is None
+            assert kinds(report.cache) == "FssFcsFc" and "skipped" in str(report)
+        assert torch.equal(generate(pipe, num_inference_steps=8), plain) and not hooks(pipe)
+
+
+def test_it_is_carried_over_to_other_steps_without_a_word(pipe):
+    report = apply_preset(pipe, PLAN)
+    for steps, pattern in ((8, "FssFcsFc"), (4, "FFcF"), (16, "FssssssFccssFsccc")):
+        generate(pipe, num_inference_steps=steps)
+        assert kinds(report.cache)[: len(pattern)] == pattern[: len(kinds(report.cache))] or steps == 16
+        assert "s" in kinds(report.cache) or steps == 4
+
+
+def test_another_scheduler_or_model_is_told_once(pipe):
+    here = replace(MEASURED, model=model_name(pipe.unet), scheduler=scheduler_name(pipe.scheduler))
+    with preset(pipe, replace(PLAN, measured=here)):
+        generate(pipe)
+    with pytest.warns(UserWarning, match="chosen on another model") as told:
+        apply_preset(pipe, replace(PLAN, measured=MEASURED))
+    generate(pipe)
+    assert len(told) == 1 and "scheduler" in str(told[0].message) and "tune" in str(told[0].message)
+    remove_preset(pipe)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.warns(UserWarning, match=r"another scheduler \(DDIM.*here: Euler"):
+        apply_preset(pipe, replace(PLAN, measured=here))
+
+
+def test_a_preset_that_skips_calls_and_one_that_caches_on_sdxl():
+    pipe = make_pipeline("sdxl")
+    apply_preset(pipe, PLAN)
+    with pytest.raises(ValueError, match="already applied"):
+        apply_preset(pipe, PLAN)
+    remove_preset(pipe)
+    with pytest.warns(UserWarning, match="not applied"):
+        remove_preset(pipe)
+
+
+GOOD = {"format": "tomesd_plus preset", "version": 1}
+
+
+def cache(**options):
+    data = {"kind": "Preset", "description": "x", "merging": None}
+    return GOOD | {"preset": data | {"cache": {"kind": "FeatureCacheConfig"} | options}}
+
+
+def whole(**fields):
+    data = {"kind": "Preset", "description": "", "merging": None, "cache": None}
+    return GOOD | {"preset": data | fields}
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"), ("{}", "does not say"),
+        (b"\xff\xfe", "cannot be read as JSON"), ("[1]", "does not say"), ("x" * 1_000_001, "larger than"),
+        ('{"format": "tomesd_plus preset", "version": NaN}', "JSON"),
+        (GOOD, "no preset in it"), (GOOD | {"version": 2, "preset": {}}, "of version 2"),
+        (GOOD | {"preset": {}, "run": "rm"}, "it has run"),
+        (GOOD | {"preset": {"kind": "os.system", "command": "true"}}, "unknown kind 'os.system'"),
+        (GOOD | {"preset": {"kind": "StepPlan", "letters": "F"}}, "holds no preset but a StepPlan"),
+        (GOOD | {"preset": 3}, "holds no preset but a int"), (cache(command="x"), "has no command"),
+        (cache(plan={"kind": "StepPlan", "letters": "F" * 1500}), "1000 steps at most"),
+        (cache(plan={"kind": "StepPlan", "letters": "FAB"}), "letters F, C and S"),
+        (cache(interval=-1), "interval must be"), (cache(forecast="1"), "forecast must be"),
+        (cache(full_steps=list(range(3000))), "longer than"), (cache(interval=[[[[[[[[[[1]]]]]]]]]]), "nested deeper"),
+        (cache(plan={"kind": "mapping", "entries": [[1, 2, 3]]}), "pair"), (cache(full_steps=3), "FeatureCacheConfig"),
+        (cache(plan={"kind": "Preset", "description": "", "merging": None, "cache": None}), "must be a word"),
+        (whole(description=3), "must be a text"), (whole(merging=3), "merging must be"), (whole(steps=0), "steps"),
+        (whole(merging={"kind": "ToMeConfig", "seed": "x"}), "seed must be"),
+    ],
+)  # fmt: skip
+def test_a_strangers_file_is_refused_in_words(content, match, pipe, tmp_path):
+    path = tmp_path / "stranger.json"
+    path.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else
+                     json.dumps(content)).encode())  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+        apply_preset(pipe, path)
+    assert not hooks(pipe)
+
+
+def test_what_is_no_preset_is_refused(pipe, tmp_path):
+    with pytest.raises(ValueError, match="quality, balanced, fast"):
+        apply_preset(pipe, "best")
+    with pytest.raises(ValueError, match=r"cannot read the preset .*No such file"):
+        apply_preset(pipe, tmp_path / "none.json")
+    with pytest.raises(ValueError, match="expected a preset"):
+        apply_preset(pipe, 3)
+    for wrong in ({"measured": 3}, {"steps": True}, {"cache": 3}, {"description": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            replace(PLAN, **wrong)
+    for wrong in ({"speedup": float("nan")}, {"prompts": -1}, {"costs": 3}, {"model": "x" * 3000}, {"beside": (3,)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            replace(MEASURED, **wrong)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("Preset")
+NAMES = st.sampled_from(["kind", "cache", "merging", "plan", "description", "letters", "entries"])
+ANY = st.recursive(PLAIN, lambda x: st.lists(x, max_size=3) | st.dictionaries(NAMES, x, max_size=4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(ANY)
+def test_any_json_gives_a_preset_or_a_value_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("any") / "any.json"
+    path.write_text(json.dumps(GOOD | {"preset": data}))
+    with pytest.raises(ValueError):
+        Preset.load(path)

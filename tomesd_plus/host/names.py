@@ -1,0 +1,32 @@
+"""Names of models, schedulers and devices, for records of what was measured where."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tomesd_plus.host.models import unwrapped
+
+
+def model_name(model: nn.Module) -> str:
+    """A denoiser's class and its number of parameters."""
+    inner = unwrapped(model)
+    return f"{type(inner).__name__}, {sum(each.numel() for each in inner.parameters()) / 1e6:.1f} M parameters"
+
+
+def scheduler_name(scheduler: Any) -> str:
+    """A scheduler's class, its order and spacing where it tells them, and whether its noise levels are Karras'."""
+    config = getattr(scheduler, "config", {})
+    parts = [type(scheduler).__name__]
+    parts += [f"{config.get('solver_type')} {config['solver_order']}"] if "solver_order" in config else []
+    parts += [str(config[name]) for name in ("timestep_spacing",) if config.get(name)]
+    kinds = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+    return ", ".join(parts + [kind for name, kind in kinds.items() if config.get(name)])
+
+
+def device_name(model: nn.Module) -> str:
+    """The device that a model lies on, and its data type."""
+    parameter = next(model.parameters())
+    device = parameter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return f"{name}, {str(parameter.dtype).removeprefix('torch.')}"

@@ -1,0 +1,136 @@
+"""Switch presets on and off."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tomesd_plus.caching import FeatureCacheReport, apply_feature_cache, remove_feature_cache
+from tomesd_plus.caching.cache import feature_cache_on
+from tomesd_plus.host.models import denoiser_of, unet_of, unwrapped
+from tomesd_plus.host.names import model_name, scheduler_name
+from tomesd_plus.merging.apply import apply_token_merging, is_merging, remove_token_merging
+from tomesd_plus.merging.report import TokenMergingReport
+from tomesd_plus.presets.data import Preset
+from tomesd_plus.presets.named import PRESETS, preset_by_name
+
+
+@dataclass(frozen=True)
+class PresetReport:
+    """Live reports of what a preset has switched on.
+
+    Args:
+        merging: Of token merging; ``None`` if it merges nothing.
+        cache: Of the feature cache; ``None`` if it has none.
+    """
+
+    merging: TokenMergingReport | None
+    cache: FeatureCacheReport | None
+
+    def __str__(self) -> str:
+        parts = [str(part) for part in (self.merging, self.cache) if part is not None]
+        return "\n\n".join(parts) or "The preset switches nothing on."
+
+
+def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
+    """Switch on token merging and a feature cache as a preset has them.
+
+    Args:
+        pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself; for a preset
+            that merges nothing and caches no layers, one with any denoiser.
+        chosen: One of :data:`PRESETS`, ``"quality"``, ``"balanced"`` or ``"fast"``; a :class:`Preset`, as ``tune``
+            gives it; or the path of a file that :meth:`Preset.save` has written.
+
+    Returns:
+        Reports that follow the pipeline as it runs.
+
+    Raises:
+        TypeError: ``pipe`` has no such model.
+        ValueError: There is no such preset, its file is wrong, or merging or a cache is on already; then nothing is
+            changed.
+
+    Example:
+        >>> from tomesd_plus import apply_preset, load_tiny_pipeline
+        >>> pipe = load_tiny_pipeline()
+        >>> report = apply_preset(pipe, "balanced")
+        >>> image = pipe("a large star on a blue background", num_inference_steps=7).images[0]
+        >>> report.cache.full
+        2
+    """
+    found = preset_from(chosen)
+    denoiser_of(pipe)  # refuses what has none
+    config = found.merging_for(pipe)
+    merging = (
+        None if config is None else apply_token_merging(unet_of(pipe), config)
+    )  # a ControlNet has no cached steps
+    try:
+        cache = None if found.cache is None else apply_feature_cache(pipe, found.cache)
+    except BaseException:
+        if merging is not None:
+            remove_token_merging(unet_of(pipe))
+        raise
+    _warn_of_another(pipe, found)
+    return PresetReport(merging, cache)
+
+
+def remove_preset(pipe: Any) -> None:
+    """Undo :func:`apply_preset`: token merging and the feature cache go, whoever has switched them on."""
+    denoiser = denoiser_of(pipe)
+    cached = feature_cache_on(denoiser) is not None
+    if cached:
+        remove_feature_cache(pipe)
+    if not cached or (hasattr(denoiser, "set_attn_processor") and is_merging(unwrapped(denoiser))):
+        remove_token_merging(pipe)
+
+
+@contextmanager
+def preset(pipe: Any, chosen: str | Path | Preset) -> Iterator[PresetReport]:
+    """Hold a preset inside a ``with`` block; takes what :func:`apply_preset` takes, and yields its reports."""
+    reports = apply_preset(pipe, chosen)
+    try:
+        yield reports
+    finally:
+        if reports.merging is not None:
+            remove_token_merging(unet_of(pipe))
+        if reports.cache is not None:
+            remove_feature_cache(pipe)
+
+
+def preset_from(chosen: str | Path | Preset) -> Preset:
+    """A preset by its name, from a file, or as it is.
+
+    Raises:
+        ValueError: There is no such name or file, or the file is wrong.
+    """
+    if isinstance(chosen, Preset):
+        return chosen
+    if isinstance(chosen, str) and chosen in PRESETS:
+        return PRESETS[chosen]
+    if not isinstance(chosen, (str, Path)):
+        raise ValueError(f"expected a preset, its name or a path, not {chosen!r}")
+    path = Path(chosen)
+    if isinstance(chosen, str) and path.suffix != ".json" and len(path.parts) < 2 and not path.is_file():
+        return preset_by_name(chosen)  # which tells the names
+    try:
+        return Preset.load(path)
+    except OSError as error:
+        raise ValueError(f"cannot read the preset {chosen}: {error.strerror or error}") from error
+
+
+def _warn_of_another(pipe: Any, found: Preset) -> None:
+    """Say once if a preset was chosen on another model or scheduler."""
+    if found.measured is None:
+        return
+    pairs = [("model", model_name(denoiser_of(pipe)), found.measured.model)]
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is not None:
+        pairs.append(("scheduler", scheduler_name(scheduler), found.measured.scheduler))
+    others = [f"{what} ({there}; here: {here})" for what, here, there in pairs if here != there]
+    if others:
+        warnings.warn(
+            f"this preset was chosen on another {' and '.join(others)}: what it costs in fidelity here is not known. "
+            "Call tune on this pipeline for one of its own.",
+            stacklevel=3,
+        )

@@ -1,0 +1,67 @@
+"""What steps cost, measured on the pipeline at hand."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tomesd_plus.host.clock import now
+from tomesd_plus.host.models import denoiser_of, finest_level, unwrapped
+from tomesd_plus.tuning.pictures import Task, switched_on
+from tomesd_plus.tuning.plans import Costs, Plan
+
+ROUNDS = 3
+
+
+def measured_costs(task: Task, prompts: Sequence[tuple[int, str]], caches: bool) -> Costs:
+    """Times of the denoiser's calls of each kind, in turn, as shares of a full one's; medians.
+
+    Args:
+        task: What is generated.
+        prompts: Those to generate, with their numbers.
+        caches: The model has layers that cached steps skip.
+    """
+    pattern = "FFCS" if caches else "FFS"
+    plans = [Plan(("F" + pattern * ROUNDS)[: max(4, task.steps)])]
+    if caches and finest_level(unwrapped(denoiser_of(task.pipe))) == 1:
+        plans.append(Plan(plans[0].letters, merging="all"))
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for plan in plans:
+        for letter, each in zip(plan.letters, _seconds(task, prompts, plan)):
+            seconds[plan.merging, letter].append(each)
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    full = medians["none", "F"]
+    shares = {kind: min(time / full, 2.0) for kind, time in medians.items()}
+    return Costs(
+        cached=shares.get(("none", "C"), 1.0),
+        skipped=shares.get(("none", "S"), 0.0),
+        cached_merged=shares.get(("all", "C")),
+        full_merged=shares.get(("all", "F")),
+    )
+
+
+def _seconds(task: Task, prompts: Sequence[tuple[int, str]], plan: Plan) -> list[float]:
+    """Of each step's calls, after a run that warms up."""
+    times: list[float] = []
+    started = 0.0
+
+    def before(model: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal started
+        started = now(next(model.parameters()).device)
+
+    def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        times.append(now(next(model.parameters()).device) - started)
+
+    denoiser = denoiser_of(task.pipe)
+    with switched_on(task.pipe, plan):
+        task.pictures(prompts[:1], 4)
+        handles = denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)
+        try:
+            task.pictures(prompts[:1], plan.steps)
+        finally:
+            for handle in handles:
+                handle.remove()
+    per_step = max(1, len(times) // plan.steps)
+    return times[::per_step][: plan.steps]
