@@ -109,7 +109,7 @@ def papers_forward(model: Any, pixel_values: Tensor, removed: list[int], prefix:
         size = merge(size, "sum")
         x = x / size
         x = x + _mlp(layer, x)
-        outputs.append((source.transpose(1, 2) @ x))
+        outputs.append(source.transpose(1, 2) @ x)
     return outputs
 
 

@@ -1,10 +1,11 @@
 """Apply and remove token merging in vision towers: the one place where a model is changed."""
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import transformers
 
+from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.attention import NAME, merging_config
 from tomesd_plus.vision.config import TowerConfig
 from tomesd_plus.vision.hooks import (
@@ -12,7 +13,6 @@ from tomesd_plus.vision.hooks import (
     AfterLayer,
     AfterMlp,
     AfterPatches,
-    Attachment,
     BeforeAttention,
     BeforeLayer,
     BeforeNorm,
@@ -41,16 +41,17 @@ def merge_towers(model_or_pipeline: Any, config: TowerConfig) -> TowerReport:
 
 def unmerge_towers(model_or_pipeline: Any) -> None:
     """Take all hooks off; see :func:`tomesd_plus.remove_token_merging`."""
-    found = hooks_on(model_of(model_or_pipeline).modules())
+    modules = list(model_of(model_or_pipeline).modules())
+    found = hooks_on(modules)
     for hooks, key, _ in found:
         del hooks[key]
-    for module in model_of(model_or_pipeline).modules():
-        for registry in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
-            for key in [key for key in registry if key not in {*module._forward_pre_hooks, *module._forward_hooks}]:
-                del registry[key]
-        config = getattr(module, "config", None)
+    for module in modules:
+        for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+            for key in [key for key in flags if key not in {*module._forward_pre_hooks, *module._forward_hooks}]:
+                del flags[key]
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation_internal", None) == NAME:
-            module.config = config.token_merging.config
+            cast(Any, module).config = config.token_merging.config
     if not found:
         warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=3)
 
@@ -86,9 +87,10 @@ def _attach(tower: Tower, config: TowerConfig) -> Attachment:
     tower.patches.register_forward_hook(AfterPatches(attachment))
     tower.stack.register_forward_pre_hook(BeforeStack(attachment), with_kwargs=True)
     shared: Any = None
+    layer: Any
     for index, layer in enumerate(tower.layers.values()):
         attention: Any = tower.attention(layer)
-        shared = shared or merging_config(attention.config, attention)
+        shared = shared or merging_config(attention, attachment.current)
         attention.config = shared
         heads = attention.k_proj.out_features // attention.head_dim
         layer.register_forward_pre_hook(BeforeLayer(attachment, index, heads), with_kwargs=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tomesd_plus.vision.call import KEY, LayerCall
+from tomesd_plus.vision.call import KEY, Current
 
 NAME = "token_merging"
 EXTRA_CHANNELS = 8  # two are used; kernels want a multiple of eight
@@ -24,10 +24,12 @@ class Inner:
     Args:
         config: The tower's.
         eager: The eager attention of the tower's own file.
+        current: What each thread has under way in the tower.
     """
 
     config: Any
     eager: Any
+    current: Current
 
 
 def attend(
@@ -39,17 +41,17 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by the tower's own implementation, each key weighing as much as its mask says.
+    """Attend by the tower's own implementation, each key weighing as much as the tokens that it stands for.
 
     A key that stands for s tokens must weigh s times, so log s is added to its logits ("proportional attention" of
-    Bolya et al., https://arxiv.org/abs/2210.09461). It comes as a mask, which CPUs take at next to no cost. On other
-    devices a mask would rule out flash attention, so the heads get channels more: 1 in every query, log s over the
-    scaling in the keys. There are two, for the value and for what its rounding in half precision leaves.
+    Bolya et al., https://arxiv.org/abs/2210.09461). A mask would rule out flash attention, so the heads get channels
+    more: 1 in every query, log s over the scaling in the keys. There are two, for the value and for what its rounding
+    in half precision leaves. CPUs take a mask at less cost.
 
     Args:
         module: The attention layer, whose config is one of :func:`merging_config`.
         query, key, value: (batch, heads, tokens, channels).
-        attention_mask: log s, (batch, 1, 1, tokens); ``None`` if every token stands for one.
+        attention_mask: Of a call that is left alone.
         scaling: Of the logits; 1/√channels by default.
         kwargs: For the implementation; and what layers are given under ``token_merging``.
 
@@ -57,16 +59,22 @@ def attend(
         (batch, tokens, heads, channels), and the attention's weights if the implementation tells them.
     """
     inner: Inner = module.config.token_merging  # type: ignore[union-attr, assignment]
-    step: LayerCall | None = kwargs.pop(KEY, None)
+    name = inner.config._attn_implementation
+    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(name, inner.eager)
+    kwargs.pop(KEY, None)
+    step = inner.current.layer
+    if step is None:
+        return implementation(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     channels = query.shape[-1]
     scaling = 1 / math.sqrt(channels) if scaling is None else scaling
-    if step is not None and step.looks_at_class_token:
-        step.attention = class_attention(query, key, attention_mask, scaling)
+    log_sizes = step.log_sizes
+    if step.looks_at_class_token:
+        step.attention = class_attention(query, key, log_sizes, scaling)
         step.value_norms = value.detach().norm(dim=-1, dtype=torch.float32)
-    implementation = ALL_ATTENTION_FUNCTIONS.get_interface(inner.config._attn_implementation, inner.eager)
-    if attention_mask is None or (query.device.type == "cpu" and inner.config._attn_implementation in MASKED):
-        return implementation(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    query, key, value = with_extra_channels(query, key, value, attention_mask, scaling)
+    if log_sizes is None or (query.device.type == "cpu" and name in MASKED):
+        mask = None if log_sizes is None else log_sizes.to(query.dtype)
+        return implementation(module, query, key, value, mask, scaling=scaling, **kwargs)
+    query, key, value = with_extra_channels(query, key, value, log_sizes, scaling)
     output, weights = implementation(module, query, key, value, None, scaling=scaling, **kwargs)
     return output[..., :channels], weights
 
@@ -82,14 +90,13 @@ def with_extra_channels(
 
     Args:
         query, key, value: (batch, heads, tokens, channels).
-        log_sizes: (batch, 1, 1, tokens).
+        log_sizes: (batch, 1, 1, tokens), float32.
         scaling: Of the logits.
 
     Returns:
         The same with 8 channels more; in the attention's output those are to be cut off.
     """
-    exact = log_sizes.to(torch.promote_types(key.dtype, torch.float32)) / scaling
-    exact = exact.transpose(2, 3).expand(*key.shape[:3], 1)
+    exact = (log_sizes / scaling).transpose(2, 3).expand(*key.shape[:3], 1)
     high = exact.to(key.dtype)
     low = (exact - high.to(exact.dtype)).to(key.dtype)
     ones = torch.ones_like(query[..., :2])
@@ -105,14 +112,14 @@ def class_attention(query: Tensor, key: Tensor, log_sizes: Tensor | None, scalin
     return logits.softmax(dim=-1)[:, :, 0]
 
 
-def merging_config(config: Any, module: nn.Module) -> Any:
-    """A copy of a tower's config that names :func:`attend`, for the attention layers alone.
+def merging_config(module: Any, current: Current) -> Any:
+    """A copy of an attention layer's config that names :func:`attend`, for a tower's attention layers alone.
 
     The tower's own config stays as it is: it makes the masks, is saved, and may be set to another implementation.
     """
-    copied = copy.copy(config)
+    copied = copy.copy(module.config)
     copied._attn_implementation_internal = NAME
-    copied.token_merging = Inner(config, sys.modules[type(module).__module__].eager_attention_forward)  # type: ignore[attr-defined]
+    copied.token_merging = Inner(module.config, sys.modules[type(module).__module__].eager_attention_forward, current)
     return copied
 
 

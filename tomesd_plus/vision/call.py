@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import SequencePlan
 from tomesd_plus.matching.plan import take
 from tomesd_plus.vision.config import SIZES, TowerConfig
@@ -129,6 +130,12 @@ class LayerCall:
         return self.call.sequences[self.index]
 
     @property
+    def log_sizes(self) -> Tensor | None:
+        """What is added to each key's logits, (batch, 1, 1, tokens), float32; ``None``: nothing."""
+        sizes = self.before.sizes if self.call.config.weighs else None
+        return None if sizes is None else sizes.log()[:, None, None]
+
+    @property
     def looks_at_class_token(self) -> bool:
         """Whether the method needs the class token's attention and has it not."""
         return not self.planned and self.removed != 0 and METHODS[self.call.config.method].needs_class_token
@@ -138,13 +145,13 @@ class LayerCall:
         if not self.planned:
             self.planned = True
             if self.removed != 0:
-                view = self._view()
-                plan = METHODS[self.call.config.method].plan(view)
+                with torch.no_grad():
+                    view = self._view()
+                    plan = METHODS[self.call.config.method].plan(view)
                 self.plan = plan if plan is None or view.order is None else plan.before(view.order)
             self.keys = self.attention = self.value_norms = None
         return self.plan
 
-    @torch.no_grad()
     def _view(self) -> "LayerView":
         assert self.keys is not None
         before, order = self.before, self.call.order if self.before.kept is None else None
@@ -163,6 +170,14 @@ class LayerCall:
             metric, attention, value_norms, sizes, self.call.leading, self.removed, self.call.config.similarity,
             max(1, patches // SIZES), order,
         )  # fmt: skip
+
+
+class Current(ThreadLocal):
+    """What a thread has under way in a tower."""
+
+    def __init__(self) -> None:
+        self.layer: LayerCall | None = None
+        self.grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,7 +145,7 @@ def _count(r: Any) -> int:
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a number, not {value!r}")
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], not {value!r}")
 
 

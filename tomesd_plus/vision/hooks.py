@@ -9,47 +9,25 @@ is what Bolya et al. compute ("Token Merging: Your ViT But Faster", https://arxi
 the norm, one after the MLP, one after the layer.
 """
 
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.utils import output_capturing
 
 from tomesd_plus.host.arguments import first
-from tomesd_plus.host.transient import ThreadLocal, Transient
+from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.call import KEY, Call, LayerCall
-from tomesd_plus.vision.config import TowerConfig
 from tomesd_plus.vision.methods import METHODS
 
-
-class Current(ThreadLocal):
-    """What a thread has under way in a tower."""
-
-    def __init__(self) -> None:
-        self.layer: LayerCall | None = None
-        self.grid: tuple[int, int] | None = None
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # older than 5, where merging is refused
+    output_capturing = None
 
 
-@dataclass(eq=False)
-class Attachment:
-    """What all hooks of a tower share; it is copied and pickled with them.
-
-    Args:
-        config: What to merge.
-        tower: The tower's name.
-        names: Of the layers.
-        prefix: Tokens before the patches.
-        latest: The latest forward pass.
-        current: What each thread has under way.
-    """
-
-    config: TowerConfig
-    tower: str
-    names: list[str]
-    prefix: int
-    latest: Transient[Call] = field(default_factory=Transient)
-    current: Current = field(default_factory=Current)
+CAPTURING = "transformers.utils.output_capturing"
 
 
 class Hook:
@@ -103,6 +81,14 @@ class BeforeLayer(Hook):
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
             call.grid = self.attachment.current.grid
             call.begin(hidden_states, mask is not None)
+            if call.reason is not None and getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
+                raise RuntimeError(
+                    f"token merging cannot be exported, for {call.reason}, which transformers makes for torch.export: "
+                    "use torch.compile or torch.jit.trace, or remove_token_merging first"
+                )
+            if call.reason is not None and not self.attachment.warned:
+                self.attachment.warned = True
+                warnings.warn(f"Token merging does nothing in this call: {call.reason}.", stacklevel=2)
         if call.reason is not None:
             return args, kwargs
         before = call.sequences[self.index]
@@ -111,15 +97,10 @@ class BeforeLayer(Hook):
             return args, kwargs | {KEY: step}
         if hidden_states.shape[1] != before.tokens:  # the layer before has given it out at full length
             hidden_states = before.again(hidden_states)
-        if self.attachment.config.weighs:
-            assert before.sizes is not None
-            kwargs["attention_mask"] = before.sizes.log().to(hidden_states.dtype)[:, None, None]
-        else:
-            kwargs["attention_mask"] = None
         if kwargs.get("position_embeddings") is not None:
             patches = before.kept[:, call.prefix :] - call.prefix
             kwargs["position_embeddings"] = tuple(table[patches][:, None] for table in kwargs["position_embeddings"])
-        return (hidden_states,), kwargs | {KEY: step}
+        return (hidden_states, *args[1:]), kwargs | {KEY: step}
 
     def _removed(self, call: Call, tokens: int) -> int | None:
         config = self.attachment.config
@@ -196,10 +177,9 @@ def _captures() -> bool:
 
 def hooks_on(modules: Iterable[nn.Module]) -> list[tuple[dict[int, Any], int, Hook]]:
     """All hooks of ours on modules, with the dictionaries in which they stand and their keys."""
-    return [
-        (hooks, key, hook)
-        for module in modules
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        for key, hook in hooks.items()
-        if isinstance(hook, Hook)
-    ]
+    found: list[tuple[dict[int, Any], int, Hook]] = []
+    for module in modules:
+        registries: tuple[Any, Any] = (module._forward_pre_hooks, module._forward_hooks)
+        for hooks in registries:
+            found += [(hooks, key, hook) for key, hook in hooks.items() if isinstance(hook, Hook)]
+    return found

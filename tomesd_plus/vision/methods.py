@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from tomesd_plus.matching import (
@@ -70,7 +69,6 @@ class Method:
     most: Callable[[int, int], int]
 
 
-@torch.no_grad()
 def _merging(view: View) -> SequencePlan | None:
     metric = view.metric
     similarity, best = similarities(metric, view.leading)

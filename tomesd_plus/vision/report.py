@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.call import Call
-from tomesd_plus.vision.hooks import Attachment
 from tomesd_plus.vision.methods import METHODS
 from tomesd_plus.vision.picture import draw_groups
 
