@@ -28,15 +28,13 @@ def test_a_module_around_a_tower_is_a_tower():
 
 @pytest.mark.parametrize("option", ["r", "similarity", "method", "protect"])
 def test_options_of_towers_are_refused_for_pipelines(option):
-    with pytest.raises(TypeError, match=f"{option}: for transformers' vision towers only.*ratio="):
+    with pytest.raises(TypeError, match=rf"{option}: for transformers' vision towers only.*ratio="):
         apply_token_merging(make_pipeline("sd"), **{option: 8})
 
 
 def test_options_of_pipelines_are_refused_for_towers():
     tower = vision_tools.make_tower()
-    with pytest.raises(
-        TypeError, match=r"max_downsample, window: not for the vision tower of ViTModel, which takes r,"
-    ):
+    with pytest.raises(TypeError, match="max_downsample, window: not for the vision tower of ViTModel, which"):
         apply_token_merging(tower, max_downsample=2, window=4)
     with pytest.raises(TypeError, match="a ToMeConfig: not for the vision tower"):
         apply_token_merging(tower, ToMeConfig())
@@ -47,9 +45,7 @@ def test_options_of_pipelines_are_refused_for_towers():
 def test_what_has_nothing_to_merge_is_refused_in_words():
     bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
     for use in (apply_token_merging, remove_token_merging, merging_report):
-        with pytest.raises(
-            TypeError, match="BertModel has no vision tower.*ViT, DeiT, CLIP, SigLIP, DINOv2 or DINOv3"
-        ):
+        with pytest.raises(TypeError, match=r"BertModel has no vision tower.*ViT, DeiT, CLIP, SigLIP, DINOv2 or"):
             use(bert)
-    with pytest.raises(TypeError, match="expected a diffusers pipeline with a UNet .* not Linear"):
+    with pytest.raises(TypeError, match=r"expected a diffusers pipeline with a UNet .* not Linear"):
         apply_token_merging(torch.nn.Linear(1, 1))

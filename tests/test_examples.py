@@ -23,8 +23,11 @@ WRITES = {
     "cache_steps.py": ["cache-steps.csv"],
     "merge_efficiency.py": ["merge-efficiency.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
+    "vision.py": ["vision.png"],
+    "vision_accuracy.py": ["vision-accuracy.csv"],
+    "vision_saliency.py": [],  # needs a package and pictures of its own, and says so
 }
-SLOW = ("adaptive_ratio.py", "evaluate_fid.py", "from_tomesd.py", "with_feature_cache.py")
+SLOW = ("adaptive_ratio.py", "evaluate_fid.py", "from_tomesd.py", "with_feature_cache.py", "vision_accuracy.py")
 RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in WRITES]
 
 

@@ -24,7 +24,7 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
     Args:
         model: A diffusers pipeline, UNet or ControlNet; or a transformers model or pipeline with a vision tower.
         config: Diffusion: a :class:`~tomesd_plus.ToMeConfig`, or else the ratio. Vision: ``r``.
-        options: Diffusion: fields of :class:`~tomesd_plus.ToMeConfig`. Vision, one of the first three:
+        options: Diffusion: fields of :class:`~tomesd_plus.ToMeConfig`. Vision, at most one of the first three:
 
             - ``r``: tokens to remove in each layer: a number, a list with one for each layer, or ``(r, inflection)``
               with an inflection in [−1, 1], from falling to growing. 16 by default;
@@ -32,7 +32,7 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
             - ``similarity``: as many as have a partner of at least this cosine similarity, in few fixed sizes;
             - ``method``: ``"merging"``; ``"evit"``, which keeps what the class token attends to and fuses the rest
               (https://arxiv.org/abs/2202.07800); or ``"ats"``, adaptive token sampling
-              (https://arxiv.org/abs/2111.15667);
+              (https://arxiv.org/abs/2111.15667), which without ``r`` and ``ratio`` keeps as many as it meets;
             - ``protect``: a mask of the patches that must stay, (patches,), (rows, columns) or (batch, rows, columns);
             - ``proportional_attention``: whether a token that stands for s weighs s times; with merging by default.
 

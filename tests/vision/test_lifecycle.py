@@ -19,9 +19,18 @@ def merged_tower(kind="vit", **options):
     return model, apply_token_merging(model, **({"r": R} | options))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_graph_for_fixed_r(kind):
-    model, report = merged_tower(kind)
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("dinov3", {}),
+        *(pytest.param(kind, {}, marks=pytest.mark.slow) for kind in KINDS if kind != "dinov3"),
+        pytest.param("vit", {"method": "evit"}, marks=pytest.mark.slow),
+        pytest.param("vit", {"protect": [True, False] * 32}, marks=pytest.mark.slow),
+        pytest.param("vit", {"r": None, "ratio": 0.5}, marks=pytest.mark.slow),
+    ],
+)
+def test_one_graph_for_fixed_r(kind, options):
+    model, report = merged_tower(kind, **options)
     expected = forward(copy.deepcopy(model))
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -29,16 +38,17 @@ def test_one_graph_for_fixed_r(kind):
     assert report.removed == 0.5 and len(report.layers) == LAYERS
 
 
-@pytest.mark.parametrize("options", [{"method": "evit"}, {"protect": [True, False] * 32}, {"ratio": 0.3}])
-def test_one_graph_for_other_options(options):
-    model, _ = merged_tower(**({"r": None} | options))
-    expected = forward(copy.deepcopy(model))
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(forward(compiled), expected, atol=1e-5, rtol=0)
+@pytest.mark.slow
+def test_hidden_states_of_a_compiled_tower():
+    model, _ = merged_tower()
     with torch.no_grad():
+        expected = model(pictures(), output_hidden_states=True).hidden_states  # transformers puts its hooks on
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
         hidden = compiled(pictures(), output_hidden_states=True).hidden_states
-    assert [each.shape for each in hidden] == [(2, 65, 32)] * (LAYERS + 1)
+    for ours, theirs in zip(hidden, expected, strict=True):
+        assert ours.shape == (2, 65, 32)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -49,6 +59,7 @@ def test_inductor_gives_the_same():
     torch.testing.assert_close(forward(torch.compile(model, fullgraph=True)), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_tower_may_be_merged_and_restored():
     model = make_tower()
     torch.compiler.reset()
@@ -60,6 +71,7 @@ def test_a_compiled_tower_may_be_merged_and_restored():
     assert torch.equal(forward(compiled), untouched)
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_by_one():
     model, report = merged_tower()
     expected = forward(copy.deepcopy(model))
@@ -73,7 +85,7 @@ def test_layers_compiled_one_by_one():
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_merge_and_come_off_by_themselves(kind, how):
-    model, report = merged_tower(kind, protect=[True] * 5 + [False] * 59)
+    model, _ = merged_tower(kind, protect=[True] * 5 + [False] * 59)
     expected, untouched = forward(model), forward(make_tower(kind))
     copied = how(model)
     assert merging_report(copied).layers == []
@@ -144,18 +156,20 @@ def test_gradients_pass_with_and_without_checkpoints(kind, method):
 
 
 def test_a_tower_learns_with_merging_on():
-    model, _ = merged_tower()
+    model, report = merged_tower()
     model.train()
-    target = forward(make_tower())
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    weights = [parameter.clone() for parameter in model.layers[0].parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     losses = []
-    for _ in range(8):
-        loss = (model(pictures()).last_hidden_state - target).square().mean()
+    for _ in range(10):  # to tell two pictures apart
+        one, other = model(pictures()).last_hidden_state.mean(1)
+        loss = torch.cosine_similarity(one, other, dim=0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0] - 0.05 and report.removed == 0.5
+    assert not any(map(torch.equal, weights, model.layers[0].parameters()))
 
 
 @pytest.mark.parametrize("method", ["merging", "evit", "ats"])

@@ -81,8 +81,8 @@ class TowerSetting(Setting):
 
     @property
     def ideal(self) -> Setting | None:
-        """As few tokens at no cost; ``None`` where how many depends on the picture."""
-        return None if self.name in ("ats", IDEAL_TOWER) else TowerSetting(IDEAL_TOWER, {"ideal": {}}, r=self.r)
+        """As few tokens at no cost."""
+        return None if self.name == IDEAL_TOWER else TowerSetting(IDEAL_TOWER, {"ideal": {}}, r=self.r)
 
     @property
     def note(self) -> str:

@@ -4,6 +4,7 @@ import warnings
 from typing import Any, cast
 
 import transformers
+from torch import nn
 
 from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.attention import NAME, merging_config
@@ -41,7 +42,8 @@ def merge_towers(model_or_pipeline: Any, config: TowerConfig) -> TowerReport:
 
 def unmerge_towers(model_or_pipeline: Any) -> None:
     """Take all hooks off; see :func:`tomesd_plus.remove_token_merging`."""
-    modules = list(model_of(model_or_pipeline).modules())
+    model = model_of(model_or_pipeline)
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
     found = hooks_on(modules)
     for hooks, key, _ in found:
         del hooks[key]
@@ -53,6 +55,7 @@ def unmerge_towers(model_or_pipeline: Any) -> None:
         if getattr(config, "_attn_implementation_internal", None) == NAME:
             cast(Any, module).config = config.token_merging.config
     if not found:
+        towers_of(model_or_pipeline)  # raises where there is nothing that could be merged
         warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=3)
 
 
@@ -65,9 +68,9 @@ def towers_report(model_or_pipeline: Any) -> TowerReport:
 
 
 def attachments_on(model_or_pipeline: Any) -> list[Attachment]:
-    """Of the towers on which merging is on."""
-    found = (hook.attachment for _, _, hook in hooks_on(model_of(model_or_pipeline).modules()))
-    return list(dict.fromkeys(found))
+    """Of the towers on which merging is on; raises TypeError where there are no towers."""
+    stacks = [tower.stack for tower in towers_of(model_or_pipeline)]
+    return list(dict.fromkeys(hook.attachment for _, _, hook in hooks_on(stacks)))
 
 
 def _check(tower: Tower, config: TowerConfig) -> None:

@@ -34,7 +34,7 @@ class Protection:
 
 @dataclass(frozen=True, eq=False)
 class TowerConfig:
-    """Options of token merging in a vision tower; one of ``r``, ``ratio`` and ``similarity`` says how much.
+    """Options of token merging in a vision tower; at most one of ``r``, ``ratio`` and ``similarity`` says how much.
 
     Args:
         r: Tokens to remove in each layer, as in Bolya et al., "Token Merging: Your ViT But Faster"
@@ -47,7 +47,8 @@ class TowerConfig:
             similarity, in [−1, 1], averaged over the batch, in steps of a sixteenth of the patches. Each layer waits
             for the device once, to read one number.
         method: ``"merging"``; ``"evit"``, which keeps what the class token attends to and fuses the rest; or
-            ``"ats"``, which samples tokens by what they add to the class token, so that it may remove more than asked.
+            ``"ats"``, which samples tokens by what they add to the class token: without ``r`` and ``ratio`` it keeps
+            as many as the pictures of a batch need, in steps of a sixteenth of the patches, else as many as those say.
         protect: Patches that are never removed, a mask of bools: (patches,), (rows, columns) or, with another one for
             each picture of the batch, (batch, rows, columns).
         proportional_attention: Whether a token that stands for s tokens weighs s times in attention. ``None``: with
@@ -69,7 +70,7 @@ class TowerConfig:
             raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
         if self.proportional_attention not in (None, True, False):
             raise TypeError(f"proportional_attention is True, False or None, not {self.proportional_attention!r}")
-        if not given:
+        if not given and self.method != "ats":
             object.__setattr__(self, "r", DEFAULT_R)
         if self.r is not None:
             object.__setattr__(self, "r", _checked_r(self.r))
@@ -83,6 +84,11 @@ class TowerConfig:
                 raise ValueError(f"similarity is measured for method='merging' only, not for {self.method!r}")
         if self.protect is not None:
             object.__setattr__(self, "protect", _checked_mask(self.protect))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether how much is removed depends on the pictures."""
+        return self.r is None and self.ratio is None
 
     @property
     def weighs(self) -> bool:

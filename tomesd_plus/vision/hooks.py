@@ -104,7 +104,7 @@ class BeforeLayer(Hook):
 
     def _removed(self, call: Call, tokens: int) -> int | None:
         config = self.attachment.config
-        if config.similarity is not None:
+        if config.adaptive:
             return None
         wanted = config.removed(self.index, call.layers, call.sequences[0].tokens - call.prefix)
         return min(wanted, METHODS[config.method].most(tokens, call.leading))

@@ -31,7 +31,7 @@ class View(Protocol):
         value_norms: Length of the values, (batch, heads, tokens); ``None`` likewise.
         sizes: How many tokens each token stands for, (batch, tokens), float32.
         leading: How many tokens at the beginning must stay.
-        removed: How many tokens to remove; ``None``: as many as have a partner of ``similarity``.
+        removed: How many tokens to remove; ``None``: as the pictures allow, in merging by ``similarity``.
         similarity: See there.
         step: Adaptive counts are multiples of this.
     """
@@ -89,13 +89,17 @@ def _evit(view: View) -> SequencePlan | None:
 
 
 def _ats(view: View) -> SequencePlan | None:
-    assert view.attention is not None and view.value_norms is not None and view.removed is not None
+    assert view.attention is not None and view.value_norms is not None
     score = significance(view.attention, view.value_norms, view.leading)
     candidates = score.shape[1]
-    points = candidates - view.removed
-    met, counts = sample(score, points)
-    most = int(counts.max())  # of any picture of the batch, in few fixed sizes
-    left = min(points, -(-most // view.step) * view.step)
+    if view.removed is not None:  # tokens that are met twice leave room for others
+        left = candidates - view.removed
+        met, _ = sample(score, left)
+    elif candidates:
+        met, counts = sample(score, candidates)
+        left = min(candidates, -(-int(counts.max()) // view.step) * view.step)
+    if not candidates or left == candidates:
+        return None
     return keep_sampled(met, score, view.metric, view.leading, left)
 
 

@@ -153,8 +153,12 @@ def _layers(attachment: Attachment) -> list[LayerTokens]:
 
 def _why_fewer(call: Call, layer: int, before: int, after: int) -> str | None:
     config = call.config
+    if config.adaptive and before > after:
+        return None
     if config.similarity is not None:
-        return None if before > after else f"too few tokens have a partner of similarity {config.similarity:g}"
+        return f"too few tokens have a partner of similarity {config.similarity:g}"
+    if config.adaptive:
+        return "sampling met nearly every token"
     wanted = config.removed(layer, call.layers, call.sequences[0].tokens - call.prefix)
     if before - after >= wanted:
         return None
