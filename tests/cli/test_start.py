@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from tomesd_plus.benchmark import SHAPES, SUITES
+from tomesd_plus.benchmark import SHAPES, SUITES, TOWERS
 from tomesd_plus.cli import names
 from tomesd_plus.merging.config import LEVELS
 from tomesd_plus.presets import PRESETS
+from tomesd_plus.vision.methods import METHODS
 
 COMMANDS = ("compare", "generate", "evaluate", "report", "statistics", "benchmark", "app")
 HEAVY = {"torch", "diffusers", "transformers", "matplotlib", "torchmetrics", "numpy", "gradio"}
@@ -52,8 +53,8 @@ def run(*arguments):
         (["generate", "--preset", "fast", "--ratio", "0.5", "a cat"], 2, "leave out --preset"),
         (["statistics", "pictures", "--out", "reference.csv"], 2, "--out must name an .npz file"),
         (["report", "one", "two"], 2, "several evaluations need --out"),
-        (["benchmark", "--suite", "huge"], 2, "unknown suite 'huge': choose from cpu, gpu, smoke"),
-        (["benchmark", "--shape", "sd3"], 2, "unknown shape 'sd3': choose from sd15, sd21, sdxl, tiny"),
+        (["benchmark", "--suite", "huge"], 2, "unknown suite 'huge': choose from cpu, gpu, vision, smoke"),
+        (["benchmark", "--shape", "sd3"], 2, "unknown shape 'sd3': choose from sd15, sd21, sdxl, tiny, vit-b16"),
         *([[command, "--help"], 0, f"tomesd-plus {command} [OPTIONS]"] for command in COMMANDS),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -70,3 +71,5 @@ def test_the_names_in_help_texts_are_the_ones_there_are():
     assert LEVELS == names.DOWNSAMPLES
     assert tuple(SHAPES) == names.SHAPES
     assert tuple(SUITES) == names.SUITES
+    assert tuple(TOWERS) == names.TOWERS
+    assert tuple(METHODS) == names.METHODS
