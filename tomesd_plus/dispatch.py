@@ -52,15 +52,6 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
         >>> image = pipe("a large star on a blue background", num_inference_steps=2).images[0]
         >>> report.removed
         {1: 0.5, 2: 0.0, 4: 0.0}
-
-        >>> import torch
-        >>> from transformers import ViTConfig, ViTModel
-        >>> vit = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=3))
-        >>> report = apply_token_merging(vit, r=16)
-        >>> vit(torch.zeros(1, 3, 224, 224)).last_hidden_state.shape
-        torch.Size([1, 197, 32])
-        >>> [layer.after for layer in report.layers]
-        [181, 165, 149]
     """
     if not _has_towers(model):
         from tomesd_plus.merging import apply

@@ -43,6 +43,23 @@ def test_towers_with_extra_channels_give_what_they_give_with_a_mask(kind, implem
     assert masks == [None] * len(masks) and bool(masks) == (implementation == "sdpa")
 
 
+def test_flash_attention_gets_no_mask_and_its_own_name(monkeypatch):
+    model = make_tower()
+    apply_token_merging(model, r=8)
+    expected, seen = forward(model), []
+    sdpa = attention.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def flash(module, query, key, value, mask, **options):
+        seen.append((module.config._attn_implementation, mask, query.shape[-1], "token_merging" in options))
+        assert not module.is_causal and any(isinstance(each, torch.nn.Linear) for each in module.modules())
+        return sdpa(module, query, key, value, mask, **options)
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    torch.testing.assert_close(forward(model), expected, atol=1e-5, rtol=0)
+    assert seen == [("flash_attention_2", None, channels, False) for channels in (8, 16, 16, 16)]
+
+
 def test_the_towers_own_implementation_may_change_while_merging_is_on():
     model = make_tower()
     apply_token_merging(model, r=8)

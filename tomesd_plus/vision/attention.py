@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ def attend(
     name = inner.config._attn_implementation
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(name, inner.eager)
     kwargs.pop(KEY, None)
+    if name not in MASKED:  # flash attention reads the implementation's name off the layer's config
+        module = cast(nn.Module, _WithConfig(module, inner.config))
     step = inner.current.layer
     if step is None:
         return implementation(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -81,6 +83,16 @@ def attend(
 
 MASKED = ("sdpa", "eager")
 """Implementations that take a mask on a CPU."""
+
+
+class _WithConfig:
+    """An attention layer as it is, but for its config, which is the tower's own."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self.module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 def with_extra_channels(

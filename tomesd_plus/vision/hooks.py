@@ -79,7 +79,7 @@ class BeforeLayer(Hook):
         hidden_states = first(args, kwargs, "hidden_states")
         if self.index == 0:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            call.grid = self.attachment.current.grid
+            call.grid, self.attachment.current.grid = self.attachment.current.grid, None
             call.begin(hidden_states, mask is not None)
             if call.reason is not None and getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
                 raise RuntimeError(

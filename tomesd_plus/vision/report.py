@@ -87,20 +87,21 @@ class TowerReport:
             tower: In a model with several, the name of one; the first by default.
 
         Returns:
-            (batch, rows, columns) of the latest forward pass's patches, int64, on the CPU.
+            (batch, rows, columns) of the latest forward pass's patches, int64, on the CPU; in one row if the tower was
+            given tokens instead of pictures.
 
         Raises:
             ValueError: The tower has not run, or has no such layer.
         """
         attachment = self._tower(tower)
         call = attachment.latest.value
-        if call is None or not call.sequences or call.grid is None:
+        if call is None or not call.sequences:
             raise ValueError("the tower has not run since merging was applied: call the model first")
         count = len(attachment.names)
         if isinstance(layer, bool) or not -count <= layer < count:
             raise ValueError(f"the tower has {count} layers, so there is no layer {layer!r}")
         sequence = call.sequences[layer % count + 1 if len(call.sequences) > 1 else 0]
-        rows, columns = call.grid
+        rows, columns = call.grid or (1, call.sequences[0].tokens - call.prefix)
         if sequence.inverse is None:
             return torch.arange(rows * columns).reshape(1, rows, columns).repeat(call.batch, 1, 1)
         groups = sequence.inverse[:, call.prefix :] - call.prefix
