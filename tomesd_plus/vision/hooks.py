@@ -154,7 +154,7 @@ class AfterLayer(Hook):
         if step.plan is not None:
             output = step.plan.merge(output)
             sequence = sequence.after(step.plan)
-        step.call.sequences.append(sequence)
+        step.call.sequences[step.index + 1 :] = [sequence]
         last = step.index == step.call.layers - 1
         return sequence.dense(output) if last or _is_watched(module) else output
 
