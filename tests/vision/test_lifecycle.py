@@ -35,7 +35,7 @@ def test_one_graph_for_fixed_r(kind, options):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(forward(compiled), expected, atol=1e-5, rtol=0)
-    assert report.removed == 0.5 and len(report.layers) == LAYERS
+    assert report.removed > 0.4 and len(report.layers) == LAYERS
 
 
 @pytest.mark.slow
