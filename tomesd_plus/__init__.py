@@ -1,4 +1,4 @@
-"""Token merging for 🤗 diffusers' Stable Diffusion."""
+"""Token merging for 🤗 diffusers' Stable Diffusion and 🤗 transformers' vision towers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -15,12 +15,7 @@ if TYPE_CHECKING:
         feature_cache,
         remove_feature_cache,
     )
-    from tomesd_plus.merging.apply import (
-        apply_token_merging,
-        merging_report,
-        remove_token_merging,
-        token_merging,
-    )
+    from tomesd_plus.dispatch import apply_token_merging, merging_report, remove_token_merging, token_merging
     from tomesd_plus.merging.config import FullSteps, ToMeConfig
     from tomesd_plus.merging.processor import ToMeProcessor
     from tomesd_plus.merging.report import TokenMergingReport
@@ -37,6 +32,7 @@ if TYPE_CHECKING:
     from tomesd_plus.scope import generation
     from tomesd_plus.tiny import load_tiny_pipeline
     from tomesd_plus.tuning import tune
+    from tomesd_plus.vision.report import TowerReport
 
 __all__ = [
     "PRESETS",
@@ -56,6 +52,7 @@ __all__ = [
     "ToMeConfig",
     "ToMeProcessor",
     "TokenMergingReport",
+    "TowerReport",
     "apply_feature_cache",
     "apply_preset",
     "apply_token_merging",
@@ -81,7 +78,7 @@ _HOMES = {
         "feature_cache",
         "remove_feature_cache",
     ],
-    "merging.apply": ["apply_token_merging", "merging_report", "remove_token_merging", "token_merging"],
+    "dispatch": ["apply_token_merging", "merging_report", "remove_token_merging", "token_merging"],
     "merging.config": ["FullSteps", "ToMeConfig"],
     "merging.processor": ["ToMeProcessor"],
     "merging.report": ["TokenMergingReport"],
@@ -98,6 +95,7 @@ _HOMES = {
     "scope": ["generation"],
     "tiny": ["load_tiny_pipeline"],
     "tuning": ["tune"],
+    "vision.report": ["TowerReport"],
 }
 """The module of each public name; ``tomesd`` is a module itself."""
 

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from tomesd_plus.benchmark import SHAPES, SUITES
+from tomesd_plus.benchmark import SHAPES, SUITES, TOWERS
 from tomesd_plus.cli import names
 from tomesd_plus.merging.config import LEVELS
 from tomesd_plus.presets import PRESETS
+from tomesd_plus.vision.methods import METHODS
 
 COMMANDS = ("compare", "generate", "tune", "evaluate", "report", "statistics", "benchmark", "app")
 HEAVY = {"torch", "diffusers", "transformers", "matplotlib", "torchmetrics", "numpy", "gradio"}
@@ -54,7 +55,7 @@ def run(*arguments):
         (["generate", "--preset", "fast", "--ratio", "0.5", "a cat"], 2, "leave out --preset"),
         (["statistics", "pictures", "--out", "reference.csv"], 2, "--out must name an .npz file"),
         (["report", "one", "two"], 2, "several evaluations need --out"),
-        (["benchmark", "--suite", "huge"], 2, "unknown suite 'huge': choose from cpu, gpu, smoke"),
+        (["benchmark", "--suite", "huge"], 2, "unknown suite 'huge': choose from cpu, gpu, vision, smoke"),
         (["benchmark", "--shape", "sd4"], 2, "unknown shape 'sd4': choose from sd15, sd21, sdxl, pixart"),
         *([[command, "--help"], 0, f"tomesd-plus {command} [OPTIONS]"] for command in COMMANDS),
     ],
@@ -72,3 +73,5 @@ def test_the_names_in_help_texts_are_the_ones_there_are():
     assert LEVELS == names.DOWNSAMPLES
     assert tuple(SHAPES) == names.SHAPES
     assert tuple(SUITES) == names.SUITES
+    assert tuple(TOWERS) == names.TOWERS
+    assert tuple(METHODS) == names.METHODS

@@ -1,4 +1,4 @@
-"""Time and memory at the shapes of published UNets, compared with an ideal without overhead and with other methods."""
+"""Time and memory at the shapes of published UNets and towers, beside an ideal without overhead and other methods."""
 
 from tomesd_plus.benchmark.ideal import fewer_tokens
 from tomesd_plus.benchmark.measure import Measured, Protocol, Workload, measure
@@ -8,11 +8,13 @@ from tomesd_plus.benchmark.run import Outcome, run_suite
 from tomesd_plus.benchmark.settings import NAMED, UNTOUCHED, Setting, settings_from, with_ideals
 from tomesd_plus.benchmark.shapes import SHAPES, Shape, build_unet, make_inputs
 from tomesd_plus.benchmark.suites import SUITES, Suite, Task, task
+from tomesd_plus.benchmark.towers import TOWERS, TowerSetting, tower_settings
 
 __all__ = [
     "NAMED",
     "SHAPES",
     "SUITES",
+    "TOWERS",
     "UNTOUCHED",
     "Measured",
     "Outcome",
@@ -22,6 +24,7 @@ __all__ = [
     "Shape",
     "Suite",
     "Task",
+    "TowerSetting",
     "Workload",
     "as_markdown",
     "build_unet",
@@ -35,5 +38,6 @@ __all__ = [
     "settings_from",
     "speedup_figure",
     "task",
+    "tower_settings",
     "with_ideals",
 ]

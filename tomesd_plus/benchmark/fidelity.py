@@ -31,7 +31,7 @@ def embedded_psnr(
     It runs in float32. The embedded pipeline has self-attention at full resolution, so levels are counted from there.
 
     Args:
-        settings: Ideals, settings with a gate, and packages that are not installed are skipped.
+        settings: Ideals, settings with a gate or of vision towers, and packages not installed are skipped.
         path: The JSON file that caches results; entries are valid for the same prompts, steps and version.
         device: Where to run the pipeline.
         prompts: Number of held-out captions; 0 for cached results only.
@@ -65,7 +65,7 @@ def _name(setting: Setting, conditions: str) -> str:
 
 
 def _can_generate(setting: Setting) -> bool:
-    if setting == UNTOUCHED or "ideal" in setting.switches:
+    if setting == UNTOUCHED or setting.switches.keys() & {"ideal", "tower"}:
         return False
     if setting.switches.get("merge", {}).get("gate", "off") != "off":
         return False  # the gate would decide by times on the embedded pipeline, not on the measured UNet

@@ -1,4 +1,4 @@
-"""Time the settings of a workload in turn, each on its own copy of the UNet with shared weights.
+"""Time the settings of a workload in turn, each on its own copy of the UNet or tower with shared weights.
 
 Not with torch.utils.benchmark, which times one function after another: a slow phase would affect one setting only.
 """
@@ -19,6 +19,7 @@ from torch import nn
 from tomesd_plus.benchmark.overhead import WATCHED, watched
 from tomesd_plus.benchmark.settings import PACKAGE, STEPS, Setting
 from tomesd_plus.benchmark.shapes import SHAPES, Shape, build_unet, call_model, make_inputs
+from tomesd_plus.benchmark.towers import TOWERS, TowerRunner, tower_runner
 from tomesd_plus.evaluation.errors import first_line
 from tomesd_plus.evaluation.generation.devices import MEBIBYTE, dtype_by_name, peak_memory
 from tomesd_plus.host.clock import moment, seconds_between
@@ -35,11 +36,12 @@ class Workload:
     """A UNet and its input.
 
     Args:
-        shape: One of :data:`~tomesd_plus.benchmark.shapes.SHAPES`.
+        shape: One of :data:`~tomesd_plus.benchmark.shapes.SHAPES`, or a vision tower's of
+            :data:`~tomesd_plus.benchmark.towers.TOWERS`.
         size: Height and width of the image, pixels.
         batch: Batch size of the UNet, which includes both guidance branches.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        compiled: Whether ``unet.compile_repeated_blocks(fullgraph=True)`` is on.
+        compiled: Whether ``unet.compile_repeated_blocks(fullgraph=True)`` is on; a tower is compiled as a whole.
     """
 
     shape: str
@@ -122,7 +124,8 @@ def measure(
         An entry for each setting; empty if the deadline came too early.
     """
     before_run = on_run or (lambda name: None)
-    unet = build_unet(SHAPES[workload.shape], dtype_by_name(workload.dtype, device), device)
+    dtype, tower = dtype_by_name(workload.dtype, device), TOWERS.get(workload.shape)
+    unet = tower.build(workload.size, dtype, device) if tower else build_unet(SHAPES[workload.shape], dtype, device)
     bare = _allocated(device)
     candidates: list[_Candidate] = []
     results: list[Measured] = []
@@ -161,12 +164,12 @@ class _Candidate:
 
     Args:
         setting: The setting.
-        pipe: A stand-in for a pipeline: a model and a scheduler.
-        shape: Of the model.
+        pipe: A stand-in for a pipeline: a model and a scheduler; or a vision tower.
+        shape: Of the model; ``None`` for a tower.
         inputs: Inputs of the model.
     """
 
-    def __init__(self, setting: Setting, pipe: Any, shape: Shape, inputs: dict[str, Any]) -> None:
+    def __init__(self, setting: Setting, pipe: Any, shape: Shape | None, inputs: dict[str, Any]) -> None:
         self.measured = Measured(setting)
         self.pipe = pipe
         self.shape = shape
@@ -174,6 +177,9 @@ class _Candidate:
 
     def run(self, calls: int) -> float:
         """Begin a generation; return the time of its UNet calls in seconds."""
+        if isinstance(self.pipe, TowerRunner):
+            return self.pipe.run(calls)
+        assert self.shape is not None
         device = self.inputs["encoder_hidden_states"].device
         self.pipe.scheduler.set_timesteps(STEPS, device=device)  # new timestep tensors mark a new generation
         model = model_of(self.pipe)
@@ -198,7 +204,7 @@ class _Candidate:
             with peak_memory(device) as peak, watched(device) as spent:
                 self.run(cycle)
         measured.memory_mib = (peak[0] - others) / MEBIBYTE
-        if measured.setting.switches.keys() & {"merge", "tomesd", "preset"}:
+        if measured.setting.switches.keys() & {"merge", "tomesd", "preset", "tower"}:
             measured.matching_seconds, measured.merging_seconds = (spent[kind] / cycle for kind in WATCHED)
 
     def run_and_time(self, least: float) -> None:
@@ -211,6 +217,10 @@ class _Candidate:
 
 @contextmanager
 def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: torch.device) -> Iterator[_Candidate]:
+    if workload.shape in TOWERS:
+        with tower_runner(unet, setting, workload.size, workload.batch, workload.compiled) as runner:
+            yield _Candidate(setting, runner, None, {})
+        return
     shape = SHAPES[workload.shape]
     dtype = dtype_by_name(workload.dtype, device)
     pipe = stand_in(unet)

@@ -1,4 +1,4 @@
-"""The time that a UNet call spends in matching, and in merging and unmerging."""
+"""The time that a call of a UNet or tower spends in matching, and in merging and unmerging."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,9 +9,10 @@ import torch
 
 from tomesd_plus import tomesd
 from tomesd_plus.host.clock import Moment, moment, seconds_between
-from tomesd_plus.matching import MergePlan
+from tomesd_plus.matching import MergePlan, SequencePlan
 from tomesd_plus.merging import planner
 from tomesd_plus.merging.planner import Planner
+from tomesd_plus.vision.call import LayerCall
 
 WATCHED: dict[str, tuple[tuple[Any, str], ...]] = {
     "matching": (
@@ -19,8 +20,12 @@ WATCHED: dict[str, tuple[tuple[Any, str], ...]] = {
         (Planner, "plan"),
         (tomesd, "draw_destinations"),
         (tomesd, "bipartite_match"),
+        (LayerCall, "make_plan"),
     ),
-    "merging": ((MergePlan, "merge"), (MergePlan, "unmerge"), (tomesd.TomesdPlan, "merge")),
+    "merging": (
+        *((plan, name) for plan in (MergePlan, SequencePlan) for name in ("merge", "unmerge")),
+        (tomesd.TomesdPlan, "merge"),
+    ),
 }
 """The timed functions: each is an attribute of a module or class."""
 

@@ -20,8 +20,16 @@ minimum and maximum; a speed-up is the median over pairs of runs. *Efficiency* i
 that is reached; there the same layers run on as few tokens without overhead. Matching and merging are measured
 separately, in eager mode. *PSNR* is the setting's on the embedded 64 × 64 pipeline, against the untouched images of
 the same seeds: a tiny model, for comparing settings only, whatever the size of the row."""
+TOWER_LEGEND = """\
+Weights are random: the cost depends on shapes, not on weights. Times are medians of runs interleaved with the
+untouched tower (PyTorch's scaled-dot-product attention), brackets their minimum and maximum; a speed-up is the median
+over pairs of runs. In one thread of a CPU they are the time that the thread has run. r is the number of tokens that
+each layer removes, or that with an inflection. *Efficiency* is the share of the *ideal* row's saving that is reached;
+there as many tokens are cut off, and nothing is matched or averaged. Matching and merging are measured separately."""
 HEADER = ("setting", "ratio", "levels", "ms / UNet step", "speed-up", "efficiency", "matching ms", "merging ms",
           "peak MiB", "PSNR dB", "note")  # fmt: skip
+TOWER_HEADER = ("method", "r", "images / s", "ms / call", "speed-up", "efficiency", "matching ms", "merging ms",
+                "peak MiB", "note")  # fmt: skip
 MAX_LINES = 20  # per plot
 
 
@@ -40,7 +48,8 @@ def save_report(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """A table for each workload, sorted by speed-up."""
-    lines = [LEGEND]
+    kinds = {row.is_tower for row in rows}
+    lines = ["\n\n".join([*[LEGEND] * (False in kinds), *[TOWER_LEGEND] * (True in kinds)])]
     for workload in dict.fromkeys(row.workload for row in rows):
         own = [row for row in rows if row.workload == workload]
         first = own[0]
@@ -52,7 +61,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
             f"{_dates(own)}; {_runs(own)}.",
             "",
         ]
-        cells = [HEADER, ["---"] * len(HEADER), *(_cells(row) for row in sorted(own, key=_order))]
+        header = TOWER_HEADER if first.is_tower else HEADER
+        cells = [header, ["---"] * len(header), *(_cells(row) for row in sorted(own, key=_order))]
         lines += [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join(lines) + "\n"
 
@@ -122,6 +132,11 @@ def _cells(row: Row) -> list[str]:
     speedup = ""
     if row.speedup:
         speedup = f"{float(row.speedup):.2f}× [{float(row.speedup_low):.2f}, {float(row.speedup_high):.2f}]"
+    if row.is_tower:
+        return [
+            row.setting, row.ratio.removeprefix("r = "), row.images_per_second, row.step_ms + spread, speedup,
+            row.efficiency, row.matching_ms, row.merging_ms, row.memory_mib, row.note.replace("|", "/"),
+        ]  # fmt: skip
     return [
         row.setting, row.ratio, row.levels if row.ratio else "", row.step_ms + spread, speedup,
         row.efficiency, row.matching_ms, row.merging_ms, row.memory_mib, row.psnr, row.note.replace("|", "/"),

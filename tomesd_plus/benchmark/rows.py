@@ -13,6 +13,7 @@ import torch
 
 from tomesd_plus.benchmark.measure import Measured, Workload
 from tomesd_plus.benchmark.settings import Setting
+from tomesd_plus.benchmark.towers import TOWERS
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.file_io import atomic_write
 from tomesd_plus.version import __version__
@@ -25,8 +26,9 @@ class Row:
     Args:
         shape, size, batch, dtype, mode, device: The workload and its device. Size in pixels; the batch includes both
             guidance branches; the mode is eager or compiled.
-        setting, ratio, levels: See :class:`~tomesd_plus.benchmark.settings.Setting`.
-        step_ms, step_ms_low, step_ms_high: Time of a UNet call, ms: median, minimum and maximum over the runs.
+        setting, ratio, levels: See :class:`~tomesd_plus.benchmark.settings.Setting`; of a vision tower the method and
+            r, without levels.
+        step_ms, step_ms_low, step_ms_high: Time of a call, ms: median, minimum and maximum over the runs.
         speedup, speedup_low, speedup_high: The untouched UNet's time divided by this one's in the same round.
         efficiency: Share of the possible saving that is reached, see :func:`merge_efficiency`.
         matching_ms: Time per UNet call of drawing cells and finding plans, eager; on a GPU measured by events.
@@ -79,9 +81,19 @@ class Row:
         return (*self.key[:6], *self.key[9:])
 
     @property
+    def is_tower(self) -> bool:
+        """True for a vision tower."""
+        return self.shape in TOWERS
+
+    @property
+    def images_per_second(self) -> str:
+        """Pictures in a second, of a vision tower's rows."""
+        return _text(1000 * int(self.batch) / float(self.step_ms)) if self.is_tower and self.step_ms else ""
+
+    @property
     def label(self) -> str:
         """Short name of setting, ratio and levels."""
-        depth = f", {self.levels} levels" if self.levels != "1" else ""
+        depth = f", {self.levels} levels" if self.levels not in ("", "1") else ""
         return f"{self.setting}{f', {self.ratio}' if self.ratio else ''}{depth}"
 
 

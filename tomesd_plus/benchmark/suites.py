@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tomesd_plus.benchmark.measure import MIN_ROUNDS, Workload
 from tomesd_plus.benchmark.settings import (
@@ -13,6 +14,7 @@ from tomesd_plus.benchmark.settings import (
     settings_from,
     with_ideals,
 )
+from tomesd_plus.benchmark.towers import TOWERS, tower_settings
 from tomesd_plus.presets import PRESETS
 
 FIRST = ["attn1", "attn1 + attn2 + mlp", "block", PACKAGE]
@@ -134,6 +136,26 @@ def gpu_suite() -> Suite:
     )
 
 
+def vision_suite() -> Suite:
+    """The shapes of published vision towers in float32: about half an hour on an idle core."""
+
+    def at(shape: str, batch: int, methods: Sequence[str], rs: Sequence[Any]) -> Task:
+        workload = Workload(shape, TOWERS[shape].image_size, batch)
+        return Task(workload, tuple(tower_settings(methods, rs)))
+
+    return Suite(
+        (
+            at("vit-b16", 8, ["merging"], [8, 13, 16, (8, -1)]),
+            at("vit-b16", 8, ["merging", "evit", "ats"], [16]),
+            at("clip-b32", 8, ["merging"], [2, 3]),
+            at("dinov2-s", 2, ["merging"], [40, 80]),
+            at("vit-l16", 2, ["merging"], [7, 8]),
+            at("clip-l14", 2, ["merging"], [6, 9]),
+        ),
+        prompts=0,
+    )
+
+
 def smoke_suite() -> Suite:
     """The GPU suite with a tiny UNet, small images and two steps, on any device: a test that everything runs."""
     return Suite(tuple(map(_small, gpu_suite().tasks)), repeats=1, run_seconds=0, prompts=1, steps=2)
@@ -148,4 +170,4 @@ def _small(each: Task) -> Task:
     return replace(each, workload=replace(each.workload, shape="tiny", size=each.workload.size // 16, dtype=dtype))
 
 
-SUITES = {"cpu": cpu_suite, "gpu": gpu_suite, "smoke": smoke_suite}
+SUITES = {"cpu": cpu_suite, "gpu": gpu_suite, "vision": vision_suite, "smoke": smoke_suite}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tomesd_plus.caching.outputs import map_tensors
-from tomesd_plus.host.arguments import argument, positions, sample_and_timestep
+from tomesd_plus.host.arguments import argument, call_of, positions
 from tomesd_plus.host.forwards import forwards_on, take_forwards_off
 from tomesd_plus.host.models import unwrapped
 from tomesd_plus.host.step import Step, outside_graphs
@@ -106,7 +106,7 @@ class ControlNetCalls:
         if kwargs is None or not self._works():
             return
         there = make_call_skippable(net, self.ask)  # offloading may have put the old forward back
-        step, skip = self._will_skip(*sample_and_timestep(net, args, kwargs))
+        step, skip = self._will_skip(*call_of(net, args, kwargs)[:2])
         current.step = step, wants_dict(net, args, kwargs)
         before, as_dict, shapes = current.shapes.get(step.call, (step, None, None))
         if skip and there and as_dict == current.step[1] and step.same_size(before):

@@ -3,4 +3,6 @@
 DOWNSAMPLES = 1, 2, 4, 8
 PRESETS = "quality", "balanced", "fast"
 SHAPES = "sd15", "sd21", "sdxl", "pixart", "sd3", "flux-blocks", "tiny"
-SUITES = "cpu", "gpu", "smoke"
+METHODS = "merging", "evit", "ats"
+TOWERS = "vit-b16", "vit-l16", "clip-b32", "clip-l14", "dinov2-s", "vit-tiny"
+SUITES = "cpu", "gpu", "vision", "smoke"

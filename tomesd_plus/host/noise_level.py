@@ -69,7 +69,7 @@ class NoiseLevels:
         return self._scheduler
 
     def _levels_of_scheduler(self) -> tuple[dict[float, float], bool]:
-        """The scheduler's timesteps and their noise levels, and if these are σ; read from the device once a schedule."""
+        """The scheduler's timesteps and their noise levels, read once a schedule; and if these are σ."""
         scheduler = self._current_scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or not len(timesteps):

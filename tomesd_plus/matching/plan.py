@@ -50,7 +50,7 @@ class MergePlan:
     def from_inverse(cls, kept: Tensor, inverse: Tensor) -> "MergePlan":
         """Build a plan from its first two tensors, as in the class."""
         sizes = torch.zeros_like(kept).scatter_add_(1, inverse, torch.ones_like(inverse))
-        rows = _rows(inverse, kept.shape[1])
+        rows = rows_of(inverse, kept.shape[1])
         starts = sizes.flatten().cumsum(0) - sizes.flatten()
         return cls(kept, inverse, sizes, rows.argsort(stable=True), starts, rows)
 
@@ -111,7 +111,7 @@ class MergePlan:
         """
         batch, tokens, channels = hidden_states.shape
         rows = hidden_states.reshape(batch * tokens, channels)
-        merged = self._means(rows) if mode == "merge" else rows.index_select(0, _rows(self.kept, tokens))
+        merged = self._means(rows) if mode == "merge" else rows.index_select(0, rows_of(self.kept, tokens))
         return merged.view(batch, -1, channels)
 
     def _means(self, rows: Tensor) -> Tensor:
@@ -128,7 +128,14 @@ class MergePlan:
         return hidden_states.reshape(batch * places, channels).index_select(0, self.rows).view(batch, -1, channels)
 
 
-def _rows(index: Tensor, length: int) -> Tensor:
+def rows_of(index: Tensor, length: int) -> Tensor:
     """From (batch, …) indices into sequences to indices into the rows of all sequences, one after the other."""
     first = torch.arange(index.shape[0], device=index.device) * length
     return (index + first[:, None]).flatten()
+
+
+def take(hidden_states: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens of each sequence: (batch, N, channels) by (batch, M) to (batch, M, channels)."""
+    batch, tokens, channels = hidden_states.shape
+    rows = hidden_states.reshape(batch * tokens, channels)
+    return rows.index_select(0, rows_of(index, tokens)).view(batch, -1, channels)

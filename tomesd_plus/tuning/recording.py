@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tomesd_plus.caching import FeatureCacheConfig, feature_cache
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
-from tomesd_plus.host.arguments import sample_and_timestep
+from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.clock import now
-from tomesd_plus.host.models import denoiser_of, train_timesteps
+from tomesd_plus.host.models import denoiser_of
+from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.step import Step, StepTracker
 from tomesd_plus.tuning.pictures import Task
 
@@ -91,7 +92,7 @@ class _Recorder:
         self.denoiser = denoiser
         self.count = count
         self.task = task
-        self.tracker = StepTracker(train_timesteps(task.pipe))
+        self.tracker = StepTracker(NoiseLevels(task.pipe))
         self.cache: FeatureCache | None = None
         self.steps: list[Step] = []
         self.calls: list[int] = []
@@ -116,7 +117,7 @@ class _Recorder:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.seconds += now(_device(model)) - self._started
-        step = self.tracker.observe(*sample_and_timestep(model, args, kwargs))
+        step = self.tracker.observe(*call_of(model, args, kwargs))
         given = self._guided(_first(output))
         if step.number < len(self.steps):  # once more at a step: the latest counts
             self.calls[step.number] += 1
