@@ -25,7 +25,8 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
     tokens that were left.
 
     Args:
-        model: A diffusers pipeline, UNet, ControlNet or transformer; or a transformers model or pipeline with a vision tower.
+        model: A diffusers pipeline, UNet, ControlNet or transformer; or a model or pipeline of transformers with a
+            vision tower.
         config: Diffusion: a :class:`~tomesd_plus.ToMeConfig`, or else the ratio. Vision: ``r``.
         options: Diffusion: fields of :class:`~tomesd_plus.ToMeConfig`. Vision, at most one of the first three:
 

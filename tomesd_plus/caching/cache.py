@@ -15,10 +15,13 @@ from tomesd_plus.caching.forecast import Features
 from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Generation, Kind, WhyFull
 from tomesd_plus.caching.layers import Run, SkippableForward, Skipped, Take, make_skippable, skipped_layers
 from tomesd_plus.caching.outputs import Output, forecast, kept_with, map_tensors
+from tomesd_plus.caching.verdict import why_nothing_cached
 from tomesd_plus.host.arguments import call_of
+from tomesd_plus.host.attention import keeps_attention_maps
 from tomesd_plus.host.forwards import take_forwards_off
 from tomesd_plus.host.models import finest_level, unwrapped
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.schedules.plans import Depth
@@ -44,6 +47,8 @@ class FeatureCache:
         self.record: Transient[CacheRecord] = Transient()  # of the latest generation, in any thread
         self._current = Current()
         self._handles: list[Any] = []
+        self._promise = Promise("A feature cache has cached nothing")
+        self._lone_calls = 0  # generations of one call, one after the other
         self._controlnets: Transient[list[tuple[weakref.ref[nn.Module], ControlNetCalls]]] = Transient()
         self.attention_level: int | None = None  # the downsample at which self-attention alone is skipped
 
@@ -126,7 +131,8 @@ class FeatureCache:
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
-            generation = Generation(generation.tracker)
+            self._judge(generation.record)
+            generation = Generation(generation.tracker, maps_are_read=self._maps_are_read(unet))
         if step.ambiguous:
             generation.record.forget()
         current.generation, current.step, self.record.value = generation, step, generation.record
@@ -175,6 +181,35 @@ class FeatureCache:
             outputs = generation.record.outputs
             outputs[step.call] = kept_with(outputs.get(step.call, ()), new)
         current.kind, current.outputs, current.waiting, current.given = "idle", {}, [], None
+        if generation is not None and step is not None and step.last and output is not None:
+            self._judge(generation.record)
+
+    def settle(self) -> None:
+        """The report is read: judge the latest generation, unless its last scheduled call is still to come."""
+        record = self.record.value
+        if record is not None and record.steps and record.steps[-1].index is None and len(record.steps) > 1:
+            self._judge(record)
+
+    def _judge(self, record: CacheRecord) -> None:
+        """Tell the user if a generation took nothing from the cache, though it should have."""
+        if record.judged or not record.steps:
+            return
+        record.judged = True
+        lone = len(record.steps) == 1 and record.steps[0].index is None
+        self._lone_calls = self._lone_calls + 1 if lone else 0
+        why_not = None if any(not step.full for step in record.steps) else why_nothing_cached(record)
+        if lone and self._lone_calls < 2:
+            return  # it may have been tried only
+        if why_not is not None or any(not step.full for step in record.steps):
+            self._promise.judge(why_not)
+
+    def _maps_are_read(self, unet: nn.Module) -> bool:
+        """True if a host reads the attention maps of layers that cached steps would not run."""
+        return any(
+            keeps_attention_maps(module.processor)
+            for name, module in unwrapped(unet).named_modules()
+            if hasattr(module, "processor") and (self.config.skips_calls or self.skips(name))
+        )
 
     @contextmanager
     def taking(self, outputs: dict[str, Any]) -> Iterator[None]:
@@ -200,10 +235,10 @@ class FeatureCache:
         """What the denoiser's call under way returns in place of running; ``None``: it runs."""
         return self._current.given
 
-    def will_skip(self, sample: Tensor, timestep: Any) -> tuple[Step, bool]:
+    def will_skip(self, sample: Tensor, timestep: Any, text: Any) -> tuple[Step, bool]:
         """The step that the denoiser's next call will be, and whether it will be skipped."""
         generation = self._current.generation or self.new_generation()
-        step = copy.copy(generation.tracker).observe(sample, timestep)
+        step = copy.copy(generation.tracker).observe(sample, timestep, text)
         return step, not step.new_generation and self._chosen(generation, step, None)[0] == "skipped"
 
     def leave_blank(self, step: Step) -> None:
@@ -266,6 +301,8 @@ class FeatureCache:
         """Why a step is full; ``None`` if it is not."""
         if step.ambiguous:
             return WhyFull.ambiguous
+        if generation.maps_are_read:
+            return WhyFull.attention_maps
         output = next(reversed(generation.record.outputs.get(step.call, ())), None) if skip else None
         kept = generation.record.features.get(step.call)
         complete = kept is not None and self._complete(kept)

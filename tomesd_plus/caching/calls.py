@@ -74,7 +74,7 @@ class ControlNetCalls:
 
     def __init__(
         self,
-        will_skip: Callable[[Tensor, Any], tuple[Step, bool]],
+        will_skip: Callable[[Tensor, Any, Any], tuple[Step, bool]],
         blank: Callable[[Step], None],
         works: Callable[[], bool],
     ) -> None:
@@ -106,7 +106,7 @@ class ControlNetCalls:
         if kwargs is None or not self._works():
             return
         there = make_call_skippable(net, self.ask)  # offloading may have put the old forward back
-        step, skip = self._will_skip(*call_of(net, args, kwargs)[:2])
+        step, skip = self._will_skip(*call_of(net, args, kwargs))
         current.step = step, wants_dict(net, args, kwargs)
         before, as_dict, shapes = current.shapes.get(step.call, (step, None, None))
         if skip and there and as_dict == current.step[1] and step.same_size(before):

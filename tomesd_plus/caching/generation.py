@@ -28,6 +28,7 @@ class WhyFull(StrEnum):
     interval = "interval"
     same_noise_level = "same noise level"
     changed = "changed"
+    attention_maps = "attention maps are read"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ class CacheRecord:
         steps: One entry a call of the denoiser; of a loop that never begins a new generation the latest.
         features: What full steps have left, by the number of the call in its step.
         outputs: What the last calls that ran have given, where others are skipped, likewise.
+        judged: The user has been told that nothing was cached, or need not be.
     """
 
     steps: deque[CacheStep] = field(default_factory=lambda: deque(maxlen=1000))
     features: dict[int, Features] = field(default_factory=dict)
     outputs: dict[int, list[Output]] = field(default_factory=dict)
+    judged: bool = False
 
     def forget(self) -> None:
         """Free what is kept."""
@@ -91,6 +94,7 @@ class Generation:
         latest: The latest call's step.
         level_before: The noise level of the step before that.
         blank: The number of a step at which a ControlNet was skipped.
+        maps_are_read: A host reads attention maps of layers that cached steps would leave out.
     """
 
     tracker: StepTracker
@@ -98,6 +102,7 @@ class Generation:
     latest: Step | None = None
     level_before: float | None = None
     blank: int | None = None
+    maps_are_read: bool = False
 
     def before(self, step: Step) -> float | None:
         """The noise level of the step before a step, which is the latest one or comes next."""

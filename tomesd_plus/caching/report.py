@@ -50,6 +50,7 @@ class FeatureCacheReport:
 
     @property
     def _record(self) -> CacheRecord:
+        self._cache.settle()
         return self._cache.record.value or CacheRecord()
 
     def __str__(self) -> str:

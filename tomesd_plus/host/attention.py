@@ -29,6 +29,12 @@ def _skipped(attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     return hidden_states
 
 
+def keeps_attention_maps(processor: Any) -> bool:
+    """True for a processor that stores attention maps for its pipeline, as those of LEDITS++ and Attend-and-Excite."""
+    inner = getattr(processor, "inner", processor)
+    return any("store" in name for name in getattr(inner, "__dict__", {}))
+
+
 def attention(
     attn: Attention,
     hidden_states: Tensor,

@@ -57,6 +57,7 @@ class Step:
             the schedule: tiles or views need not come in the same order at every step, so what one of them leaves is
             of no use to another. Nothing is then carried from one call to the next.
         new_generation: True if this is the first call of a generation.
+        last: True at the last of the scheduler's timesteps, where these are known.
     """
 
     index: int | None
@@ -69,6 +70,7 @@ class Step:
     call: int
     ambiguous: bool
     new_generation: bool
+    last: bool = False
 
     def same_size(self, other: "Step") -> bool:
         """True if latents and batch are as large as another step's."""
@@ -144,7 +146,10 @@ class StepTracker:
         self._last, self._last_index = value, index
         self._ambiguous = self._ambiguous or self._call >= MOST_CALLS
         batch, height, width = len(sample), *sample.shape[-2:]
-        return Step(index, value, noise_level, height, width, batch, self._number, self._call, self._ambiguous, new)
+        last = index is not None and index == len(self._values) - 1
+        return Step(
+            index, value, noise_level, height, width, batch, self._number, self._call, self._ambiguous, new, last
+        )
 
     def _observe_view(self, timestep: Tensor, text: Any) -> tuple[int, bool]:
         index = int(timestep.storage_offset())

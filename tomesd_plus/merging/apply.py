@@ -177,7 +177,7 @@ def is_merging(model: nn.Module) -> bool:
 
 def _report(attachments: dict[str, Attachment]) -> TokenMergingReport:
     return TokenMergingReport(
-        {name: ModelReport(each.record, each.blocks.decisions) for name, each in attachments.items()}
+        {name: ModelReport(each.record, each.blocks.decisions, each.settle) for name, each in attachments.items()}
     )
 
 

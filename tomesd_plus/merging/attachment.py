@@ -11,6 +11,7 @@ from torch import nn
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.models import owners_of_hooks
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.reading import Reading, read_unet
 from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
@@ -62,6 +63,7 @@ class Attachment:
         self._handles: list[Any] = []
         self._lost_on: Transient[weakref.ref[nn.Module]] = Transient()  # the model whose processors were replaced
         self._keeping: dict[nn.Module, KeptOutputs] = {}  # the layers that may keep an output
+        self._promise = Promise("Token merging has merged nothing")
         self._warned = False
         self._replaced = False  # all processors were
 
@@ -143,6 +145,7 @@ class Attachment:
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(reading.sample, reading.timestep, reading.text)
         if step.new_generation:
+            self._judge(generation.record)
             generation = Generation(generation.tracker)
             record = generation.record
             record.layers = {name: LayerRecord(name, left_alone=reason) for name, reason in self.excluded.items()}
@@ -178,7 +181,9 @@ class Attachment:
         if call is None or call.record is None or not call.running:
             return
         if output is not None:  # ``None`` after a failure
-            self._warn_if_nothing_merged(call, call.record)
+            self._note_if_nothing_merged(call, call.record)
+            if call.step.last:
+                self._judge(call.record)
         call.running = False
         self.decider.current.block.forget()
         levels = {level.downsample: level for level in call.levels.values()}
@@ -266,13 +271,24 @@ class Attachment:
                 stacklevel=2,
             )
 
-    def _warn_if_nothing_merged(self, call: Call, record: Record) -> None:
-        if self._warned or call.full or self.blocks.gate is not None:
-            return  # there is a good reason
-        why = why_nothing_merged(record, call.levels.values(), self.config, call.step.noise_level, call.ran)
-        if why is not None:
-            self._warned = True
-            warnings.warn(f"Token merging has merged nothing: {why}.", stacklevel=2)
+    def _note_if_nothing_merged(self, call: Call, record: Record) -> None:
+        if record.why_nothing is None and self.blocks.gate is None:  # the gate has a good reason
+            record.why_nothing = why_nothing_merged(
+                record, call.levels.values(), self.config, call.step.noise_level, call.ran
+            )
+
+    def _judge(self, record: Record) -> None:
+        """Tell the user if nothing was merged in a generation; of compiled layers nothing is known."""
+        merged = any(layer.removed for layer in record.layers.values())
+        if not record.judged and (merged or record.why_nothing):
+            self._promise.judge(None if merged else record.why_nothing)
+        record.judged = True
+
+    def settle(self) -> None:
+        """The report is read: judge the latest generation, unless its last scheduled call is still to come."""
+        record = self.record.value
+        if record is not None and record.steps and record.steps[-1].index is None:
+            self._judge(record)
 
 
 def attachments_on(model: nn.Module) -> list[Attachment]:

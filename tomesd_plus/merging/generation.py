@@ -89,12 +89,16 @@ class Record:
         steps: One entry a call of the model; of a loop that never begins a new generation the latest.
         plans: Of the latest call: a level's plan with the height and width of its tokens, by downsample.
         kept_bytes: Memory of the outputs that full steps have left.
+        why_nothing: Why a call in which something should have been merged merged nothing, with the mend.
+        judged: The user has been told, or need not be.
     """
 
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     steps: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=1000))
     plans: dict[int, tuple[MergePlan, int, int]] = field(default_factory=dict)
     kept_bytes: int = 0
+    why_nothing: str | None = None
+    judged: bool = False
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What merging did: tokens removed per layer, level and step, and which layers were left alone and why."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,10 +19,12 @@ class ModelReport:
     Args:
         record: Of the latest generation, if there was one.
         decisions: The gate's, by input's shape, …, number of tokens removed.
+        settle: Called when the record is read.
     """
 
     record: Transient[Record]
     decisions: Mapping[tuple[object, ...], Decision]
+    settle: Callable[[], None]
 
 
 class TokenMergingReport:
@@ -37,6 +39,8 @@ class TokenMergingReport:
 
     @property
     def _records(self) -> list[Record]:
+        for model in self._models.values():
+            model.settle()
         return [model.record.value or Record() for model in self._models.values()]
 
     @property

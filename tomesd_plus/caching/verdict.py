@@ -1,0 +1,36 @@
+"""Why a generation took nothing from a feature cache, in words, with what to do."""
+
+from collections import Counter
+
+from tomesd_plus.caching.generation import CacheRecord, WhyFull
+
+ASKED_FOR = {WhyFull.first_step, WhyFull.listed, WhyFull.interval}
+"""Reasons of the configuration itself."""
+
+MENDS = {
+    WhyFull.ambiguous: "each step calls the model for several tiles or views, which cannot be told apart",
+    WhyFull.other_size: "batch or size changed at each step",
+    WhyFull.other_form: "what the calls are to return changed at each step: give return_dict always or never",
+    WhyFull.replaced: "the model's forward was replaced after the cache was applied: apply it again",
+    WhyFull.same_noise_level: "all steps are at one noise level",
+    WhyFull.nothing_kept: "no full step has left all features: its layers were replaced, or have failed",
+    WhyFull.changed: "every step changed by more than the threshold: raise it",
+    WhyFull.attention_maps: "the pipeline reads attention maps of layers that cached steps would leave out",
+}
+
+
+def why_nothing_cached(record: CacheRecord) -> str | None:
+    """The reason and the mend; ``None`` if all steps were full by the configuration's own choice.
+
+    Args:
+        record: Of a generation all of whose steps were full.
+    """
+    if len(record.steps) == 1 and record.steps[0].reason is WhyFull.first_step:
+        if record.steps[0].index is None:
+            return (
+                "each call of the model seems to begin a generation. Put a loop of your own into "
+                "`with generation(pipe):`"
+            )
+        return "a generation of one step has nothing to take from another"
+    reasons = Counter(step.reason for step in record.steps if step.reason not in ASKED_FOR)
+    return MENDS[reasons.most_common(1)[0][0]] if reasons else None  # type: ignore[index]
