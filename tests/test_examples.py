@@ -27,6 +27,7 @@ WRITES = {
     "proportional_attention.py": ["proportional-attention.csv"],
     "vision.py": ["vision.png"],
     "vision_accuracy.py": ["vision-accuracy.csv"],
+    "vision_threads.py": ["vision-threads.csv"],
     "vision_saliency.py": [],  # needs a package and pictures of its own, and says so
 }
 SLOW = ("adaptive_ratio.py", "evaluate_fid.py", "from_tomesd.py", "with_feature_cache.py", "vision_accuracy.py")
