@@ -29,6 +29,7 @@ WRITES = {
     "transformer_proxy.py": ["transformer-proxy.csv"],
     "vision.py": ["vision.png"],
     "vision_accuracy.py": ["vision-accuracy.csv"],
+    "vision_threads.py": ["vision-threads.csv"],
     "vision_saliency.py": [],  # needs a package and pictures of its own, and says so
 }
 SLOW = (

@@ -226,6 +226,7 @@ def test_a_call_with_a_mask_is_left_alone_and_told_of_once():
     assert torch.equal(masked, forward(make_tower(), attention_mask=mask))
     assert not report.merged and report.left_alone == {"the model": "the call has an attention mask"}
     assert "left alone: the call has an attention mask" in str(report)
+    assert len(report.source_map(2)[0].unique()) == 64
 
 
 def test_it_is_applied_once_and_comes_off_after_an_error():

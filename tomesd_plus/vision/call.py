@@ -9,7 +9,7 @@ from tomesd_plus.host.transient import ThreadLocal
 from tomesd_plus.matching import SequencePlan
 from tomesd_plus.matching.plan import take
 from tomesd_plus.vision.config import SIZES, TowerConfig
-from tomesd_plus.vision.methods import METHODS
+from tomesd_plus.vision.methods import METHODS, View
 
 KEY = "token_merging"
 """The keyword under which layers and attention are given it: so a layer that is run again for gradients, in whichever
@@ -102,16 +102,17 @@ class Call:
 
 @dataclass(eq=False)
 class LayerCall:
-    """One layer's part in a forward pass; what a method looks at.
+    """One layer's part in a forward pass.
 
     Args:
         call: The forward pass.
         index: Of the layer.
-        removed: See :class:`~tomesd_plus.vision.methods.View`, and so for the others.
+        removed: How many tokens to remove; ``None``: as the pictures allow.
         keys: The layer's, (batch, tokens, heads · channels), until the plan is made.
         heads: How many.
         plan: What the layer does, once it is known; ``None``: nothing.
         planned: Whether it is known.
+        attention, value_norms: See :class:`~tomesd_plus.vision.methods.View`.
     """
 
     call: Call
@@ -146,30 +147,28 @@ class LayerCall:
             self.planned = True
             if self.removed != 0:
                 with torch.no_grad():
-                    view = self._view()
-                    plan = METHODS[self.call.config.method].plan(view)
-                self.plan = plan if plan is None or view.order is None else plan.before(view.order)
+                    self.plan = self._plan()
             self.keys = self.attention = self.value_norms = None
         return self.plan
 
-    def _view(self) -> "LayerView":
+    def _plan(self) -> SequencePlan | None:
         assert self.keys is not None
-        before, order = self.before, self.call.order if self.before.kept is None else None
-        keys = self.keys.detach()
-        metric = keys.unflatten(-1, (self.heads, -1)).mean(dim=2)
+        config, before = self.call.config, self.before
+        metric = self.keys.detach().unflatten(-1, (self.heads, -1)).mean(dim=2)
         sizes = metric.new_ones(metric.shape[:2], dtype=torch.float32) if before.sizes is None else before.sizes
         attention, value_norms = self.attention, self.value_norms
+        order = self.call.order if before.kept is None else None
         if order is not None:
             metric = take(metric, order)
             attention, value_norms = (
                 each if each is None else each.gather(2, order[:, None].expand(each.shape))
                 for each in (attention, value_norms)
             )
-        patches = self.call.sequences[0].tokens - self.call.prefix
-        return LayerView(
-            metric, attention, value_norms, sizes, self.call.leading, self.removed, self.call.config.similarity,
-            max(1, patches // SIZES), order,
-        )  # fmt: skip
+        step = max(1, (self.call.sequences[0].tokens - self.call.prefix) // SIZES)
+        leading = self.call.leading
+        view = View(metric, attention, value_norms, sizes, leading, self.removed, config.similarity, step)
+        plan = METHODS[config.method].plan(view)
+        return plan if plan is None or order is None else plan.before(order)
 
 
 class Current(ThreadLocal):
@@ -178,18 +177,3 @@ class Current(ThreadLocal):
     def __init__(self) -> None:
         self.layer: LayerCall | None = None
         self.grid: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class LayerView:
-    """See :class:`~tomesd_plus.vision.methods.View`; ``order`` is what its tokens were put in, if they were."""
-
-    metric: Tensor
-    attention: Tensor | None
-    value_norms: Tensor | None
-    sizes: Tensor
-    leading: int
-    removed: int | None
-    similarity: float | None
-    step: int
-    order: Tensor | None

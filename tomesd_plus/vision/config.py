@@ -50,7 +50,8 @@ class TowerConfig:
             ``"ats"``, which samples tokens by what they add to the class token: without ``r`` and ``ratio`` it keeps
             as many as the pictures of a batch need, in steps of a sixteenth of the patches, else as many as those say.
         protect: Patches that are never removed, a mask of bools: (patches,), (rows, columns) or, with another one for
-            each picture of the batch, (batch, rows, columns).
+            each picture of the batch, (batch, rows, columns). A picture with fewer of them than another of its batch
+            keeps some of its first patches too.
         proportional_attention: Whether a token that stands for s tokens weighs s times in attention. ``None``: with
             merging it does, with the other methods it does not, as in their papers.
     """

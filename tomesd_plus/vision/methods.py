@@ -6,7 +6,6 @@ the same plan.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -22,36 +21,29 @@ from tomesd_plus.matching import (
 )
 
 
-class View(Protocol):
+@dataclass(frozen=True, eq=False)
+class View:
     """What a method may look at, of one layer.
 
     Args:
         metric: Keys averaged over heads, (batch, tokens, channels).
         attention: The class token's attention, (batch, heads, tokens), float32; ``None`` if the method needs none.
-        value_norms: Length of the values, (batch, heads, tokens); ``None`` likewise.
+        value_norms: Length of the values, (batch, heads, tokens), float32; ``None`` likewise.
         sizes: How many tokens each token stands for, (batch, tokens), float32.
         leading: How many tokens at the beginning must stay.
         removed: How many tokens to remove; ``None``: as the pictures allow, in merging by ``similarity``.
-        similarity: See there.
-        step: Adaptive counts are multiples of this.
+        similarity: From which on two tokens are alike, if it is given.
+        step: What counts that depend on the pictures are multiples of.
     """
 
-    @property
-    def metric(self) -> Tensor: ...
-    @property
-    def attention(self) -> Tensor | None: ...
-    @property
-    def value_norms(self) -> Tensor | None: ...
-    @property
-    def sizes(self) -> Tensor: ...
-    @property
-    def leading(self) -> int: ...
-    @property
-    def removed(self) -> int | None: ...
-    @property
-    def similarity(self) -> float | None: ...
-    @property
-    def step(self) -> int: ...
+    metric: Tensor
+    attention: Tensor | None
+    value_norms: Tensor | None
+    sizes: Tensor
+    leading: int
+    removed: int | None
+    similarity: float | None
+    step: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class Method:
     Args:
         plan: Makes the plan; ``None`` if nothing is to be removed.
         needs_class_token: Whether it looks at the class token's attention.
-        most: ``(tokens, leading) -> `` the most tokens that it can remove in one layer.
+        most: From tokens and leading tokens to the most that it can remove in one layer.
     """
 
     plan: Callable[[View], SequencePlan | None]

@@ -100,7 +100,7 @@ class TowerReport:
         count = len(attachment.names)
         if isinstance(layer, bool) or not -count <= layer < count:
             raise ValueError(f"the tower has {count} layers, so there is no layer {layer!r}")
-        sequence = call.sequences[layer % count + 1 if len(call.sequences) > 1 else 0]
+        sequence = call.sequences[min(layer % count + 1, len(call.sequences) - 1)]  # a call may be left alone
         rows, columns = call.grid or (1, call.sequences[0].tokens - call.prefix)
         if sequence.inverse is None:
             return torch.arange(rows * columns).reshape(1, rows, columns).repeat(call.batch, 1, 1)
