@@ -6,7 +6,7 @@ here with the package's own processor and hooks, so other processors stay, and s
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Layer, ToMeConfig
 from tomesd_plus.merging.generation import Call
 from tomesd_plus.merging.planner import levels_of
+from tomesd_plus.schedules import ConstantSchedule
 
 __all__ = ["apply_patch", "remove_patch"]
 
@@ -116,8 +117,12 @@ class TomesdPlans:
         """Names say nothing here: each block makes a plan of its own."""
 
     def lay_out(self, call: Call, device: torch.device) -> None:
-        """Tell levels apart, for the report."""
-        call.levels = levels_of(call.step, self.config, {}, None, device)
+        """Tell levels apart, for the report, and say at which of them something is to be merged."""
+        wanted = ConstantSchedule(min(self.ratio, self.config.max_ratio))
+        call.levels = {
+            tokens: replace(level, ratio=wanted if level.downsample <= self.max_downsample else None)
+            for tokens, level in levels_of(call.step, self.config, {}, None, device).items()
+        }
 
     def plan(self, call: Call, hidden_states: Tensor, layer: nn.Module) -> MergePlan | Reason:
         """The plan for a block's input (batch, tokens, channels), or why there is none."""

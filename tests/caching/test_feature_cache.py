@@ -1,6 +1,7 @@
 """The feature cache: which steps are full, what the others skip, how it is applied and removed."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -71,7 +72,8 @@ def test_each_branch_runs_more_layers():
 )
 def test_full_steps_can_be_chosen(pipe, options, pattern):
     report = apply_feature_cache(pipe, **options)
-    generate(pipe, num_inference_steps=10)
+    with pytest.warns(UserWarning, match="raise it") if set(pattern) == {"F"} else nullcontext():
+        generate(pipe, num_inference_steps=10)
     assert kinds(report) == pattern
 
 

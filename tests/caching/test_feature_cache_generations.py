@@ -1,6 +1,7 @@
 """The feature cache from one generation to the next: nothing of one picture in another."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -84,6 +85,8 @@ def test_calls_at_one_timestep_for_ever_are_full_and_keep_little():
         plain = [unet(noise(seed), 500, TEXT).sample for seed in range(10)]
         report = apply_feature_cache(unet, interval=3)
         assert all(torch.equal(unet(noise(seed), 500, TEXT).sample, plain[seed]) for seed in range(10))
+    with pytest.warns(UserWarning, match="cached nothing: "):
+        assert report.full == 10
     assert report.kept_bytes <= 4 * 2 * 16 * 16 * 16 * 4
 
 
@@ -93,8 +96,9 @@ def test_views_of_a_panorama_do_not_get_each_others_features():
     with torch.no_grad():
         plain = [unet(noise(view), t, TEXT).sample for t in timesteps for view in range(6)]
         report = apply_feature_cache(unet, interval=2)
-        for _ in range(2):  # in a second generation too
-            made = [unet(noise(view), t, TEXT).sample for t in timesteps.clone() for view in range(6)]
+        for second in (False, True):
+            with nullcontext() if second else pytest.warns(UserWarning, match="several tiles or views"):
+                made = [unet(noise(view), t, TEXT).sample for t in timesteps.clone() for view in range(6)]
             assert all(map(torch.equal, made, plain))
     assert "calls are ambiguous" in str(report)
 

@@ -129,7 +129,7 @@ def test_three_outputs_are_kept_however_long_it_runs():
 def test_another_form_of_output_is_a_full_step():
     unet = make_unet()
     report = apply_feature_cache(unet, plan="FFSS")
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(UserWarning, match="cached nothing: what the calls are to return changed"):
         for timestep, dicts in zip(timesteps(4), (True, True, False, True)):
             unet(noise(), timestep, TEXT, return_dict=dicts)
     assert kinds(report) == "FFFF" and report.steps[2].reason == "other form of output"

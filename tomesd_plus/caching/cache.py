@@ -117,7 +117,7 @@ class FeatureCache:
         """Before the UNet: tell the kind of this step, unless the early feature must be seen first."""
         if not self.attached or kwargs is None:  # a call that had begun when the hook was removed, or a compiled one
             return
-        refuse_tracing("A feature cache")
+        refuse_tracing("A feature cache", *args, *kwargs.values())
         if self.attention_level is not None and torch.is_grad_enabled() and unwrapped(unet).is_gradient_checkpointing:
             raise RuntimeError(
                 "branch='self_attention' cannot be used with gradient checkpointing: a block that is run again would "

@@ -26,11 +26,12 @@ def why_nothing_cached(record: CacheRecord) -> str | None:
         record: Of a generation all of whose steps were full.
     """
     if len(record.steps) == 1 and record.steps[0].reason is WhyFull.first_step:
-        if record.steps[0].index is None:
-            return (
-                "each call of the model seems to begin a generation. Put a loop of your own into "
-                "`with generation(pipe):`"
-            )
-        return "a generation of one step has nothing to take from another"
-    reasons = Counter(step.reason for step in record.steps if step.reason not in ASKED_FOR)
-    return MENDS[reasons.most_common(1)[0][0]] if reasons else None  # type: ignore[index]
+        return (
+            "a generation of one step has nothing to take from another. If it had more, in a loop of your own, put "
+            "that into `with generation(pipe):`"
+        )
+    reasons = Counter(step.reason for step in record.steps if step.reason is not None)
+    if reasons[WhyFull.interval] or reasons[WhyFull.listed]:
+        reasons.pop(WhyFull.same_noise_level, None)  # of Heun's and PNDM's second calls
+    unasked = [reason for reason, _ in reasons.most_common() if reason not in ASKED_FOR]
+    return MENDS[unasked[0]] if unasked else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from tomesd_plus.host.step import outside_graphs
+from tomesd_plus.host.step import outside_graphs, refuse_tracing
 from tomesd_plus.host.transformers import KNOWN
 
 
@@ -75,6 +75,7 @@ class FirstCalls:
         with self.lock:
             self._readings.pop(threading.current_thread(), None)
             if self._meet(model):
+                refuse_tracing("Token merging")
                 self._readings[threading.current_thread()] = _Reading(weakref.ref(model))
                 self._come()  # again, if another thread's first call has ended since this one's hooks were listed
             self._leave_if_done()

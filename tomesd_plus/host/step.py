@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tomesd_plus.host.noise_level import NoiseLevels
 
@@ -26,15 +27,17 @@ def outside_graphs(hook: Hook) -> Hook:
     return cast(Hook, disabled)
 
 
-def refuse_tracing(what: str) -> None:
+def refuse_tracing(what: str, *tensors: Any) -> None:
     """Refuse to be recorded once and for all: what is done differs from step to step.
+
+    Args:
+        what: The subject of the message.
+        tensors: The call's arguments; an export, which runs as Python, gives fake ones.
 
     Raises:
         RuntimeError: The model is being traced or exported.
     """
-    if (
-        torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-    ):  # also in an export that is run as Python
+    if torch._C._get_tracing_state() is not None or any(isinstance(each, FakeTensor) for each in tensors):
         raise RuntimeError(
             f"{what} cannot be traced or exported: what runs differs from step to step. Remove it for the export, or "
             "use torch.compile, which works with it"

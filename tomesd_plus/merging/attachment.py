@@ -130,7 +130,7 @@ class Attachment:
         """Before the model: read the step, and lay out what is to be done."""
         if not self.attached or kwargs is None:  # a call that had begun when the hook was removed, or a compiled one
             return
-        refuse_tracing("Token merging")
+        refuse_tracing("Token merging", *args, *kwargs.values())
         replaced = not self.serves_any()
         if self.stays and replaced != self._replaced:
             self._processors_changed(model, replaced)
@@ -272,7 +272,8 @@ class Attachment:
             )
 
     def _note_if_nothing_merged(self, call: Call, record: Record) -> None:
-        if record.why_nothing is None and self.blocks.gate is None:  # the gate has a good reason
+        # A full step is not to merge, and the gate has a good reason.
+        if record.why_nothing is None and not call.full and self.blocks.gate is None:
             record.why_nothing = why_nothing_merged(
                 record, call.levels.values(), self.config, call.step.noise_level, call.ran
             )
