@@ -6,6 +6,7 @@ import pickle
 import shutil
 import socket
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -365,7 +366,7 @@ def test_an_archive_of_zeros_does_not_fill_the_memory(tmp_path, monkeypatch):
 
 def test_the_app_listens_on_loopback_and_serves_no_files(app_url):
     pytest.importorskip("gradio")
-    address = urllib.request.urlparse(app_url)
+    address = urllib.parse.urlparse(app_url)
     assert address.hostname in ("127.0.0.1", "localhost")
     others = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
     for other in others - {"127.0.0.1"} - {f"127.0.{a}.{b}" for a in range(2) for b in range(2)}:

@@ -223,3 +223,49 @@ def test_a_page_that_is_left_stops_its_run(open_page, app_backend):
     ask(page, steps=2, seed=78)
     wait(page)
     assert not app_backend.remembers(Picture("a large star on a blue background", "", 78, 100, 3.0, 64, 64))
+
+
+TOO_WIDE = """() => [...document.querySelectorAll('body *')]
+    .filter(each => !each.closest('.cm-scroller') && each.getBoundingClientRect().width > innerWidth + 1)
+    .map(each => `${each.tagName}#${each.id}.${each.className}`)"""
+CONTROLS = {
+    "Compare": ["prompt", "negative", "seed", "steps", "guidance", "width", "height", "preset", "ratio", "schedule",
+                "more-at", "merged", "levels", "cache", "compare", "cancel", "slider", "figures", "status"],
+    "Explore": ["prompt", "tried", "explore", "stop", "plot", "grid", "explore-status"],
+}  # fmt: skip
+
+
+def test_a_phones_width(open_page):
+    """One column: nothing is wider than the screen, nothing is to be scrolled sideways, and all can be touched."""
+    page = open_page(width=390, height=844)
+    for tab, status in (("Compare", "#status"), ("Explore", "#explore-status")):
+        page.get_by_role("tab", name=tab).click()
+        for run in (False, True):
+            if run:
+                page.locator("#steps input[type=number]").fill("3")
+                page.locator(f"button#{tab.lower()}").click()
+                wait(page, status)
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+            assert page.evaluate(TOO_WIDE) == []
+        for name in CONTROLS[tab]:
+            box = page.locator(f"#{name}").first.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 391 and box["width"] >= 80, (name, box)
+            if name in ("prompt", "negative", "steps", "guidance", "preset", "ratio", "tried", "slider", "grid"):
+                assert box["width"] > 300, (name, box)  # no narrow column beside an empty one
+        for button in page.locator("button.lg:visible, button.primary:visible").all():
+            assert button.bounding_box()["height"] >= 36
+        for field in page.locator("input[type=number]:visible, textarea:visible").all():
+            assert field.evaluate("each => parseFloat(getComputedStyle(each).fontSize)") >= 16  # else phones zoom in
+    for picture in page.locator("#grid .thumbnail-item img").all():
+        box = picture.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 391
+    page.get_by_role("tab", name="Compare").click()
+    for name, shown in (("Merge map", "#overlay"), ("Code", "#code"), ("Difference", "#difference")):
+        tab = page.get_by_role("tab", name=name)
+        if tab.count() and tab.first.is_visible():
+            tab.first.click()
+        else:  # the tabs that do not fit in are behind the dots
+            page.locator(".overflow-menu > button:visible").last.click()
+            page.locator(".overflow-dropdown button", has_text=name).click()
+        page.locator(shown).wait_for()
+        assert page.evaluate(TOO_WIDE) == [] and page.evaluate("document.documentElement.scrollWidth") == 390

@@ -13,7 +13,7 @@ from torch import Tensor
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.folders import list_pictures
 from tomesd_plus.evaluation.hub_data import choose_column, load_data_set
-from tomesd_plus.evaluation.pixels import UnusableImage, open_file, read_rgb, suffixes
+from tomesd_plus.evaluation.pixels import UnusableImage, open_file, read_rgb
 from tomesd_plus.evaluation.words import in_words, printable
 
 BATCH_BYTES = 2**28  # large pictures come in smaller batches
@@ -54,7 +54,10 @@ class Images:
         listing = list_pictures(folder)
         if not listing.paths:
             others = f" Skipped: {in_words(listing.skipped)}." if listing.skipped else ""
-            raise EvaluationError(f"{printable(folder)} holds no images ({', '.join(sorted(suffixes()))}).{others}")
+            raise EvaluationError(
+                f"{printable(folder)} holds no images (.png, .jpg, .webp, .tif or another suffix that Pillow knows)."
+                f"{others}"
+            )
         images = cls.of_paths(listing.paths)
         images.passed_over = listing.skipped
         return images

@@ -173,7 +173,5 @@ def _blocks(features: Features, device: Device) -> Iterator[tuple[slice, Tensor]
     for start in range(0, len(features), BLOCK):
         rows = slice(start, min(start + BLOCK, len(features)))
         block = features[rows]
-        yield (
-            rows,
-            (block if isinstance(block, Tensor) else torch.from_numpy(np.array(block))).to(device, torch.float64),
-        )
+        tensor = block if isinstance(block, Tensor) else torch.from_numpy(np.array(block))
+        yield rows, tensor.to(device, torch.float64)

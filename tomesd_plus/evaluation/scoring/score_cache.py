@@ -49,14 +49,8 @@ def load_parts(folder: Path, images: Iterable[str]) -> dict[str, Part]:
             entry = read_json(path)
             metrics = {name: checked(Estimate, estimate) for name, estimate in entry.pop("metrics").items()}
             part = checked(Part, entry | {"metrics": metrics})
-        except (
-            EvaluationError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ):  # by another version: do it again
-            continue
+        except (EvaluationError, AttributeError, LookupError, TypeError, ValueError):
+            continue  # written by another version, or damaged: compute it again
         if part.images in wanted:
             parts[part.of] = part
     return parts
