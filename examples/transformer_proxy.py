@@ -112,18 +112,22 @@ for family in ("pixart", "sd3"):
         attention: Any = block.attn1 if family == "pixart" else block.attn
         attention.register_forward_pre_hook(forced.before, with_kwargs=True)
         attention.register_forward_hook(forced.after, with_kwargs=True)
+    untouched = []
+    with torch.no_grad():
+        for latents, timestep in taken:
+            forced.calls = {}
+            run(model, latents, timestep)
+            untouched.append(forced.calls)
+    forced.forcing = True
     for setting in SETTINGS:
         options = {name: value for name, value in setting.items() if name != STAGE}
         forced.errors.clear()
         shared = setting.get(STAGE, transformers.BLOCKS_PER_STAGE)
         with torch.no_grad(), patch.object(transformers, "BLOCKS_PER_STAGE", shared):
-            for latents, timestep in taken:
-                forced.forcing = False
+            apply_token_merging(model, 0.5, **options)
+            for forced.calls, (latents, timestep) in zip(untouched, taken, strict=True):
                 run(model, latents, timestep)
-                apply_token_merging(model, 0.5, **options)
-                forced.forcing = True
-                run(model, latents, timestep)
-                remove_token_merging(model)
+            remove_token_merging(model)
         name = ", ".join(f"{option} {value}" for option, value in setting.items()) or "default"
         low, middle, high = statistics.quantiles(forced.errors, method="inclusive")
         spread = [f"{figure:.4f}" for figure in (statistics.fmean(forced.errors), low, middle, high)]

@@ -164,3 +164,17 @@ def test_fused_projections_of_flux_are_left_alone():
     assert report.layers[0].reason == "its projections are fused"
     model.unfuse_qkv_projections()
     torch.testing.assert_close(call(model, 8, 8), merged)
+
+
+@pytest.mark.parametrize("family", ["pixart-alpha", "sd3"])  # not Flux, whose layers the host's own fails on
+def test_guiders_that_leave_attention_out_find_the_processors(family):
+    layer_skip = pytest.importorskip("diffusers.hooks.layer_skip")
+    model, plain = make_transformer(family), make_transformer(family)
+    apply_token_merging(model, ratio=0.0)
+    untouched = call(plain, 8, 8)
+    skip = layer_skip.LayerSkipConfig(
+        indices=[1], fqn="transformer_blocks", skip_attention=True, skip_attention_scores=False, skip_ff=False
+    )
+    layer_skip.apply_layer_skip(model, skip)
+    output = call(model, 8, 8)
+    assert output.shape == untouched.shape and not torch.equal(output, untouched)
