@@ -11,6 +11,7 @@ nothing of pictures: in trained transformers attention is sharper and tokens dif
 import csv
 import statistics
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from tomesd_plus import __version__, apply_token_merging, load_tiny_pipeline, remove_token_merging
+from tomesd_plus.evaluation.generation.devices import device_name
 from tomesd_plus.host.transformers import blocks_of
 from tomesd_plus.merging import transformers
 from tomesd_plus.tiny import held_out_captions
@@ -104,6 +106,8 @@ class Forced:
         return untouched
 
 
+about = [__version__, torch.__version__, diffusers.__version__, device_name(torch.device("cpu"))]
+about += [datetime.now(UTC).date().isoformat()]
 taken = latents_under_way()
 rows = []
 for family in ("pixart", "sd3"):
@@ -131,9 +135,9 @@ for family in ("pixart", "sd3"):
         name = ", ".join(f"{option} {value}" for option, value in setting.items()) or "default"
         low, middle, high = statistics.quantiles(forced.errors, method="inclusive")
         spread = [f"{figure:.4f}" for figure in (statistics.fmean(forced.errors), low, middle, high)]
-        rows.append([family, name, *spread, len(forced.errors), __version__, torch.__version__, diffusers.__version__])
+        rows.append([family, name, *spread, len(forced.errors), *about])
 with Path("transformer-proxy.csv").open("w", newline="", encoding="utf-8") as file:
     table = csv.writer(file, lineterminator="\n")
     names = ["family", "setting", "relative error", "lower quartile", "median", "upper quartile", "layers"]
-    table.writerow([*names, "tomesd_plus", "torch", "diffusers"])
+    table.writerow([*names, "tomesd_plus", "torch", "diffusers", "device", "date"])
     table.writerows(rows)
