@@ -128,6 +128,7 @@ def test_runs_are_left_alone_where_something_stands_between_blocks():
     report = apply_token_merging(model, **BLOCK, blocks_per_run=3)
     with pytest.warns(UserWarning, match="a ControlNet adds to all tokens between the blocks"):
         assert torch.equal(call(model, 8, 8, block_controlnet_hidden_states=added), plain)
+        assert not report.merged
     assert torch.equal(call(model, 8, 8, skip_layers=[1]), skipping)
     assert "blocks are skipped" in report.layers[0].reason
     call(model, 8, 8)
@@ -156,9 +157,10 @@ def test_runs_are_left_alone_while_blocks_are_checkpointed():
     model = make_transformer("sd3")
     model.enable_gradient_checkpointing()
     model.train()
-    apply_token_merging(model, **BLOCK, blocks_per_run=3)
+    report = apply_token_merging(model, **BLOCK, blocks_per_run=3)
     with pytest.warns(UserWarning, match="run again for gradients"):
         call(model, 8, 8, gradients=True)
+        assert not report.merged
 
 
 @pytest.mark.parametrize(

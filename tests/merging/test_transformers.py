@@ -248,6 +248,7 @@ def test_flux_leaves_ids_that_are_no_grid_alone():
     report = apply_token_merging(model, ratio=0.5)
     with pytest.warns(UserWarning, match="position ids of its 64 tokens"):
         assert torch.equal(call(model, 8, 8, img_ids=ids), plain)
+        assert not report.merged
     assert "not those of one grid" in report.layers[0].reason
     assert not torch.equal(call(model, 8, 8), untouched) and report.merged
 

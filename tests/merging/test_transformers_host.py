@@ -41,9 +41,10 @@ def test_a_controlnet_is_left_alone_and_the_transformer_beside_it_merged():
     report = apply_token_merging(pipe, ratio=0.5, layers="block")  # a block each: the ControlNet adds between them
     assert not torch.equal(generate(), untouched) and report.merged
     remove_token_merging(pipe)
-    apply_token_merging(pipe, ratio=0.5, layers="block", blocks_per_run="all")
+    report = apply_token_merging(pipe, ratio=0.5, layers="block", blocks_per_run="all")
     with pytest.warns(UserWarning, match="a ControlNet adds to all tokens between the blocks"):
         assert torch.equal(generate(), untouched)
+        assert not report.merged
     remove_token_merging(pipe)
     assert torch.equal(generate(), untouched)
 
@@ -67,6 +68,7 @@ def test_layers_with_an_ip_adapter_of_flux_are_left_alone():
     report = apply_token_merging(model, ratio=0.5, layers="block", blocks_per_run="all")
     with pytest.warns(UserWarning, match="its self-attention is left alone"):
         assert torch.equal(call(model, 8, 8, **adapters), untouched)
+        assert not report.merged
 
 
 def test_an_ip_adapter_that_is_loaded_later_is_noticed():
@@ -109,7 +111,7 @@ def test_attention_backends_are_honoured(backend):
 )
 def test_backends_that_are_not_known_and_parallel_attention_are_left_alone(name, value, words, monkeypatch):
     model = make_transformer("flux")
-    apply_token_merging(model, ratio=0.5)
+    report = apply_token_merging(model, ratio=0.5)
     plain = call(make_transformer("flux"), 8, 8)
     for processor in model.attn_processors.values():
         setattr(processor, name, value)
@@ -122,15 +124,17 @@ def test_backends_that_are_not_known_and_parallel_attention_are_left_alone(name,
     monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", without)
     with pytest.warns(UserWarning, match=words):
         assert torch.equal(call(model, 8, 8), plain)
+        assert not report.merged
 
 
 def test_masks_and_other_processors_are_left_alone():
     model = make_transformer("pixart-alpha")
     mask = torch.ones(1, 64)
     plain = call(model, 8, 8, attention_mask=mask)
-    apply_token_merging(model, ratio=0.5)
+    report = apply_token_merging(model, ratio=0.5)
     with pytest.warns(UserWarning, match="it has an attention mask"):
         assert torch.equal(call(model, 8, 8, attention_mask=mask), plain)
+        assert not report.merged
 
     class Other(JointAttnProcessor2_0):
         pass
