@@ -11,6 +11,7 @@ nothing of pictures: in trained transformers attention is sharper and tokens dif
 import csv
 import statistics
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from tomesd_plus import __version__, apply_token_merging, load_tiny_pipeline, remove_token_merging
+from tomesd_plus.evaluation.generation.devices import device_name
 from tomesd_plus.host.transformers import blocks_of
 from tomesd_plus.merging import transformers
 from tomesd_plus.tiny import held_out_captions
@@ -104,6 +106,8 @@ class Forced:
         return untouched
 
 
+about = [__version__, torch.__version__, diffusers.__version__, device_name(torch.device("cpu"))]
+about += [datetime.now(UTC).date().isoformat()]
 taken = latents_under_way()
 rows = []
 for family in ("pixart", "sd3"):
@@ -112,24 +116,28 @@ for family in ("pixart", "sd3"):
         attention: Any = block.attn1 if family == "pixart" else block.attn
         attention.register_forward_pre_hook(forced.before, with_kwargs=True)
         attention.register_forward_hook(forced.after, with_kwargs=True)
+    untouched = []
+    with torch.no_grad():
+        for latents, timestep in taken:
+            forced.calls = {}
+            run(model, latents, timestep)
+            untouched.append(forced.calls)
+    forced.forcing = True
     for setting in SETTINGS:
         options = {name: value for name, value in setting.items() if name != STAGE}
         forced.errors.clear()
         shared = setting.get(STAGE, transformers.BLOCKS_PER_STAGE)
         with torch.no_grad(), patch.object(transformers, "BLOCKS_PER_STAGE", shared):
-            for latents, timestep in taken:
-                forced.forcing = False
+            apply_token_merging(model, 0.5, **options)
+            for forced.calls, (latents, timestep) in zip(untouched, taken, strict=True):
                 run(model, latents, timestep)
-                apply_token_merging(model, 0.5, **options)
-                forced.forcing = True
-                run(model, latents, timestep)
-                remove_token_merging(model)
+            remove_token_merging(model)
         name = ", ".join(f"{option} {value}" for option, value in setting.items()) or "default"
         low, middle, high = statistics.quantiles(forced.errors, method="inclusive")
         spread = [f"{figure:.4f}" for figure in (statistics.fmean(forced.errors), low, middle, high)]
-        rows.append([family, name, *spread, len(forced.errors), __version__, torch.__version__, diffusers.__version__])
+        rows.append([family, name, *spread, len(forced.errors), *about])
 with Path("transformer-proxy.csv").open("w", newline="", encoding="utf-8") as file:
     table = csv.writer(file, lineterminator="\n")
     names = ["family", "setting", "relative error", "lower quartile", "median", "upper quartile", "layers"]
-    table.writerow([*names, "tomesd_plus", "torch", "diffusers"])
+    table.writerow([*names, "tomesd_plus", "torch", "diffusers", "device", "date"])
     table.writerows(rows)

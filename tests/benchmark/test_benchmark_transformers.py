@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from typer.testing import CliRunner
 
 from tomesd_plus import ToMeConfig, apply_token_merging, remove_token_merging
 from tomesd_plus.benchmark import (
@@ -18,7 +19,9 @@ from tomesd_plus.benchmark import (
     with_ideals,
 )
 from tomesd_plus.benchmark.ideal_transformers import fewer_image_tokens
+from tomesd_plus.benchmark.rows import load_rows
 from tomesd_plus.benchmark.shapes import call_model
+from tomesd_plus.cli import app
 from tomesd_plus.host.transformers import blocks_of
 
 CPU = torch.device("cpu")
@@ -119,3 +122,17 @@ def test_keys_and_values_without_an_ideal_are_a_row_with_a_reason(shape):
     measured = {each.setting.name: each for each in measure(Workload("small", 64), settings, CPU, Protocol(1, 0))}
     assert "no ideal" in measured["ideal: keys and values"].failure
     assert measured["keys and values"].seconds and not measured["keys and values"].failure
+
+
+def test_the_command_measures_a_transformer(monkeypatch, tmp_path):
+    small = replace(SHAPES["flux-blocks"], config=SHAPES["flux-blocks"].config | SMALL["flux-blocks"])
+    monkeypatch.setitem(SHAPES, "flux-blocks", small)
+    monkeypatch.chdir(tmp_path)
+    options = ["--shape", "flux-blocks", "--size", "64", "--batch", "1", "--repeats", "1", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["benchmark", *options])
+    assert result.exit_code == 0, result.output
+    rows = {row.setting: row for row in load_rows(tmp_path / "benchmark" / "benchmark.csv")}
+    assert {"untouched", "attn1", "attn1 + attn2 + mlp", "block", "run"} < rows.keys() and len(rows) == 9
+    assert all(row.step_ms and row.speedup and not row.psnr and not row.note for row in rows.values())
+    result = CliRunner().invoke(app, ["benchmark", "--shape", "sd3", "--size", "72"])
+    assert result.exit_code == 2 and "multiples of 16" in result.output

@@ -1,6 +1,7 @@
 """Reading transformers' calls: grids, steps, and how rarely a GPU's timestep is waited for."""
 
 import copy
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,24 @@ def test_a_scheduler_that_does_not_run_is_not_believed(monkeypatch, on_host):
     pipe.step(pipe.scheduler.timesteps[0])  # and then stands still
     found = [float(read(reader, pipe.transformer, torch.tensor(v)).timestep) for v in (300.0, 200.0, 150.0)]
     assert found == pytest.approx([300.0, 200.0, 150.0])
+
+
+def test_another_threads_pipeline_may_have_another_scheduler(monkeypatch):
+    pipe = Pipe()
+    monkeypatch.setattr(transformers, "_on_host", lambda timestep: False)
+    reader, found = TransformerReader(pipe), []
+    read(reader, pipe.transformer, pipe.scheduler.timesteps[0])
+    pipe.step(pipe.scheduler.timesteps[0])
+
+    def other():
+        found.append(float(read(reader, pipe.transformer, torch.tensor(123.0)).timestep))
+
+    read(reader, pipe.transformer, pipe.scheduler.timesteps[1])
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert found == pytest.approx([123.0])
+    assert read(reader, pipe.transformer, pipe.scheduler.timesteps[1]).timestep.storage_offset() == 1
 
 
 def test_copies_and_models_alone_read_values():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.hooks import _helpers as host_registries
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -39,6 +40,20 @@ class Tokens:
 def is_known(processor: Any) -> bool:
     """True if :func:`joint_attention` does what a processor does."""
     return type(processor) in (JointAttnProcessor2_0, FluxAttnProcessor)
+
+
+def register_joint_processor(kind: type) -> None:
+    """Make a processor's class known to guiders that leave attention out, where the host has a registry for that."""
+    registry = getattr(host_registries, "AttentionProcessorRegistry", None)
+    if registry is not None:  # put there directly: the registry's own method first imports a dozen of transformers
+        registry._registry[kind] = host_registries.AttentionProcessorMetadata(skip_processor_output_fn=_left_out)
+
+
+def _left_out(
+    attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """An attention layer's output where it is left out."""
+    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
 
 
 def joint_attention(

@@ -1,5 +1,6 @@
 """What is read off diffusers' image transformers and their calls: PixArt, Stable Diffusion 3 and Flux."""
 
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,7 @@ class TransformerReader:
         # Not held; what cannot be referred to so, a stand-in for a pipeline, is not asked.
         self._pipe: Transient[weakref.ref[Any]] = Transient(weakref.ref(pipe) if _referable(pipe) else None)
         self._ids, self._place = _Ids(), _Place()
+        self._thread: Transient[weakref.ref[threading.Thread]] = Transient()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
         """Read a call.
@@ -122,7 +124,8 @@ class TransformerReader:
 
         Flux is given a new tensor at each call, whose value a GPU would have to be waited for. The scheduler says
         where it stands, and its timesteps are copied to the host once a generation. Once a generation, too, the value
-        is read, to see that it is this scheduler's; and where so many calls stand at one place that it cannot be.
+        is read, to see that it is this scheduler's; and where so many calls stand at one place that it cannot be, or
+        another thread is under way, whose pipeline may have another scheduler.
         """
         scheduler: Any = getattr(None if self._pipe.value is None else self._pipe.value(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -135,10 +138,18 @@ class TransformerReader:
         index = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
         if index >= len(timesteps):
             return FLUX_SCALE * _number(timestep)
-        if _on_host(timestep) or step is None or place.calls > TRUSTED_CALLS:
+        if _on_host(timestep) or step is None or place.calls > TRUSTED_CALLS or not self._first_thread():
             close = _close(float(timesteps[index]), FLUX_SCALE * _number(timestep))
             place.trusted = close if step is None else place.trusted and close
         return timesteps[index] if place.trusted else FLUX_SCALE * _number(timestep)
+
+    def _first_thread(self) -> bool:
+        """True in the thread that reads calls first, of those alive."""
+        thread = threading.current_thread()
+        first = None if self._thread.value is None else self._thread.value()
+        if first is None or not first.is_alive():
+            self._thread.value, first = weakref.ref(thread), thread
+        return first is thread
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,14 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 
-from tomesd_plus.host.joint_attention import ANY_HEADS, Rotary, Tokens, is_known, joint_attention
+from tomesd_plus.host.joint_attention import (
+    ANY_HEADS,
+    Rotary,
+    Tokens,
+    is_known,
+    joint_attention,
+    register_joint_processor,
+)
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.answers import AlreadyMerged, Answer, Leave, Reason, Why
 from tomesd_plus.merging.attachment import Attachment
@@ -137,6 +144,10 @@ class JointToMeProcessor(TransformerProcessor):
                 sizes = torch.cat([sizes.new_ones(len(sizes), text), sizes], dim=1)
         backend = getattr(self.inner, "_attention_backend", None)
         return joint_attention(attn, queries, keys, encoder, sizes, backend)
+
+
+register_joint_processor(TransformerProcessor)
+register_joint_processor(JointToMeProcessor)
 
 
 def has_text_inside(attn: Any) -> bool:
