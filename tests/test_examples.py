@@ -23,8 +23,17 @@ WRITES = {
     "cache_steps.py": ["cache-steps.csv"],
     "merge_efficiency.py": ["merge-efficiency.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
+    "tune_methods.py": ["tune-methods.csv"],
+    "tuned_front.py": ["front.csv"],
 }
-SLOW = ("adaptive_ratio.py", "evaluate_fid.py", "from_tomesd.py", "with_feature_cache.py")
+SLOW = (
+    "adaptive_ratio.py",
+    "evaluate_fid.py",
+    "from_tomesd.py",
+    "tune_methods.py",
+    "tuned_front.py",
+    "with_feature_cache.py",
+)
 RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in WRITES]
 
 
