@@ -2,7 +2,8 @@
 
 ``python -m examples.tune_methods STEPS TUNED_ON GENERATIONS CAPTIONS`` writes ``tune-methods.csv``: DPM++ 2M on the
 embedded pipeline, at 2.5 times the speed by the costs of Stable Diffusion 1.5, figures on captions that were chosen on
-and on others. Random local search starts from the best even plan that was tried, and keeps a random change of one or two steps if it is closer.
+and on others. Random local search starts from the best even plan that was tried, and keeps a random change of one or
+two steps if it is closer.
 """
 
 import csv

@@ -24,7 +24,7 @@ WRITES = {
     "merge_efficiency.py": ["merge-efficiency.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
     "tune_methods.py": ["tune-methods.csv"],
-    "tuned_front.py": ["front.csv"],
+    "tuned_front.py": ["front.csv", *(f"front-dpm++2m-{each}.json" for each in ("2", "2.5", "3", "4"))],
 }
 SLOW = (
     "adaptive_ratio.py",

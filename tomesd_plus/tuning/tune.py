@@ -144,12 +144,13 @@ def _measured(
 ) -> Preset:
     """A plan as a preset, with what was measured of it and of what stands beside it."""
     task, made = trials.task, trials.full
-    fewer = [each for each in fewer_steps(trials, wanted) if each in trials.tried]
+    fewer = [trials.untouched(each) for each in fewer_steps(trials, wanted) if each in trials.recordings]
     even = [
         each
-        for each in even_plans(task.steps, budget_of(trials, wanted), trials.costs, made.calls, trials.caches)
-        if each in trials.tried
+        for each in even_plans(len(made.levels), budget_of(trials, wanted), trials.costs, made.calls, trials.caches)
+        if each.called_with(task.steps) in trials.tried
     ]
+    even = [each.called_with(task.steps) for each in even]
     beside = [*fewer, *([max(even, key=trials.psnr)] if even else [])]
     best_fewer = fewer[0] if fewer else None
     if not free and best_fewer is not None and trials.psnr(best_fewer) > trials.psnr(plan) + 0.05:
@@ -160,7 +161,7 @@ def _measured(
         )
     aside = _held_out(trials, [plan, *beside], held)
     rows = tuple(
-        Row(str(each) if "F" * each.steps != each.letters else f"{each.steps} steps", trials.speedup(each),
+        Row(str(each) if set(each.letters) != {"F"} else f"{each.steps} steps", trials.speedup(each),
             trials.psnr(each), aside.get(each))
         for each in beside
     )  # fmt: skip
@@ -169,7 +170,9 @@ def _measured(
     saved = denoising * (1 - 1 / speedup)
     levels = trials.recording(plan.steps)
     counts = {kind: plan.letters.count(kind) for kind in "FCS"}
-    description = f"{counts['F']} of {plan.steps} steps in full, {counts['C']} cached, {counts['S']} skipped: {plan}"
+    description = (
+        f"{counts['F']} of {len(plan.letters)} steps in full, {counts['C']} cached, {counts['S']} skipped: {plan}"
+    )
     denoiser = denoiser_of(task.pipe)
     figures = Measured(
         model=model_name(denoiser),
