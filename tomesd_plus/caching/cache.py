@@ -167,24 +167,14 @@ class FeatureCache:
         PyTorch does not call it after a ``KeyboardInterrupt``; then they are so from the next call on.
         """
         current = self._current
-        if self.config.skips_calls:
-            self._keep_output(output)
-        current.kind = "idle"
-        current.outputs = {}
-        current.waiting = []
-
-    @outside_graphs
-    def _keep_output(self, output: Any) -> None:
-        """Keep what a call that ran has given; ``None`` after an exception."""
-        current = self._current
         generation, step = current.generation, current.step
         ran = current.kind in ("full", "cached") and output is not None
-        if ran and generation is not None and step is not None and not step.ambiguous:
+        if ran and self.config.skips_calls and generation is not None and step is not None and not step.ambiguous:
             # Copies: hosts write into what a call gives.
             new = Output(step, map_tensors(lambda each: each[0].detach().clone(), output), current.as_dict)
             outputs = generation.record.outputs
             outputs[step.call] = kept_with(outputs.get(step.call, ()), new)
-        current.given = None
+        current.kind, current.outputs, current.waiting, current.given = "idle", {}, [], None
 
     @contextmanager
     def taking(self, outputs: dict[str, Any]) -> Iterator[None]:

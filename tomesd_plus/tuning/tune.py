@@ -18,7 +18,7 @@ from tomesd_plus.host.names import device_name, model_name, scheduler_name
 from tomesd_plus.merging.apply import is_merging
 from tomesd_plus.presets import Measured, Preset, Row
 from tomesd_plus.schedules.checks import is_whole
-from tomesd_plus.tuning.choose import best_of, budget_of, choose, fastest_within, fewer_steps
+from tomesd_plus.tuning.choose import best_of, best_within, budget_of, choose, fastest_within, fewer_steps
 from tomesd_plus.tuning.costs import measured_costs
 from tomesd_plus.tuning.pictures import Task, preset_of, psnr_of, quiet, squared_error, switched_on
 from tomesd_plus.tuning.plans import Costs, Plan, even_plans
@@ -78,7 +78,7 @@ def tune(
 
     Returns:
         A :class:`~tomesd_plus.Preset` with what was measured; a list of them where several speed-ups were asked for.
-        After Ctrl-C the best so far, of a list those that have been begun.
+        After Ctrl-C the best so far, without figures on prompts kept aside.
 
     Raises:
         ValueError: An argument is out of range, or no plan reaches the speed or the fidelity.
@@ -121,6 +121,9 @@ def tune(
                 plans |= dict.fromkeys(choose(trials, wanted, steps == "free"))
         except KeyboardInterrupt as stopped:
             interrupted = stopped
+            held = []  # what was asked for is an end
+            if psnr is not None:
+                plans[psnr] = best_within(trials, psnr, steps == "free")
             plans |= dict.fromkeys(wanted if task.steps in trials.recordings else ())
         if psnr is None:
             plans = {each: best_of(trials, each, steps == "free") for each in plans}
