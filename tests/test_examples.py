@@ -31,12 +31,16 @@ WRITES = {
     "vision_accuracy.py": ["vision-accuracy.csv"],
     "vision_threads.py": ["vision-threads.csv"],
     "vision_saliency.py": [],  # needs a package and pictures of its own, and says so
+    "tune_methods.py": ["tune-methods.csv"],
+    "tuned_front.py": ["front.csv", *(f"front-dpm++2m-{each}.json" for each in ("2", "2.5", "3", "4"))],
 }
 SLOW = (
     "adaptive_ratio.py",
     "evaluate_fid.py",
     "from_tomesd.py",
     "transformer_proxy.py",
+    "tune_methods.py",
+    "tuned_front.py",
     "with_feature_cache.py",
     "vision_accuracy.py",
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tomesd_plus.caching.calls import ControlNetCalls, SkippableCall, make_call_skippable, wants_dict
 from tomesd_plus.caching.config import FeatureCacheConfig
+from tomesd_plus.caching.deciding import Deciding
 from tomesd_plus.caching.forecast import Features
 from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Generation, Kind, WhyFull
 from tomesd_plus.caching.layers import Run, SkippableForward, Skipped, Take, make_skippable, skipped_layers
@@ -24,7 +25,6 @@ from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
-from tomesd_plus.schedules.plans import Depth
 
 CACHE = "_tomesd_plus_cache"  # a UNet's attribute
 
@@ -42,6 +42,7 @@ class FeatureCache:
     def __init__(self, config: FeatureCacheConfig, noise_levels: NoiseLevels | None = None) -> None:
         self.config = config
         self.noise_levels = noise_levels or NoiseLevels(needed=config.follows_noise_level)
+        self.deciding = Deciding(config)
         self.skipped: tuple[str, ...] = ()
         self.boundary: tuple[str, ...] = ()
         self.record: Transient[CacheRecord] = Transient()  # of the latest generation, in any thread
@@ -68,6 +69,7 @@ class FeatureCache:
         """
         skipped = self._skipped_layers(unet)
         self.skipped, self.boundary = tuple(skipped.layers), skipped.boundary
+        self.deciding.skipped = frozenset(self.skipped)
         if self.config.branch == "self_attention":
             self.attention_level = finest_level(unwrapped(unet))
         setattr(unwrapped(unet), CACHE, self)
@@ -136,7 +138,7 @@ class FeatureCache:
         if step.ambiguous:
             generation.record.forget()
         current.generation, current.step, self.record.value = generation, step, generation.record
-        kind, reason = self._chosen(generation, step, current.as_dict)
+        kind, reason = self.deciding.chosen(generation, step, current.as_dict)
         generation.level_before, generation.latest = generation.before(step), step
         if kind == "skipped" and replaced:
             kind, reason = "full", WhyFull.replaced
@@ -239,7 +241,7 @@ class FeatureCache:
         """The step that the denoiser's next call will be, and whether it will be skipped."""
         generation = self._current.generation or self.new_generation()
         step = copy.copy(generation.tracker).observe(sample, timestep, text)
-        return step, not step.new_generation and self._chosen(generation, step, None)[0] == "skipped"
+        return step, not step.new_generation and self.deciding.chosen(generation, step, None)[0] == "skipped"
 
     def leave_blank(self, step: Step) -> None:
         """A ControlNet is skipped at a step: the denoiser's call must be, too."""
@@ -274,54 +276,6 @@ class FeatureCache:
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
-    def _chosen(self, generation: Generation, step: Step, as_dict: bool | None) -> tuple[Kind, WhyFull | None]:
-        """What a step runs whatever the early feature says, and why if that is all; nothing is changed by asking.
-
-        Args:
-            generation: That of the step.
-            step: The latest, or the one that comes next.
-            as_dict: What the call is to return; ``None`` if that does not matter.
-        """
-        letter = self._letter(generation, step)
-        less: Kind = "skipped" if letter == "S" or (letter is None and self.config.branch == "nothing") else "cached"
-        reason = self._why_full(generation, step, letter, less == "skipped", as_dict)
-        return (less, None) if reason is None else ("full", reason)
-
-    def _letter(self, generation: Generation, step: Step) -> Depth | None:
-        plan = self.config.plan
-        if plan is None:
-            return None
-        if plan.noise_levels is None:
-            return plan.at_number(step.number)
-        return plan.at_level(generation.before(step), step.noise_level)
-
-    def _why_full(
-        self, generation: Generation, step: Step, letter: Depth | None, skip: bool, as_dict: bool | None
-    ) -> WhyFull | None:
-        """Why a step is full; ``None`` if it is not."""
-        if step.ambiguous:
-            return WhyFull.ambiguous
-        if generation.maps_are_read:
-            return WhyFull.attention_maps
-        output = next(reversed(generation.record.outputs.get(step.call, ())), None) if skip else None
-        kept = generation.record.features.get(step.call)
-        complete = kept is not None and self._complete(kept)
-        last = output.step if output is not None else kept.step if kept is not None and complete and not skip else None
-        if last is None:
-            return WhyFull.first_step if step.new_generation else WhyFull.nothing_kept
-        if not step.same_size(last):
-            return WhyFull.other_size
-        if output is not None and as_dict not in (None, output.as_dict):
-            return WhyFull.other_form
-        if letter == "F":
-            return WhyFull.listed
-        if self.config.full_steps is not None:
-            return WhyFull.listed if step.number in self.config.full_steps else None
-        age = step.number - last.number
-        if letter is None and age >= self.config.interval_at(step.noise_level):
-            return WhyFull.interval
-        return WhyFull.same_noise_level if age == 0 else None
-
     def _decide(
         self, generation: Generation, step: Step, kind: Kind, reason: WhyFull | None, change: float | None = None
     ) -> None:
@@ -341,15 +295,16 @@ class FeatureCache:
         for tell in current.waiting:
             tell(kind != "full")
 
-    def _complete(self, kept: Features) -> bool:
-        """False if the step that left it has failed on its way."""
-        return kept.outputs.keys() == set(self.skipped)
-
     def _full_before(self, kept: Features | None, step: Step) -> Features | None:
         """What the last full step before a full one left, where it makes a trend."""
         if kept is not None and kept.step.number == step.number:
             kept = kept.before
-        if not self.config.forecast or kept is None or not self._complete(kept) or not step.same_size(kept.step):
+        if (
+            not self.config.forecast
+            or kept is None
+            or not self.deciding.complete(kept)
+            or not step.same_size(kept.step)
+        ):
             return None
         return Features(kept.step, kept.outputs)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tomesd_plus.tuning.errors import Errors
-from tomesd_plus.tuning.plans import Plan, even_plans, neighbours, untouched
+from tomesd_plus.tuning.plans import Plan, even_plans, neighbours
 from tomesd_plus.tuning.search import best_plans
 from tomesd_plus.tuning.trials import Trials, measured_gains
 
@@ -54,30 +54,43 @@ def budget_of(trials: Trials, speedup: float) -> float:
     return sum(trials.full.calls) / speedup
 
 
-def fewer_steps(trials: Trials, speedup: float) -> list[Plan]:
-    """Untouched generations of fewer steps: the most at a speed-up, and the next slower; the latter only to tell."""
+def fewer_steps(trials: Trials, speedup: float) -> list[int]:
+    """How many steps alone are so fast: the most, and one more, which is slower and only told."""
     count = int(trials.task.steps / speedup + 1e-9)
-    return [untouched(steps) for steps in (count, count + 1) if 1 <= steps < trials.task.steps]
+    return [steps for steps in (count, count + 1) if 1 <= steps < trials.task.steps]
 
 
 def simple_plans(trials: Trials, speedup: float, free: bool) -> list[Plan]:
     """Even caches and even skips at a speed-up, which what is chosen must not be below; fewer steps are recorded."""
     budget = budget_of(trials, speedup)
     made = trials.full
-    plans = even_plans(trials.task.steps, budget, trials.costs, made.calls, trials.caches)
-    for plan in fewer_steps(trials, speedup):
-        trials.recording(plan.steps)
+    plans = even_plans(len(made.levels), budget, trials.costs, made.calls, trials.caches)
+    plans = [plan.called_with(trials.task.steps) for plan in plans]
+    for steps in fewer_steps(trials, speedup):
+        if usable(trials, steps):
+            trials.recording(steps)
     if free:
         for steps in _free_steps(trials, speedup):
             calls = trials.recording(steps).calls
-            others = even_plans(steps, budget, trials.costs, calls, trials.caches)
-            plans += [plan for plan in others if plan.forecast == 1.0 and plan.order == 1]
+            others = even_plans(len(calls), budget, trials.costs, calls, trials.caches)
+            plans += [plan.called_with(steps) for plan in others if plan.forecast == 1.0 and plan.order == 1]
     return plans
+
+
+def usable(trials: Trials, steps: int) -> bool:
+    """True for so many solver steps as make at least one step: image-to-image takes a part of them."""
+    return steps * len(trials.full.levels) >= trials.task.steps
 
 
 def _free_steps(trials: Trials, speedup: float) -> list[int]:
     steps, least = trials.task.steps, int(trials.task.steps / speedup)
-    return sorted({round(steps * share) for share in FEWER if max(3, least) < round(steps * share) < steps})
+    return sorted(
+        {
+            round(steps * share)
+            for share in FEWER
+            if max(3, least) < round(steps * share) < steps and usable(trials, round(steps * share))
+        }
+    )
 
 
 def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free: bool) -> list[Plan]:
@@ -89,12 +102,12 @@ def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free
     mergings += ["all"] if None not in (trials.costs.cached_merged, trials.costs.full_merged) else []
     for steps in [trials.task.steps, *(_free_steps(trials, speedup) if free else [])]:
         errors, calls = trials.errors(steps, gains, weights), trials.recording(steps).calls
-        base = float((trials.tried[untouched(steps)] * weights).sum())
+        base = float((trials.error(trials.untouched(steps)) * weights).sum())
         for merging in mergings:
             for forecast in FORECASTS[:2] if trials.caches and merging == "none" else FORECASTS[:1]:
                 plan = best_plans(errors, trials.costs, calls, [budget], forecast, merging=merging)[0]  # type: ignore[arg-type]
                 if plan is not None:
-                    found.setdefault(plan, base + errors.of(plan))
+                    found.setdefault(plan.called_with(steps), base + errors.of(plan))
     return sorted(found, key=lambda plan: found[plan])
 
 
@@ -172,6 +185,11 @@ def fastest_within(trials: Trials, psnr: float, free: bool) -> Plan | None:
         for plan in simple_plans(trials, speedup, free):
             trials.error(plan)
         better(trials, gains, weights, speedup, free, trials.spent + trials.left / 2)
+    return best_within(trials, psnr, free)
+
+
+def best_within(trials: Trials, psnr: float, free: bool) -> Plan | None:
+    """The fastest plan of those tried whose pictures have so many dB, if it is faster than the untouched ones."""
     within = [
         plan
         for plan in trials.tried
@@ -184,4 +202,5 @@ def _plans_at(trials: Trials, gains: Tensor, weights: Tensor, speeds: Sequence[f
     steps = trials.task.steps
     errors = trials.errors(steps, gains, weights)
     budgets = [budget_of(trials, speed) for speed in speeds]
-    return best_plans(errors, trials.costs, trials.full.calls, budgets)
+    plans = best_plans(errors, trials.costs, trials.full.calls, budgets)
+    return [None if plan is None else plan.called_with(steps) for plan in plans]

@@ -62,21 +62,28 @@ class Plan:
     """What a generation runs.
 
     Args:
-        letters: F, C or S for each step.
+        letters: F, C or S for each step that is taken.
         forecast: How far cached steps follow the trend.
         order: Of the forecast of skipped calls.
         merging: On which steps tokens are merged.
+        solver_steps: With how many the pipeline is called, where that is not as many as there are letters:
+            image-to-image takes a part of them.
     """
 
     letters: str
     forecast: float = 1.0
     order: int | None = 1
     merging: Merging = "none"
+    solver_steps: int | None = None
 
     @property
     def steps(self) -> int:
-        """How many steps it has."""
-        return len(self.letters)
+        """With how many steps the pipeline is called."""
+        return len(self.letters) if self.solver_steps is None else self.solver_steps
+
+    def called_with(self, steps: int) -> "Plan":
+        """The same where the pipeline is called with so many steps."""
+        return self if steps == self.steps else replace(self, solver_steps=steps)
 
     def cost(self, costs: Costs, calls: Sequence[int] | None = None) -> float:
         """Of all its calls, in full ones.
@@ -86,7 +93,7 @@ class Plan:
             calls: How many there are at each step; one by default.
         """
         shares = (costs.of_letter(letter, self.merging) for letter in self.letters)
-        return sum(share * count for share, count in zip(shares, calls or [1] * self.steps, strict=True))
+        return sum(share * count for share, count in zip(shares, calls or [1] * len(self.letters), strict=True))
 
     def __str__(self) -> str:
         return self.letters

@@ -43,8 +43,12 @@ class Trials:
             self.work(
                 (1.2 if self.caches else 1.0) * sum(made.calls) / sum(self.full.calls), f"{steps} steps recorded"
             )
-            self.tried[untouched(steps)] = squared_error(made.pictures, self.full.pictures)
+            self.tried[self.untouched(steps)] = squared_error(made.pictures, self.full.pictures)
         return self.recordings[steps]
+
+    def untouched(self, steps: int) -> Plan:
+        """All in full, of so many solver steps."""
+        return untouched(len(self.recording(steps).levels)).called_with(steps)
 
     @property
     def full(self) -> Recording:
@@ -92,12 +96,13 @@ class Trials:
             weights: Of each prompt.
         """
         made = self.recording(steps)
-        if steps != len(gains):
-            places = torch.linspace(0, len(gains) - 1, steps)
+        count = len(made.outputs)
+        if count != len(gains):
+            places = torch.linspace(0, len(gains) - 1, count)
             low, share = places.floor().long(), (places % 1)[:, None]
             high = (low + 1).clamp(max=len(gains) - 1)
-            gains = gains[low] * (1 - share) + gains[high] * share
-            gains = gains * (self.task.steps / steps) ** 2
+            of_all = len(gains)
+            gains = (gains[low] * (1 - share) + gains[high] * share) * (of_all / count) ** 2
         return Errors(made.outputs, made.features, made.sensitivity, gains, weights)
 
 
@@ -119,7 +124,7 @@ def measured_gains(trials: Trials, probes: int) -> Tensor:
     logs = []
     for place in places:
         letters = "F" * place + "S" + "F" * (steps - place - 1)
-        error = trials.error(Plan(letters))
+        error = trials.error(Plan(letters).called_with(trials.task.steps))
         given = 2 * made.outputs[place - 1] - made.outputs[place - 2] - made.outputs[place]
         logs.append((error.clamp(min=1e-12) / given.square().mean(-1).clamp(min=1e-12)).log())
     table = []

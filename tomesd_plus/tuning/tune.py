@@ -18,7 +18,7 @@ from tomesd_plus.host.names import device_name, model_name, scheduler_name
 from tomesd_plus.merging.apply import is_merging
 from tomesd_plus.presets import Measured, Preset, Row
 from tomesd_plus.schedules.checks import is_whole
-from tomesd_plus.tuning.choose import best_of, budget_of, choose, fastest_within, fewer_steps
+from tomesd_plus.tuning.choose import best_of, best_within, budget_of, choose, fastest_within, fewer_steps
 from tomesd_plus.tuning.costs import measured_costs
 from tomesd_plus.tuning.pictures import Task, preset_of, psnr_of, quiet, squared_error, switched_on
 from tomesd_plus.tuning.plans import Costs, Plan, even_plans
@@ -78,7 +78,7 @@ def tune(
 
     Returns:
         A :class:`~tomesd_plus.Preset` with what was measured; a list of them where several speed-ups were asked for.
-        After Ctrl-C the best so far, of a list those that have been begun.
+        After Ctrl-C the best so far, without figures on prompts kept aside.
 
     Raises:
         ValueError: An argument is out of range, or no plan reaches the speed or the fidelity.
@@ -121,6 +121,9 @@ def tune(
                 plans |= dict.fromkeys(choose(trials, wanted, steps == "free"))
         except KeyboardInterrupt as stopped:
             interrupted = stopped
+            held = []  # what was asked for is an end
+            if psnr is not None:
+                plans[psnr] = best_within(trials, psnr, steps == "free")
             plans |= dict.fromkeys(wanted if task.steps in trials.recordings else ())
         if psnr is None:
             plans = {each: best_of(trials, each, steps == "free") for each in plans}
@@ -144,12 +147,13 @@ def _measured(
 ) -> Preset:
     """A plan as a preset, with what was measured of it and of what stands beside it."""
     task, made = trials.task, trials.full
-    fewer = [each for each in fewer_steps(trials, wanted) if each in trials.tried]
+    fewer = [trials.untouched(each) for each in fewer_steps(trials, wanted) if each in trials.recordings]
     even = [
         each
-        for each in even_plans(task.steps, budget_of(trials, wanted), trials.costs, made.calls, trials.caches)
-        if each in trials.tried
+        for each in even_plans(len(made.levels), budget_of(trials, wanted), trials.costs, made.calls, trials.caches)
+        if each.called_with(task.steps) in trials.tried
     ]
+    even = [each.called_with(task.steps) for each in even]
     beside = [*fewer, *([max(even, key=trials.psnr)] if even else [])]
     best_fewer = fewer[0] if fewer else None
     if not free and best_fewer is not None and trials.psnr(best_fewer) > trials.psnr(plan) + 0.05:
@@ -160,7 +164,7 @@ def _measured(
         )
     aside = _held_out(trials, [plan, *beside], held)
     rows = tuple(
-        Row(str(each) if "F" * each.steps != each.letters else f"{each.steps} steps", trials.speedup(each),
+        Row(str(each) if set(each.letters) != {"F"} else f"{each.steps} steps", trials.speedup(each),
             trials.psnr(each), aside.get(each))
         for each in beside
     )  # fmt: skip
@@ -169,7 +173,9 @@ def _measured(
     saved = denoising * (1 - 1 / speedup)
     levels = trials.recording(plan.steps)
     counts = {kind: plan.letters.count(kind) for kind in "FCS"}
-    description = f"{counts['F']} of {plan.steps} steps in full, {counts['C']} cached, {counts['S']} skipped: {plan}"
+    description = (
+        f"{counts['F']} of {len(plan.letters)} steps in full, {counts['C']} cached, {counts['S']} skipped: {plan}"
+    )
     denoiser = denoiser_of(task.pipe)
     figures = Measured(
         model=model_name(denoiser),
