@@ -239,12 +239,16 @@ def _candidate(unet: nn.Module, setting: Setting, workload: Workload, device: to
         )
 
 
-def stand_in(unet: nn.Module) -> SimpleNamespace:
+class StandIn(SimpleNamespace):
+    """What of a pipeline settings are switched on at; unlike its base it can be referred to weakly."""
+
+
+def stand_in(unet: nn.Module) -> StandIn:
     """A stand-in for a pipeline, on which settings can be switched on: a scheduler and a copy of the model."""
     if any(hasattr(unet, name) for name in ("down_blocks", "up_blocks")):
-        return SimpleNamespace(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
+        return StandIn(unet=twin(unet), scheduler=DDIMScheduler(steps_offset=1))
     scheduler = FlowMatchEulerDiscreteScheduler() if matches_flows(unet) else DDIMScheduler(steps_offset=1)
-    return SimpleNamespace(transformer=twin(unet), scheduler=scheduler)
+    return StandIn(transformer=twin(unet), scheduler=scheduler)
 
 
 def model_of(pipe: Any) -> nn.Module:
