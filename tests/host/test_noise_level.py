@@ -145,6 +145,19 @@ def test_an_interval_schedule_follows_log_sigma_timesteps():
     assert all(noisy) and not all(full)
 
 
+def test_a_stand_in_for_a_pipeline():
+    pipe = SimpleNamespace(scheduler=diffusers.EDMEulerScheduler())
+    pipe.scheduler.set_timesteps(4)
+    levels = NoiseLevels(pipe).of(pipe.scheduler.timesteps.tolist())
+    assert levels[0] == 1.0 and levels == sorted(set(levels), reverse=True)
+
+
+def test_flux_is_called_with_sigma_itself():
+    pipe = Pipe(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    sigmas = pipe.scheduler.sigmas[:-1].tolist()
+    assert [level for sigma in sigmas for level in NoiseLevels(pipe).of([sigma])] == pytest.approx(sigmas)
+
+
 def test_fractions_of_training_need_no_scheduler():
     levels = NoiseLevels()
     assert [levels.of([t])[0] for t in (999.0, 431.25, 3.7)] == [1.0, 431.25 / 999, 3.7 / 999]

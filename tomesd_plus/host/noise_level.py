@@ -33,7 +33,9 @@ class NoiseLevels:
         self.needed = needed
         self.flow = flow
         self._scheduler = getattr(pipe, "scheduler", None)  # a copied pipeline's copy finds its own by this
-        self._pipe: Transient[weakref.ref[Any]] = Transient(None if self._scheduler is None else weakref.ref(pipe))
+        # Not held. What cannot be referred to so is a stand-in, whose scheduler stays what it is.
+        referable = self._scheduler is not None and bool(type(pipe).__weakrefoffset__)
+        self._pipe: Transient[weakref.ref[Any]] = Transient(weakref.ref(pipe) if referable else None)
         self._table: Transient[tuple[Tensor, int | None, dict[float, float], bool]] = Transient()
         self._clear = False  # a timestep was so large that all are of training
         self._told = False
