@@ -83,7 +83,7 @@ FEATURES = {
     "whole blocks": merging(ratio=0.5, layers="block", full_steps=3),
     "cache": cache(interval=2),
     "cache, forecast": cache(interval=2, forecast=1.0, branch=1),
-    "adaptive cache": cache(interval=3, threshold=0.2),
+    "adaptive cache": cache(interval=3, threshold=2.0),
     "attention cache": cache(interval=2, branch="self_attention"),
     "skipped calls": cache(branch="nothing", full_steps=(0, 1, 3)),
     "plan": cache(plan="FFSCFSC", forecast=1.0),

@@ -133,7 +133,7 @@ class FeatureCache:
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
-            self._judge(generation.record)
+            self._settle(generation.record)
             generation = Generation(generation.tracker, maps_are_read=self._maps_are_read(unet))
         if step.ambiguous:
             generation.record.forget()
@@ -187,9 +187,13 @@ class FeatureCache:
             self._judge(generation.record)
 
     def settle(self) -> None:
-        """The report is read: judge the latest generation, unless its last scheduled call is still to come."""
-        record = self.record.value
-        if record is not None and record.steps and record.steps[-1].index is None and len(record.steps) > 1:
+        """The report is read: judge the latest generation, unless it may have just begun."""
+        if self.record.value is not None and len(self.record.value.steps) > 1:
+            self._settle(self.record.value)
+
+    def _settle(self, record: CacheRecord) -> None:
+        """Judge a generation of which no call was known to be its last; another is judged there, if it comes to it."""
+        if record.steps and record.steps[-1].index is None:
             self._judge(record)
 
     def _judge(self, record: CacheRecord) -> None:

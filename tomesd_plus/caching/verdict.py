@@ -25,7 +25,7 @@ def why_nothing_cached(record: CacheRecord) -> str | None:
     Args:
         record: Of a generation all of whose steps were full.
     """
-    if len(record.steps) == 1 and record.steps[0].reason is WhyFull.first_step:
+    if len(record.steps) == 1 and record.steps[0].index is None:  # else a schedule's last step, as of image to image
         return (
             "a generation of one step has nothing to take from another. If it had more, in a loop of your own, put "
             "that into `with generation(pipe):`"

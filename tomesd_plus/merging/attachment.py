@@ -145,7 +145,7 @@ class Attachment:
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(reading.sample, reading.timestep, reading.text)
         if step.new_generation:
-            self._judge(generation.record)
+            self._settle(generation.record)
             generation = Generation(generation.tracker)
             record = generation.record
             record.layers = {name: LayerRecord(name, left_alone=reason) for name, reason in self.excluded.items()}
@@ -286,9 +286,13 @@ class Attachment:
         record.judged = True
 
     def settle(self) -> None:
-        """The report is read: judge the latest generation, unless its last scheduled call is still to come."""
-        record = self.record.value
-        if record is not None and record.steps and record.steps[-1].index is None:
+        """The report is read."""
+        if self.record.value is not None:
+            self._settle(self.record.value)
+
+    def _settle(self, record: Record) -> None:
+        """Judge a generation of which no call was known to be its last; another is judged there, if it comes to it."""
+        if record.steps and record.steps[-1].index is None:
             self._judge(record)
 
 
