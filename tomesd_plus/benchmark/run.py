@@ -79,7 +79,8 @@ def run_suite(
         if not measured:
             unfinished.append(str(task.workload))
             continue
-        of_unet = {} if SHAPES[task.workload.shape].is_transformer else psnr  # the embedded pipeline has a UNet
+        shape = SHAPES.get(task.workload.shape)
+        of_unet = psnr if shape is not None and not shape.is_transformer else {}  # the embedded pipeline has a UNet
         rows += [row for row in make_rows(task.workload, measured, where, of_unet) if row.key not in known]
         save_rows(rows, path)
     files = [path, *save_report(rows, out, name)] if rows else []
