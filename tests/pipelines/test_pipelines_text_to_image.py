@@ -19,13 +19,14 @@ def sd2():
 def sdxl_unet(**overrides):
     """Self-attention at levels 2 and 4, as in SDXL."""
     blocks = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
-    return make_unet(
+    options = dict(
         block_out_channels=(16, 32, 32), down_block_types=blocks,
         up_block_types=[block.replace("Down", "Up") for block in reversed(blocks)],
         cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + WIDTH, transformer_layers_per_block=(1, 1, 2),
-        use_linear_projection=True, **overrides,
+        use_linear_projection=True,
     )  # fmt: skip
+    return make_unet(**options | overrides)
 
 
 ROWS = [
