@@ -1,6 +1,7 @@
 """Networks beside the UNet: ControlNets and T2I-Adapters."""
 
 import copy
+import inspect
 from functools import partial
 
 import torch
@@ -39,10 +40,11 @@ def multi():
 
 def union():
     unet = sdxl_unet()
-    config = ControlNetUnionModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8)).config
-    small = {"num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}
     torch.manual_seed(0)
-    controlnet = filled(ControlNetUnionModel.from_config(dict(config) | small)).eval()
+    shared = set(inspect.signature(ControlNetUnionModel.__init__).parameters) & set(unet.config)
+    controlnet = ControlNetUnionModel(**{name: unet.config[name] for name in shared - {"in_channels"}},
+        conditioning_embedding_out_channels=(8, 8), num_trans_channel=16, num_trans_head=2, num_proj_channel=16)
+    controlnet = filled(controlnet).eval()
     return of(StableDiffusionXLControlNetUnionPipeline, "sdxl", unet=unet, controlnet=controlnet)
 
 
@@ -77,7 +79,8 @@ ROWS = [
     Row("ControlNet, two", multi, partial(draw, image=[PICTURE, PICTURE])),
     Row("ControlNet Union (SDXL)", union, partial(call, control_image=[PICTURE], control_mode=[0]), level=4),
     Row("ControlNet-XS", xs, partial(draw, image=PICTURE), ways=("merging", "cache", "bare"),
-        fast=("merging", "cache", "bare")),
+        fast=("merging", "cache", "bare"),
+        refuses={"cache": "expected a UNet of Stable Diffusion"}),
     Row("T2I-Adapter", lambda: of(StableDiffusionAdapterPipeline, adapter=adapter()), partial(as_tensor, image=PICTURE)),
     slow(Row("T2I-Adapter, two",
              lambda: of(StableDiffusionAdapterPipeline, adapter=MultiAdapter([adapter(), adapter()])),

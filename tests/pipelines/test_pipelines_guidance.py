@@ -39,7 +39,10 @@ def few_steps():
 def ledits():
     scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=2,
                                             beta_schedule="scaled_linear")  # fmt: skip
-    return of(LEditsPPPipelineStableDiffusion, scheduler=scheduler)
+    blocks = ["CrossAttnDownBlock2D"] * 3  # the pipeline reads attention maps at level 4
+    unet = make_unet(block_out_channels=(16, 32, 32), down_block_types=blocks,
+                     up_block_types=["CrossAttnUpBlock2D"] * 3)  # fmt: skip
+    return of(LEditsPPPipelineStableDiffusion, scheduler=scheduler, unet=unet)
 
 
 def edit(pipe):
@@ -80,11 +83,14 @@ def interrupt(pipe, step, timestep, tensors):
 
 THREE = ("merging", "cache", "bare")
 
+SILENT = "nothing is merged, and nothing says so: the pipeline replaces the processor before the UNet's first call"
+
 ROWS = [
     Row("PAG in the middle", lambda: of(StableDiffusionPAGPipeline), ways=THREE),
     Row("PAG where tokens are merged", lambda: of(StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0"])),
     slow(Row("PAG (SDXL)", lambda: of(StableDiffusionXLPAGPipeline, "sdxl", unet=sdxl_unet()), level=4)),
-    Row("SAG", lambda: of(StableDiffusionSAGPipeline), partial(draw, sag_scale=0.75)),
+    Row("SAG", lambda: of(StableDiffusionSAGPipeline), partial(draw, sag_scale=0.75),
+        warns={"cache": "reads attention maps"}),
     Row("FreeU", lambda: make_pipeline("sd"), before=lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)),
     slow(Row("FreeU, later", lambda: make_pipeline("sd"), then=lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4))),
     Row("GLIGEN", gligen, partial(draw, gligen_phrases=["a cat"], gligen_boxes=[[0.1, 0.1, 0.7, 0.7]])),
@@ -93,8 +99,10 @@ ROWS = [
                    scheduler=LCMScheduler(beta_schedule="scaled_linear", clip_sample=False)), draw),
     slow(Row("Two steps", few_steps, partial(draw, num_inference_steps=2, guidance_scale=1.0))),
     slow(Row("One step", few_steps, partial(draw, num_inference_steps=1, guidance_scale=1.0), ways=("merging", "bare"))),
-    Row("LEDITS++", ledits, edit, ways=THREE),
-    Row("Text2Video-Zero", lambda: of(TextToVideoZeroPipeline), video_zero, ways=THREE),
+    Row("LEDITS++", ledits, edit, ways=THREE, partly=("cache",),  # the inversion is cached
+        warns={"merging": "were replaced by", "cache": "reads attention maps"}, fails={"bare": SILENT}),
+    Row("Text2Video-Zero", lambda: of(TextToVideoZeroPipeline), video_zero, ways=THREE,
+        warns={"merging": "were replaced by CrossFrameAttnProcessor2_0"}, fails={"bare": SILENT}),
     Row("AnimateDiff", animate_diff, frames, ways=THREE,
         refuses={"cache": "expected a UNet of Stable Diffusion"}),
     slow(Row("Guidance switched off by a callback", lambda: make_pipeline("sd"), partial(draw, **GUIDANCE_SWITCHED_OFF,
