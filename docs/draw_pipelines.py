@@ -17,10 +17,10 @@ HEAD = """\
 
 *Made from the results of `tests/pipelines/` by `make pipelines`, with {versions}.*
 
-Each cell is a test on a tiny pipeline of the real class, the first attention of which is at the finest level. **Works**
-(✓) means: tokens were merged, or steps were cached; at a ratio of 0 (a cache: an interval of 1) and after removal the
-picture is bit for bit the untouched one; the same seed gives the same picture on the first and the second call, but
-for the drop-in, which draws anew, as tomesd does. Nothing was said, unless a note tells it.
+Each cell is a test on a tiny pipeline of the real class with random weights, so it says that something works, not how
+good its pictures are. ✓ means: tokens were merged, or steps were cached; at a ratio of 0 (of a cache: an interval of
+1; a preset has none) and after removal the picture is bit for bit the untouched one; the same seed gives the same
+picture on the first and the second call, but for the drop-in, which draws anew, as tomesd does; and no warning came.
 
 - **merging**: `apply_token_merging(pipe, ratio=0.5)`;
 - **bare**: `pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5))`;
@@ -28,8 +28,9 @@ for the drop-in, which draws anew, as tomesd does. Nothing was said, unless a no
 - **preset**: `apply_preset(pipe, "balanced")`;
 - **drop-in**: `tomesd_plus.tomesd.apply_patch(pipe, ratio=0.5)`.
 
-A blank cell was not tried. *Refused* and *left alone*: in words, with the untouched picture. n/a: the host itself does
-not run it.
+Numbers in brackets lead to the notes at the end. *Refused*: with an error in these words, and nothing has changed.
+*Left alone*: the untouched picture, with a warning in these words. *In part*: likewise, after it did its work in an
+earlier part of the pipeline's. *n/a*: the host itself does not run it. A blank cell was not tried.
 """
 
 

@@ -8,7 +8,7 @@ from conftest import WIDTH, generate, make_pipeline
 from pipeline_tools import WAYS, Row, cells, check, draw, noise, slow
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-# IP-Adapter -----------------------------------------------------------------------------------------------------------
+# IP-Adapter ----------------------------------------------------------------------------------------------------------
 
 
 def with_image_encoder():
@@ -64,7 +64,7 @@ with_mask = partial(
 )
 THREE = ("merging", "cache", "bare")
 
-# LoRA, textual inversion ----------------------------------------------------------------------------------------------
+# LoRA, textual inversion ---------------------------------------------------------------------------------------------
 
 
 def lora_weights(unet):

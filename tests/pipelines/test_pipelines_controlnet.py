@@ -42,8 +42,13 @@ def union():
     unet = sdxl_unet()
     torch.manual_seed(0)
     shared = set(inspect.signature(ControlNetUnionModel.__init__).parameters) & set(unet.config)
-    controlnet = ControlNetUnionModel(**{name: unet.config[name] for name in shared - {"in_channels"}},
-        conditioning_embedding_out_channels=(8, 8), num_trans_channel=16, num_trans_head=2, num_proj_channel=16)
+    controlnet = ControlNetUnionModel(
+        **{name: unet.config[name] for name in shared - {"in_channels"}},
+        conditioning_embedding_out_channels=(8, 8),
+        num_trans_channel=16,
+        num_trans_head=2,
+        num_proj_channel=16,
+    )
     controlnet = filled(controlnet).eval()
     return of(StableDiffusionXLControlNetUnionPipeline, "sdxl", unet=unet, controlnet=controlnet)
 
@@ -51,9 +56,7 @@ def union():
 def xs():
     unet = make_unet(layers_per_block=2)
     torch.manual_seed(0)
-    controlnet = ControlNetXSAdapter.from_unet(
-        unet, size_ratio=1.0, conditioning_embedding_out_channels=(8, 8)
-    )
+    controlnet = ControlNetXSAdapter.from_unet(unet, size_ratio=1.0, conditioning_embedding_out_channels=(8, 8))
     return of(StableDiffusionControlNetXSPipeline, unet=unet, controlnet=filled(controlnet))
 
 
@@ -81,7 +84,8 @@ ROWS = [
     Row("ControlNet-XS", xs, partial(draw, image=PICTURE), ways=("merging", "cache", "bare"),
         fast=("merging", "cache", "bare"),
         refuses={"cache": "expected a UNet of Stable Diffusion"}),
-    Row("T2I-Adapter", lambda: of(StableDiffusionAdapterPipeline, adapter=adapter()), partial(as_tensor, image=PICTURE)),
+    Row("T2I-Adapter", lambda: of(StableDiffusionAdapterPipeline, adapter=adapter()),
+        partial(as_tensor, image=PICTURE)),
     slow(Row("T2I-Adapter, two",
              lambda: of(StableDiffusionAdapterPipeline, adapter=MultiAdapter([adapter(), adapter()])),
              partial(as_tensor, image=[PICTURE, PICTURE], adapter_conditioning_scale=[0.5, 0.5]))),

@@ -7,6 +7,7 @@ from conftest import GUIDANCE_SWITCHED_OFF, WIDTH, make_pipeline, make_unet
 from diffusers import (
     AnimateDiffPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     LEditsPPPipelineStableDiffusion,
@@ -33,6 +34,12 @@ def gligen():
 def few_steps():
     pipe = make_pipeline("sd")
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def euler():
+    pipe = make_pipeline("sd")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
@@ -98,7 +105,8 @@ ROWS = [
         lambda: of(LatentConsistencyModelPipeline, unet=make_unet(time_cond_proj_dim=8),
                    scheduler=LCMScheduler(beta_schedule="scaled_linear", clip_sample=False)), draw),
     slow(Row("Two steps", few_steps, partial(draw, num_inference_steps=2, guidance_scale=1.0))),
-    slow(Row("One step", few_steps, partial(draw, num_inference_steps=1, guidance_scale=1.0), ways=("merging", "bare"))),
+    slow(Row("One step", few_steps, partial(draw, num_inference_steps=1, guidance_scale=1.0),
+             ways=("merging", "bare"))),
     Row("LEDITS++", ledits, edit, ways=THREE, partly=("cache",),  # the inversion is cached
         warns={"merging": "were replaced by", "cache": "reads attention maps"}, fails={"bare": SILENT}),
     Row("Text2Video-Zero", lambda: of(TextToVideoZeroPipeline), video_zero, ways=THREE,
@@ -110,9 +118,8 @@ ROWS = [
     Row("Interrupted by a callback", lambda: make_pipeline("sd"),
         partial(draw, callback_on_step_end=interrupt, num_inference_steps=4)),
     slow(Row("Several pictures a prompt", lambda: make_pipeline("sd"), partial(draw, num_images_per_prompt=2))),
-    slow(Row("Timesteps of one's own", lambda: make_pipeline("sd"),
-             partial(draw, timesteps=[900, 500, 100], num_inference_steps=None),
-             host_cannot="DDIM's set_timesteps takes no timesteps")),
+    slow(Row("Timesteps of one's own", euler, partial(draw, timesteps=[900, 500, 100], num_inference_steps=None))),
+    slow(Row("Sigmas of one's own", euler, partial(draw, sigmas=[14.0, 5.0, 2.0, 0.5], num_inference_steps=None))),
 ]  # fmt: skip
 
 
