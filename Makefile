@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo app test test-slow test-oldest screenshots architecture lint types format install clean
+.PHONY: demo app test test-slow test-oldest screenshots architecture pipelines lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
@@ -29,6 +29,9 @@ screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 
 architecture: $(INSTALLED)  ## docs/architecture.svg anew, and lines of code by room
 	$(BIN)/python docs/draw_architecture.py
+
+pipelines: $(INSTALLED)  ## docs/pipelines.md anew, from the results of its tests
+	$(BIN)/python docs/draw_pipelines.py
 
 lint: $(INSTALLED)  ## style, and the contracts on imports
 	$(BIN)/ruff check .

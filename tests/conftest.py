@@ -176,7 +176,7 @@ def hooks(pipe: Any) -> list[str]:
     return [
         name
         for component in ("unet", "controlnet")
-        for name, module in getattr(pipe, component, torch.nn.Module()).named_modules()
+        for name, module in (getattr(pipe, component, None) or torch.nn.Module()).named_modules()
         if module._forward_hooks or module._forward_pre_hooks
     ]
 

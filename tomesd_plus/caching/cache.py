@@ -203,10 +203,12 @@ class FeatureCache:
         record.judged = True
         lone = len(record.steps) == 1 and record.steps[0].index is None
         self._lone_calls = self._lone_calls + 1 if lone else 0
-        why_not = None if any(not step.full for step in record.steps) else why_nothing_cached(record)
+        wanted = self.config.interval != 1 or self.config.plan is not None or self.config.full_steps is not None
+        caught = any(not step.full for step in record.steps)
+        why_not = why_nothing_cached(record) if wanted and not caught else None
         if lone and self._lone_calls < 2:
             return  # it may have been tried only
-        if why_not is not None or any(not step.full for step in record.steps):
+        if why_not is not None or caught:
             self._promise.judge(why_not)
 
     def _maps_are_read(self, unet: nn.Module) -> bool:

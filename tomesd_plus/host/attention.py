@@ -30,9 +30,9 @@ def _skipped(attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) 
 
 
 def keeps_attention_maps(processor: Any) -> bool:
-    """True for a processor that stores attention maps for its pipeline, as those of LEDITS++ and Attend-and-Excite."""
+    """True for a processor that stores attention maps for its pipeline, as those of LEDITS++ and SAG."""
     inner = getattr(processor, "inner", processor)
-    return any("store" in name for name in getattr(inner, "__dict__", {}))
+    return any("store" in name or name == "attention_probs" for name in getattr(inner, "__dict__", {}))
 
 
 def attention(

@@ -22,6 +22,14 @@ class _Reading:
     timestep: Tensor | None = None
 
 
+def _first_layers(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """What a UNet hands its timestep and its sample to; ``base_`` in one that a ControlNet-XS is part of."""
+    for prefix in ("", "base_"):
+        if hasattr(model, f"{prefix}time_proj") and hasattr(model, f"{prefix}conv_in"):
+            return getattr(model, f"{prefix}time_proj"), getattr(model, f"{prefix}conv_in")
+    return None
+
+
 class FirstCalls:
     """Objects that wait for their model's first call: one hook on every module's call, for all of them.
 
@@ -58,7 +66,7 @@ class FirstCalls:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         compiling = torch.compiler.is_compiling()
-        if hasattr(module, "time_proj") and hasattr(module, "conv_in"):
+        if _first_layers(module) is not None:
             if not compiling or self._carries(module):
                 self._start(module)
         elif isinstance(module, KNOWN):
@@ -84,9 +92,10 @@ class FirstCalls:
     def _go_on(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         reading = self._readings.get(threading.current_thread())
         model = None if reading is None else reading.model()
-        if reading is not None and module is getattr(model, "time_proj", None):
+        time_proj, conv_in = (None if model is None else _first_layers(model)) or (None, None)
+        if reading is not None and module is time_proj:
             reading.timestep = args[0]
-        elif reading is None or model is None or module is model.conv_in:
+        elif reading is None or model is None or module is conv_in:
             if reading is not None and model is not None:
                 # A video model has folded its frames into the batch by now, but not into its timesteps.
                 batch = len(args[0]) if reading.timestep is None else len(reading.timestep)
