@@ -109,7 +109,7 @@ def even(steps: int, full: int, other: str) -> str:
 
     Example:
         >>> even(7, 3, "S")
-        'FSFSSFS'
+        'FSFSFSS'
     """
     places = {int(number * steps / full) for number in range(full)}
     return "".join("F" if number in places else other for number in range(steps))
