@@ -87,10 +87,10 @@ def tune(
     Example:
         >>> from tomesd_plus import load_tiny_pipeline, tune
         >>> pipe = load_tiny_pipeline()
-        >>> preset = tune(pipe, ["a large star on a blue background"], speedup=1.3, num_inference_steps=10,
-        ...               costs={"cached": 0.1}, max_generations=6, progress=False)
-        >>> len(preset.cache.plan.letters), preset.measured.speedup >= 1.3
-        (10, True)
+        >>> preset = tune(pipe, ["a large star on a blue background"], speedup=1.3, num_inference_steps=8,
+        ...               steps="free", costs={"cached": 0.1}, max_generations=6, progress=False)
+        >>> preset.measured.speedup >= 1.3
+        True
     """
     wanted = _checked(prompts, speedup, psnr, num_inference_steps, seed, steps, max_generations, batch_size, call)
     denoiser = denoiser_of(pipe)
