@@ -13,6 +13,7 @@ from conftest import generate, make_pipeline
 
 from tomesd_plus import IntervalSchedule, ToMeProcessor, apply_feature_cache, apply_token_merging
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.step import StepTracker
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 KARRAS = {**SD, "use_karras_sigmas": True}
@@ -160,6 +161,20 @@ def test_flux_is_called_with_sigma_itself():
 
 
 def test_fractions_of_training_need_no_scheduler():
-    levels = NoiseLevels()
-    assert [levels.of([t])[0] for t in (999.0, 431.25, 3.7)] == [1.0, 431.25 / 999, 3.7 / 999]
-    assert torch.isfinite(torch.tensor(levels.of([0.5])))
+    """The first of a generation tells, also after one in log σ."""
+    tracker, sample = StepTracker(NoiseLevels(needed=False)), torch.zeros(1, 4, 8, 8)
+    assert tracker.observe(sample, 1.09).noise_level < 0.01
+    for _ in range(2):
+        levels = [tracker.observe(sample, t).noise_level for t in (999.0, 431.25, 3.7)]
+        assert levels == [1.0, 431.25 / 999, 3.7 / 999]
+
+
+def test_one_schedule_says_nothing_of_the_next():
+    levels = NoiseLevels(needed=False)
+    assert levels.of([999.0, 500.5, 3.5]) == [1.0, 500.5 / 999, 3.5 / 999]
+    assert levels.of([1.09, 0.44, -1.55]) == [1.0, 1 - 1 / 3, 1 - 2 / 3]
+
+
+def test_a_scheduler_of_the_users_own_has_no_config():
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 100.0]), sigmas=torch.ones(3)))
+    assert NoiseLevels(pipe).of([900.0, 100.0]) == [900 / 999, 100 / 999]

@@ -90,13 +90,30 @@ def test_timesteps_that_rise(form):
     assert new(torch.randn_like(first), (600,), text.clone())[0], "another picture's one step"
 
 
+def test_branches_at_one_timestep_are_one_step_and_other_latents_are_another_picture():
+    """As Flux is called under true guidance: with a new tensor each time."""
+    one, other = torch.zeros(1, 3, 4), torch.ones(1, 3, 4)
+    torch.manual_seed(0)
+    tracker, latents = StepTracker(), torch.randn(1, 4, 16, 24)
+    calls = [(t, text) for t in (900.0, 500.0) for text in (one, other)]
+    steps = [tracker.observe(latents, torch.tensor([t]), text) for t, text in calls]
+    assert [(step.number, step.call, step.new_generation) for step in steps] == [
+        (0, 0, True), (0, 1, False), (1, 0, False), (1, 1, False)
+    ]  # fmt: skip
+    assert tracker.observe(torch.randn_like(latents), torch.tensor([500.0]), other).new_generation
+    assert tracker.observe(torch.randn_like(latents), torch.tensor([500.0]), one).new_generation
+
+
 def test_other_text_begins_a_generation():
     """A loop that is left in its middle, and another picture's that begins further on."""
     one, other = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
     tracker = StepTracker()
-    calls = [(999, one), (900, one.clone()), (500, other), (400, other), (300, other[:1]), (200, other[:, :2])]
-    steps = [tracker.observe(SAMPLE, t, text) for t, text in calls]
-    assert [step.new_generation for step in steps] == [True, False, True, False, False, True]
+    torch.manual_seed(0)
+    a, b = torch.randn_like(SAMPLE), torch.randn_like(SAMPLE)
+    calls = [(a, 999, one), (a + 0.1, 900, one.clone()), (b, 500, other), (b, 400, other), (b, 300, other[:1])]
+    steps = [tracker.observe(*call) for call in calls]
+    assert [step.new_generation for step in steps] == [True, False, True, False, False]
+    assert not tracker.observe(b + 0.1, 200, other - 1).new_generation, "the prompt was edited"
     scheduler, tracker = DDIMScheduler(), StepTracker()
     scheduler.set_timesteps(10)
     calls = [(0, one), (1, one), (2, other), (4, other), (7, one), (9, one)]

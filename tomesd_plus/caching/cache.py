@@ -133,7 +133,7 @@ class FeatureCache:
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
-            self._settle(generation.record)
+            self._judge(generation.record)
             generation = Generation(generation.tracker, maps_are_read=self._maps_are_read(unet))
         if step.ambiguous:
             generation.record.forget()
@@ -187,20 +187,15 @@ class FeatureCache:
             self._judge(generation.record)
 
     def settle(self) -> None:
-        """The report is read: judge the latest generation, unless it may have just begun."""
-        if self.record.value is not None and len(self.record.value.steps) > 1:
-            self._settle(self.record.value)
-
-    def _settle(self, record: CacheRecord) -> None:
-        """Judge a generation of which no call was known to be its last; another is judged there, if it comes to it."""
-        if record.steps and record.steps[-1].index is None:
+        """The report is read: judge the latest generation, unless more of it is still to come."""
+        record = self.record.value
+        if record is not None and len(record.steps) > 1 and record.steps[-1].index is None:
             self._judge(record)
 
     def _judge(self, record: CacheRecord) -> None:
         """Tell the user if a generation took nothing from the cache, though it should have."""
         if record.judged or not record.steps:
             return
-        record.judged = True
         lone = len(record.steps) == 1 and record.steps[0].index is None
         self._lone_calls = self._lone_calls + 1 if lone else 0
         wanted = self.config.interval != 1 or self.config.plan is not None or self.config.full_steps is not None
@@ -209,6 +204,7 @@ class FeatureCache:
         if lone and self._lone_calls < 2:
             return  # it may have been tried only
         if why_not is not None or caught:
+            record.judged = True
             self._promise.judge(why_not)
 
     def _maps_are_read(self, unet: nn.Module) -> bool:

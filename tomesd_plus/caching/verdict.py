@@ -3,6 +3,7 @@
 from collections import Counter
 
 from tomesd_plus.caching.generation import CacheRecord, WhyFull
+from tomesd_plus.host.step import MOST_CALLS
 
 ASKED_FOR = {WhyFull.first_step, WhyFull.listed, WhyFull.interval}
 """Reasons of the configuration itself."""
@@ -33,5 +34,7 @@ def why_nothing_cached(record: CacheRecord) -> str | None:
     reasons = Counter(step.reason for step in record.steps if step.reason is not None)
     if reasons[WhyFull.interval] or reasons[WhyFull.listed]:
         reasons.pop(WhyFull.same_noise_level, None)  # of Heun's and PNDM's second calls
+    if len(record.steps) <= MOST_CALLS:
+        reasons.pop(WhyFull.nothing_kept, None)  # they may be the first step's calls
     unasked = [reason for reason, _ in reasons.most_common() if reason not in ASKED_FOR]
     return MENDS[unasked[0]] if unasked else None

@@ -29,10 +29,14 @@ def _skipped(attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     return hidden_states
 
 
+STORES = {"attnstore", "attention_store", "attention_probs", "controller"}
+"""Attributes of processors that hand maps to their pipelines: LEDITS++, Attend-and-Excite, SAG, prompt-to-prompt."""
+
+
 def keeps_attention_maps(processor: Any) -> bool:
-    """True for a processor that stores attention maps for its pipeline, as those of LEDITS++ and SAG."""
+    """True for a processor that stores attention maps for its pipeline."""
     inner = getattr(processor, "inner", processor)
-    return any("store" in name or name == "attention_probs" for name in getattr(inner, "__dict__", {}))
+    return bool(STORES & getattr(inner, "__dict__", {}).keys())
 
 
 def attention(

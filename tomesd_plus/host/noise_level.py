@@ -37,20 +37,24 @@ class NoiseLevels:
         referable = self._scheduler is not None and bool(type(pipe).__weakrefoffset__)
         self._pipe: Transient[weakref.ref[Any]] = Transient(weakref.ref(pipe) if referable else None)
         self._table: Transient[tuple[Tensor, int | None, dict[float, float], bool]] = Transient()
-        self._clear = False  # a timestep was so large that all are of training
         self._told = False
 
-    def of(self, timesteps: Sequence[float]) -> list[float]:
-        """Noise levels in [0, 1] of a generation's timesteps, or of one."""
+    def of(self, timesteps: Sequence[float], largest: float = -math.inf) -> list[float]:
+        """Noise levels in [0, 1] of timesteps.
+
+        Args:
+            timesteps: Of a generation, or one of them.
+            largest: Of the same generation's timesteps so far: a large one tells that small ones are of training too.
+        """
         table, flow = self._levels_of_scheduler()
         training = self.train_timesteps - (not self.flow)
-        self._clear = self._clear or max(timesteps) > CLEAR
-        if flow and not self._clear and max(timesteps) <= 1:  # as Flux is called
+        clear = CLEAR < max(*timesteps, largest) <= self.train_timesteps and min(timesteps) >= 0
+        if flow and not clear and max(timesteps) <= 1:  # as Flux is called
             return [max(timestep, 0.0) for timestep in timesteps]
         levels = []
         for place, timestep in enumerate(timesteps):
             level = table.get(timestep)
-            if level is None and (float(timestep).is_integer() or self._clear or self.flow):
+            if level is None and (float(timestep).is_integer() or clear or self.flow):
                 level = timestep / training
             level = _nearest(table, timestep) if level is None else level
             if level is None:
@@ -151,8 +155,9 @@ def _stable_diffusion() -> tuple[float, ...]:
 
 def is_flow(scheduler: Any) -> bool:
     """True for a scheduler of models that were trained by flow matching."""
-    config, sigmas = scheduler.config, getattr(scheduler, "sigmas", None)
-    said = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    config, sigmas = getattr(scheduler, "config", None), getattr(scheduler, "sigmas", None)
+    flow = getattr(config, "prediction_type", None) == "flow_prediction"
+    said = flow or getattr(config, "use_flow_sigmas", False)
     bounded = isinstance(sigmas, Tensor) and float(sigmas.max()) <= 1
     return bool(said) or (bounded and not hasattr(scheduler, "alphas_cumprod"))
 

@@ -20,6 +20,6 @@ class Promise:
         Args:
             why_not: The reason and the mend; ``None`` if it has happened.
         """
-        if why_not is not None and self._kept:
+        before, self._kept = self._kept, why_not is None  # first: a warning may be raised as an error
+        if before and why_not is not None:
             warnings.warn(f"{self.broken}: {why_not}.", stacklevel=2)
-        self._kept = why_not is None

@@ -1,5 +1,6 @@
 """Where in a generation a model's call stands: noise level, step and latent size, read from the call itself."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -100,8 +101,9 @@ class StepTracker:
     _last: float | None
     _last_index: int | None
     _rising: bool | None  # the direction of a caller's own timesteps; None until it shows
-    _sample: Tensor | None  # the latest step's latents and text, of a caller's own timesteps
+    _sample: tuple[Tensor, int | None] | None  # the latest step's latents, of a caller's own timesteps, and text
     _text: Any
+    _largest: float  # of the generation's own timesteps so far
     _number: int
     _call: int
     _ambiguous: bool
@@ -114,6 +116,7 @@ class StepTracker:
         self._values, self._levels = [], []
         self._index = self._last = self._last_index = None
         self._rising = self._sample = self._text = None
+        self._largest = -math.inf
         self._number = self._call = 0
         self._ambiguous = False
 
@@ -132,9 +135,11 @@ class StepTracker:
         else:
             index = None
             value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-            (noise_level,) = self.noise_levels.of([value])
             again = isinstance(timestep, Tensor) and timestep.numel() == 1 and value == self._last
+            again = again and _same_text(text, self._text) and _is_same(sample, self._sample)
             new = again or self._begins_anew(value, sample, text)  # again: a schedule of one step, once more
+            self._largest = value if new else max(value, self._largest)
+            (noise_level,) = self.noise_levels.of([value], self._largest)
         new = self._last is None if self.explicit else new
         if new:
             self._number = self._call = 0
@@ -145,7 +150,8 @@ class StepTracker:
         else:
             self._call = self._call + 1 if index == self._last_index else 0
         if self._call == 0:
-            self._text, self._sample = text, sample.detach() if index is None else None
+            self._text = text.detach() if isinstance(text, Tensor) else text  # else it would keep an encoder's graph
+            self._sample = (sample.detach(), _version(sample)) if index is None else None
         self._last, self._last_index = value, index
         self._ambiguous = self._ambiguous or self._call >= MOST_CALLS
         batch, height, width = len(sample), *sample.shape[-2:]
@@ -157,7 +163,7 @@ class StepTracker:
     def _observe_view(self, timestep: Tensor, text: Any) -> tuple[int, bool]:
         index = int(timestep.storage_offset())
         pointer = timestep.untyped_storage().data_ptr()
-        version = None if timestep.is_inference() else timestep._version
+        version = _version(timestep)
         new = self._storage is None or self._storage.data_ptr() != pointer or self._version != version
         if new:
             # Held, so that its memory cannot become another schedule's and be taken for this one.
@@ -172,14 +178,16 @@ class StepTracker:
 
     def _begins_anew(self, value: float, sample: Tensor, text: Any) -> bool:
         """True if a timestep of the caller's own is another generation's first."""
-        if self._last is None or value == self._last:
-            return self._last is None
+        if self._last is None:
+            return True
+        if value == self._last:  # one of guidance's branches, which see the same latents
+            return not _is_like(sample, self._sample)
         rises = value > self._last
         if self._rising is not None and rises != self._rising:
             return True
         if rises and self._rising is None:  # one that has begun to rise, or the next one's first step
             return not (_same_text(text, self._text) and _is_like(sample, self._sample))
-        return not _same_text(text, self._text)
+        return not _same_text(text, self._text) and not _is_like(sample, self._sample)
 
 
 def _is_one_of_many(timestep: Tensor) -> bool:
@@ -201,10 +209,20 @@ def _same_text(text: Any, other: Any) -> bool:
     return text.shape != other.shape or bool(torch.equal(text, other.to(text)))
 
 
-def _is_like(sample: Tensor, other: Tensor | None) -> bool:
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is_same(sample: Tensor, other: tuple[Tensor, int | None] | None) -> bool:
+    return other is not None and sample.shape == other[0].shape and bool(torch.equal(sample, other[0].to(sample)))
+
+
+def _is_like(sample: Tensor, before: tuple[Tensor, int | None] | None) -> bool:
     """True for two successive latents of one generation; those of two pictures are nearly at right angles."""
-    if other is None or sample.shape != other.shape:
+    if before is None or sample.shape != before[0].shape:
         return False
-    return bool(
-        torch.cosine_similarity(sample.detach().flatten().float(), other.to(sample).flatten().float(), 0) > 0.8
-    )
+    other, version = before
+    if sample.data_ptr() == other.data_ptr() and sample.dtype == other.dtype:
+        return version == _version(sample)  # written over: what it was cannot be told
+    one, two = (each.detach().flatten().float() for each in (sample, other.to(sample)))
+    return bool(torch.cosine_similarity(one, two, dim=0) > 0.8)

@@ -63,7 +63,7 @@ class Attachment:
         self._handles: list[Any] = []
         self._lost_on: Transient[weakref.ref[nn.Module]] = Transient()  # the model whose processors were replaced
         self._keeping: dict[nn.Module, KeptOutputs] = {}  # the layers that may keep an output
-        self._promise = Promise("Token merging has merged nothing")
+        self._promise = Promise("Token merging has merged nothing" + (f" in {name.rstrip('.')}" if name else ""))
         self._warned = False
         self._replaced = False  # all processors were
 
@@ -145,7 +145,7 @@ class Attachment:
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(reading.sample, reading.timestep, reading.text)
         if step.new_generation:
-            self._settle(generation.record)
+            self._judge(generation.record)
             generation = Generation(generation.tracker)
             record = generation.record
             record.layers = {name: LayerRecord(name, left_alone=reason) for name, reason in self.excluded.items()}
@@ -180,10 +180,6 @@ class Attachment:
         call = self.decider.current.call
         if call is None or call.record is None or not call.running:
             return
-        if output is not None:  # ``None`` after a failure
-            self._note_if_nothing_merged(call, call.record)
-            if call.step.last:
-                self._judge(call.record)
         call.running = False
         self.decider.current.block.forget()
         levels = {level.downsample: level for level in call.levels.values()}
@@ -192,6 +188,10 @@ class Attachment:
         }
         if self._keeping:
             call.record.kept_bytes = sum(map(_bytes, self._keeping.values()))
+        if output is not None:  # ``None`` after a failure
+            self._note_if_nothing_merged(call, call.record)
+            if call.step.last:
+                self._judge(call.record)
 
     # Generations ------------------------------------------------------------------------------------------------
 
@@ -282,17 +282,13 @@ class Attachment:
         """Tell the user if nothing was merged in a generation; of compiled layers nothing is known."""
         merged = any(layer.removed for layer in record.layers.values())
         if not record.judged and (merged or record.why_nothing):
+            record.judged = True
             self._promise.judge(None if merged else record.why_nothing)
-        record.judged = True
 
     def settle(self) -> None:
-        """The report is read."""
-        if self.record.value is not None:
-            self._settle(self.record.value)
-
-    def _settle(self, record: Record) -> None:
-        """Judge a generation of which no call was known to be its last; another is judged there, if it comes to it."""
-        if record.steps and record.steps[-1].index is None:
+        """The report is read: judge the latest generation, unless its last scheduled call is still to come."""
+        record = self.record.value
+        if record is not None and record.steps and record.steps[-1].index is None:
             self._judge(record)
 
 

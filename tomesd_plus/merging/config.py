@@ -151,6 +151,8 @@ class ToMeConfig:
         sides = self.cell_size if isinstance(self.cell_size, tuple) else ()
         if len(sides) != 2 or not all(is_whole(side, 1) for side in sides):
             raise ValueError(f"cell_size must be two whole numbers of at least 1, not {self.cell_size!r}")
+        if not isinstance(self.proportional_attention, bool):
+            raise ValueError(f"proportional_attention must be True or False, not {self.proportional_attention!r}")
         if not is_whole(self.seed, 0):
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
         if self.window is not None and not is_whole(self.window, 1):
