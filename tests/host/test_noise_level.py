@@ -176,5 +176,5 @@ def test_one_schedule_says_nothing_of_the_next():
 
 
 def test_a_scheduler_of_the_users_own_has_no_config():
-    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 100.0]), sigmas=torch.ones(3)))
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 100.0])))
     assert NoiseLevels(pipe).of([900.0, 100.0]) == [900 / 999, 100 / 999]
