@@ -184,7 +184,7 @@ class FeatureCache:
             outputs[step.call] = kept_with(outputs.get(step.call, ()), new)
         current.kind, current.outputs, current.waiting, current.given = "idle", {}, [], None
         if generation is not None and step is not None and step.last and output is not None:
-            self._judge(generation.record)
+            self._judge(generation.record, finished=True)
 
     def settle(self) -> None:
         """The report is read: judge the latest generation, unless more of it is still to come."""
@@ -192,7 +192,7 @@ class FeatureCache:
         if record is not None and len(record.steps) > 1 and record.steps[-1].index is None:
             self._judge(record)
 
-    def _judge(self, record: CacheRecord) -> None:
+    def _judge(self, record: CacheRecord, finished: bool = False) -> None:
         """Tell the user if a generation took nothing from the cache, though it should have."""
         if record.judged or not record.steps:
             return
@@ -200,7 +200,7 @@ class FeatureCache:
         self._lone_calls = self._lone_calls + 1 if lone else 0
         wanted = self.config.interval != 1 or self.config.plan is not None or self.config.full_steps is not None
         caught = any(not step.full for step in record.steps)
-        why_not = why_nothing_cached(record) if wanted and not caught else None
+        why_not = why_nothing_cached(record, finished) if wanted and not caught else None
         if lone and self._lone_calls < 2:
             return  # it may have been tried only
         if why_not is not None or caught:

@@ -20,11 +20,12 @@ MENDS = {
 }
 
 
-def why_nothing_cached(record: CacheRecord) -> str | None:
+def why_nothing_cached(record: CacheRecord, finished: bool) -> str | None:
     """The reason and the mend; ``None`` if all steps were full by the configuration's own choice.
 
     Args:
         record: Of a generation all of whose steps were full.
+        finished: True if its last scheduled step is over.
     """
     if len(record.steps) == 1 and record.steps[0].index is None:  # else a schedule's last step, as of image to image
         return (
@@ -34,7 +35,8 @@ def why_nothing_cached(record: CacheRecord) -> str | None:
     reasons = Counter(step.reason for step in record.steps if step.reason is not None)
     if reasons[WhyFull.interval] or reasons[WhyFull.listed]:
         reasons.pop(WhyFull.same_noise_level, None)  # of Heun's and PNDM's second calls
-    if len(record.steps) <= MOST_CALLS:
-        reasons.pop(WhyFull.nothing_kept, None)  # they may be the first step's calls
+    if len(record.steps) <= MOST_CALLS and not finished:  # they may be the first step's calls, or all before a failure
+        for early in (WhyFull.nothing_kept, WhyFull.changed):
+            reasons.pop(early, None)
     unasked = [reason for reason, _ in reasons.most_common() if reason not in ASKED_FOR]
     return MENDS[unasked[0]] if unasked else None
