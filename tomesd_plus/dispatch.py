@@ -47,7 +47,7 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
     Raises:
         TypeError: The model has nothing that can be merged, or an option is unknown or of a wrong type.
         ValueError: Merging is on already, or an option is out of range.
-        RuntimeError: A vision tower of a transformers older than 5.
+        RuntimeError: A vision tower of a transformers older than 5.18.
 
     Example:
         >>> from tomesd_plus import apply_token_merging, load_tiny_pipeline

@@ -241,7 +241,17 @@ def test_it_is_applied_once_and_comes_off_after_an_error():
     assert torch.equal(forward(model), forward(make_tower()))
 
 
-def test_transformers_older_than_5_are_refused_in_words(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.56.2")
-    with pytest.raises(RuntimeError, match=r"needs transformers 5 or later, but 4\.56\.2 is installed"):
+@pytest.mark.parametrize("version", ["4.56.2", "5.0.0", "5.14.0", "5.17.0.dev0"])
+def test_transformers_that_are_too_old_are_refused_in_words(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(RuntimeError, match=rf"needs transformers 5\.18 or later, but {version} is installed"):
         apply_token_merging(make_tower())
+
+
+@pytest.mark.parametrize("part", ["attention.config", "attention.k_proj", "layernorm_after", "mlp"])
+def test_layers_made_otherwise_are_refused_in_words(part):
+    model = make_tower()
+    owner, _, name = f"layers.1.{part}".rpartition(".")
+    delattr(model.get_submodule(owner), name)
+    with pytest.raises(TypeError, match=rf"layers\.1 \(ViTLayer\) cannot be merged.* it has no {part}"):
+        apply_token_merging(model)

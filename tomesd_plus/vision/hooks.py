@@ -11,6 +11,7 @@ the norm, one after the MLP, one after the layer.
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,13 +22,8 @@ from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.call import KEY, Call, LayerCall
 from tomesd_plus.vision.methods import METHODS
 
-try:
+with suppress(ImportError):  # in versions where merging is refused
     from transformers.utils import output_capturing
-except ImportError:  # older than 5, where merging is refused
-    output_capturing = None
-
-
-CAPTURING = "transformers.utils.output_capturing"
 
 
 class Hook:
