@@ -85,8 +85,19 @@ def test_wrong_options_are_refused_in_words(options, error, words):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_mask_of_another_size_is_refused_when_the_model_is_called():
+@pytest.mark.parametrize("shape", [(5, 5), (4, 16), (2, 4, 16), (3, 8, 8), (63,)])
+def test_a_mask_of_another_size_is_refused_when_the_model_is_called(shape):
     model = make_tower()
-    apply_token_merging(model, protect=torch.ones(5, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"protect has shape \(5, 5\), .* 64 patches, 8 × 8, in each of 2 pictures"):
+    apply_token_merging(model, protect=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError) as error:
         model(pictures())
+    assert f"protect has shape {shape}, which does not fit 64 patches, 8 × 8, in each of 2 pictures" in str(error)
+
+
+def test_a_mask_that_lies_on_its_side_is_refused():
+    model, mask = make_tower("dinov2"), torch.ones(6, 10, dtype=torch.bool)
+    report = apply_token_merging(model, protect=mask)
+    forward(model, pictures(2, 24, 40))
+    assert not report.merged
+    with pytest.raises(ValueError, match=r"protect has shape \(6, 10\), .* 60 patches, 10 × 6,"):
+        forward(model, pictures(2, 40, 24))

@@ -73,7 +73,7 @@ class BeforeLayer(Hook):
         if call is None:  # a layer that is called by itself
             return None
         hidden_states = first(args, kwargs, "hidden_states")
-        if self.index == 0:
+        if self.index == 0 and not call.sequences:  # not in a second run for gradients
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
             call.grid, self.attachment.current.grid = self.attachment.current.grid, None
             call.begin(hidden_states, mask is not None)
@@ -123,20 +123,23 @@ class AfterKeys(Hook):
 
 
 class BeforeNorm(Hook):
-    """Merges."""
+    """Merges, unless a layer that was not finished has left its part, and the norm is called by itself."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         layer = self.attachment.current.layer
-        plan = None if layer is None else layer.make_plan()
+        if layer is None or args[0].shape[:2] != (layer.call.batch, layer.before.tokens):
+            return None
+        plan = layer.make_plan()
         return None if plan is None else (plan.merge(args[0]), *args[1:])
 
 
 class AfterMlp(Hook):
-    """Unmerges."""
+    """Unmerges, with the same exception."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         layer, self.attachment.current.layer = self.attachment.current.layer, None
-        return None if layer is None or layer.plan is None else layer.plan.unmerge(output)
+        plan = None if layer is None else layer.plan
+        return None if plan is None or output.shape[:2] != plan.kept.shape else plan.unmerge(output)
 
 
 class AfterLayer(Hook):
@@ -150,7 +153,8 @@ class AfterLayer(Hook):
         if step.plan is not None:
             output = step.plan.merge(output)
             sequence = sequence.after(step.plan)
-        step.call.sequences[step.index + 1 :] = [sequence]
+        if len(step.call.sequences) == step.index + 1:  # else a second run for gradients
+            step.call.sequences.append(sequence)
         last = step.index == step.call.layers - 1
         return sequence.dense(output) if last or _is_watched(module) else output
 
