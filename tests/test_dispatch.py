@@ -52,3 +52,12 @@ def test_what_has_nothing_to_merge_is_refused_in_words():
             use(bert)
     with pytest.raises(TypeError, match=r"expected a diffusers pipeline with a UNet .* not Linear"):
         apply_token_merging(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    "model, words", [(BertModel, "the class BertModel"), (None, "None"), ("google/vit", "'google/vit'")]
+)
+def test_what_is_no_model_is_refused_in_words(model, words):
+    for use in (apply_token_merging, remove_token_merging, merging_report):
+        with pytest.raises(TypeError, match=rf"expected a diffusers pipeline .* vision tower .*, not {words}: load"):
+            use(model)

@@ -1,5 +1,6 @@
 """How many tokens each layer loses, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -74,6 +75,17 @@ def test_what_is_more_than_half_is_cut_and_told():
         ({"r": 8, "ratio": 0.5}, TypeError, "one of r, ratio and similarity, not r and ratio"),
         ({"method": "prune"}, ValueError, "choose from merging, evit, ats"),
         ({"proportional_attention": "yes"}, TypeError, "True, False or None"),
+        ({"proportional_attention": 0}, TypeError, "True, False or None, not 0"),
+        ({"proportional_attention": 1.0}, TypeError, "True, False or None"),
+        ({"proportional_attention": torch.ones(2)}, TypeError, "True, False or None"),
+        ({"method": ["merging"]}, ValueError, r"unknown method \['merging'\]: choose from"),
+        ({"r": b"abcd"}, TypeError, "a number, a list of numbers or"),
+        ({"r": np.array([1, 2, 3, 4])}, TypeError, "a number, a list of numbers or"),
+        ({"r": (10**400, 1)}, ValueError, "a number of tokens, at most 2147483647"),
+        ({"ratio": 10**400}, ValueError, "ratio must lie"),
+        ({"protect": "abc"}, TypeError, "a mask of bools.* not 'abc'"),
+        ({"protect": object()}, TypeError, "a mask of bools.* not <object"),
+        ({"protect": [[True], [True, False]]}, TypeError, "a mask of bools.* not .*expected sequence of length 1"),
         ({"protect": [1, 2]}, TypeError, "a mask of bools"),
         ({"protect": torch.zeros(0, dtype=torch.bool)}, TypeError, "a mask of bools"),
     ],
