@@ -131,8 +131,8 @@ def _has_towers(model: Any) -> bool:
     if model is None or isinstance(model, str | PathLike | type):
         given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
         raise TypeError(
-            "expected a diffusers pipeline with a UNet or a transformer, or a model or pipeline of transformers with a "
-            f"vision tower (ViT, DeiT, CLIP, SigLIP, DINOv2 or DINOv3), not {given}: load or make the model first"
+            "expected a diffusers pipeline with a UNet or a transformer, or a model or pipeline of transformers with "
+            f"a vision tower (ViT, DeiT, CLIP, SigLIP, DINOv2 or DINOv3), not {given}: load or make the model first"
         )
     if "transformers" not in sys.modules or hasattr(model, "unet"):
         return False

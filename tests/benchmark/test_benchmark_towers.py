@@ -44,8 +44,7 @@ def test_each_method_stands_beside_its_ideal():
     measured = measure(Workload("vit-tiny", 32, 2), settings, CPU, QUICK)
     assert [each.setting for each in measured] == settings and all(len(each.seconds) == 1 for each in measured)
     for each in measured:
-        ours = each.setting != UNTOUCHED and "ideal" not in each.setting.name
-        assert [(each.matching_seconds or 0) > 0, (each.merging_seconds or 0) > 0] == [ours, ours]
+        assert each.matching_seconds is each.merging_seconds is None  # by another clock than the time
 
 
 @pytest.mark.parametrize("method", ["merging", "evit", "ats"])

@@ -145,17 +145,19 @@ def _count(r: Any) -> int:
         raise TypeError(f"r is a number of tokens, not {r!r}: give a share of the patches as ratio=")
     if isinstance(r, bool) or not isinstance(r, Integral):
         raise TypeError(f"r is a number, a list of numbers or (r, inflection), not {r!r}")
-    if r < 0:
+    count = int(r)
+    if count < 0:
         raise ValueError(f"r must not be negative, but is {r}")
-    if r > MOST_R:
+    if count > MOST_R:
         raise ValueError(f"r is a number of tokens, at most {MOST_R}")
-    return int(r)
+    return count
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a number, not {value!r}")
-    if not low <= value <= high:
+    number: Any = value
+    if not low <= number <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], not {value!r}")
 
 

@@ -80,7 +80,7 @@ class BeforeLayer(Hook):
             if call.reason is not None and getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
                 raise RuntimeError(
                     f"token merging cannot be exported, for {call.reason}, which transformers makes for torch.export: "
-                    "use torch.compile or torch.jit.trace, or remove_token_merging first"
+                    "use torch.compile, or torch.jit.trace for one batch size, or remove_token_merging first"
                 )
             if call.reason is not None and not self.attachment.warned:
                 self.attachment.warned = True
