@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the examples
 
 import pytest
 import torch
-import transformers
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -32,10 +31,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tomesd_plus import ToMeProcessor, load_tiny_pipeline
+from tomesd_plus.vision.versions import is_too_old
 
 WIDTH = 16  # of the text encoders
 # Merging in vision towers is refused with older ones. There is one conftest: tests import from it by this name.
-collect_ignore_glob = ["vision/test_*.py"] if int(transformers.__version__.partition(".")[0]) < 5 else []
+collect_ignore_glob = ["vision/test_*.py"] if is_too_old() else []
 
 
 def make_unet(**overrides: Any) -> UNet2DConditionModel:

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-import transformers
 from transformers import BertConfig, BertModel
 
 from tests import vision_tools
 from tests.conftest import make_pipeline
 from tomesd_plus import ToMeConfig, apply_token_merging, merging_report, remove_token_merging, token_merging
+from tomesd_plus.vision.versions import OLDEST, is_too_old
 
-if int(transformers.__version__.partition(".")[0]) < 5:
-    pytest.skip("merging in vision towers needs transformers 5", allow_module_level=True)
+if is_too_old():
+    pytest.skip(f"merging in vision towers needs transformers {OLDEST}", allow_module_level=True)
 
 
 def test_each_model_goes_to_its_room():
@@ -52,3 +52,12 @@ def test_what_has_nothing_to_merge_is_refused_in_words():
             use(bert)
     with pytest.raises(TypeError, match=r"expected a diffusers pipeline with a UNet .* not Linear"):
         apply_token_merging(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    "model, words", [(BertModel, "the class BertModel"), (None, "None"), ("google/vit", "'google/vit'")]
+)
+def test_what_is_no_model_is_refused_in_words(model, words):
+    for use in (apply_token_merging, remove_token_merging, merging_report):
+        with pytest.raises(TypeError, match=rf"expected a diffusers pipeline .* vision tower .*, not {words}: load"):
+            use(model)

@@ -4,11 +4,11 @@ import runpy
 from pathlib import Path
 
 import pytest
-import transformers
 
 from examples import front
 from examples.train_tiny.data import FONT_PATHS
 from tomesd_plus.evaluation.configurations import parse_configuration
+from tomesd_plus.vision.versions import OLDEST, is_too_old
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WRITES = {
@@ -45,7 +45,7 @@ SLOW = (
     "vision_accuracy.py",
 )
 NEEDS_FONT = ("vision_accuracy.py",)
-OLD = int(transformers.__version__.partition(".")[0]) < 5  # where merging in vision towers is refused
+OLD = is_too_old()  # where merging in vision towers is refused
 RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in WRITES]
 
 
@@ -93,7 +93,7 @@ def test_the_fronts_speed_ups_are_of_whole_denoisings(tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_examples_run(name, tmp_path, monkeypatch, capsys):
     if name.startswith("vision") and OLD:
-        pytest.skip("merging in vision towers needs transformers 5")
+        pytest.skip(f"merging in vision towers needs transformers {OLDEST}")
     if name in NEEDS_FONT and not any(path.exists() for path in FONT_PATHS):
         pytest.skip("Noto Color Emoji is missing: apt-get install fonts-noto-color-emoji")
     monkeypatch.chdir(tmp_path)

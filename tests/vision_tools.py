@@ -84,14 +84,14 @@ def layers_of(model: Any) -> Any:
 
 
 @torch.no_grad()
-def papers_forward(model: Any, pixel_values: Tensor, removed: list[int], prefix: int) -> list[Tensor]:
+def papers_forward(model: Any, pixel_values: Tensor, removed: list[int], prefix: int, **options: Any) -> list[Tensor]:
     """Each layer's output at full length, by Bolya et al.'s block written out: arXiv:2210.09461, section 3."""
     before_layers: list[Any] = []
     layers = layers_of(model)
     handle = layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: before_layers.append((args[0], kwargs)), with_kwargs=True
     )
-    model(pixel_values)
+    model(pixel_values, **options)
     handle.remove()
     x, kwargs = before_layers[0]
     rotary = kwargs.get("position_embeddings")

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 TOWER_OPTIONS = ("r", "ratio", "similarity", "method", "protect", "proportional_attention")
@@ -47,7 +48,7 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
     Raises:
         TypeError: The model has nothing that can be merged, or an option is unknown or of a wrong type.
         ValueError: Merging is on already, or an option is out of range.
-        RuntimeError: A vision tower of a transformers older than 5.
+        RuntimeError: A vision tower of a transformers older than 5.18.
 
     Example:
         >>> from tomesd_plus import apply_token_merging, load_tiny_pipeline
@@ -122,7 +123,17 @@ def merging_report(model: Any) -> Any:
 
 
 def _has_towers(model: Any) -> bool:
-    """True for what is transformers' own: a model, a pipeline, or a module that has such a model in it."""
+    """True for what is transformers' own: a model, a pipeline, or a module that has such a model in it.
+
+    Raises:
+        TypeError: It is a name or a class, or nothing at all.
+    """
+    if model is None or isinstance(model, str | PathLike | type):
+        given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise TypeError(
+            "expected a diffusers pipeline with a UNet or a transformer, or a model or pipeline of transformers with "
+            f"a vision tower (ViT, DeiT, CLIP, SigLIP, DINOv2 or DINOv3), not {given}: load or make the model first"
+        )
     if "transformers" not in sys.modules or hasattr(model, "unet"):
         return False
     inner = getattr(model, "_orig_mod", model)

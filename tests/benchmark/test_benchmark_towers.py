@@ -12,14 +12,13 @@ from tomesd_plus.benchmark.towers import fewer_tokens_at_no_cost, tower_runner
 from tomesd_plus.cli import app
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.vision import TowerConfig
+from tomesd_plus.vision.versions import OLDEST, is_too_old
 
 CPU = torch.device("cpu")
 QUICK = Protocol(repeats=1, run_seconds=0)
 PARAMETERS = {"vit-b16": 86.4, "vit-l16": 304.4, "clip-b32": 87.5, "clip-l14": 303.2, "dinov2-s": 22.1}  # millions
 
-pytestmark = pytest.mark.skipif(
-    int(transformers.__version__.partition(".")[0]) < 5, reason="merging in towers needs transformers 5"
-)
+pytestmark = pytest.mark.skipif(is_too_old(), reason=f"merging in towers needs transformers {OLDEST}")
 
 
 @pytest.fixture
@@ -45,8 +44,7 @@ def test_each_method_stands_beside_its_ideal():
     measured = measure(Workload("vit-tiny", 32, 2), settings, CPU, QUICK)
     assert [each.setting for each in measured] == settings and all(len(each.seconds) == 1 for each in measured)
     for each in measured:
-        ours = each.setting != UNTOUCHED and "ideal" not in each.setting.name
-        assert [(each.matching_seconds or 0) > 0, (each.merging_seconds or 0) > 0] == [ours, ours]
+        assert each.matching_seconds is each.merging_seconds is None  # by another clock than the time
 
 
 @pytest.mark.parametrize("method", ["merging", "evit", "ats"])

@@ -1,5 +1,7 @@
 """Towers inside models, backbones and transformers' pipelines."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
 
-from tests.vision_tools import PATCHES, forward, make_config, make_tower, pictures
+from tests.vision_tools import KINDS, LAYERS, PATCHES, forward, make_config, make_tower, papers_forward, pictures
 from tomesd_plus import apply_token_merging, merging_report, remove_token_merging
 from tomesd_plus.tiny import TINY_CLIP
 
@@ -124,15 +126,28 @@ def test_depth_estimation_on_a_backbone():
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "clip", "siglip", "dinov2", "dinov3"])
 def test_other_sizes(kind):
-    model = make_tower(kind)
+    model, prefix = make_tower(kind), KINDS[kind][0]
     report = apply_token_merging(model, ratio=0.5)
     options = {} if kind.startswith("dino") else {"interpolate_pos_encoding": True}
     for batch, height, width in ((1, 40, 24), (3, 32, 32), (2, 24, 48)):
         output = forward(model, pictures(batch, height, width), **options)
         rows, columns = height // 4, width // 4
-        assert output.shape[:2] == (batch, rows * columns + report.layers[0].before - rows * columns)
+        patches = rows * columns
+        assert output.shape[:2] == (batch, prefix + patches)
         assert report.source_map().shape == (batch, rows, columns)
-        assert report.removed == pytest.approx(0.5, abs=0.02)
+        left = [prefix + patches - patches // 2 * layer // LAYERS for layer in range(LAYERS + 1)]
+        assert [(layer.before, layer.after) for layer in report.layers] == list(pairwise(left))
+
+
+@pytest.mark.parametrize("kind, options", [("vit", {"interpolate_pos_encoding": True}), ("dinov3", {})])
+def test_pictures_that_are_not_square_get_the_papers_block(kind, options):
+    model, batch, removed = make_tower(kind), pictures(2, 24, 48), [9, 5, 7, 3]
+    expected = papers_forward(model, batch, removed, KINDS[kind][0], **options)
+    apply_token_merging(model, r=removed)
+    with torch.no_grad():
+        hidden = model(batch, output_hidden_states=True, **options).hidden_states
+    for ours, theirs in zip(hidden[1:], expected, strict=True):
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5
 
 
 def test_the_embedded_clip_reads_pictures_nearly_as_before():

@@ -132,6 +132,15 @@ def test_everything_protected_is_the_untouched_tower():
     assert torch.equal(forward(model), untouched) and not report.merged and "0 can go" in str(report)
 
 
+@pytest.mark.parametrize("method, options", [("merging", {"similarity": 0.5}), ("merging", {"r": 8}), ("ats", {})])
+@pytest.mark.parametrize("free", [0, 1])
+def test_nothing_goes_where_at_most_one_patch_may(free, method, options):
+    model, mask = make_tower(), torch.arange(PATCHES) >= free
+    untouched = forward(model)
+    report = apply_token_merging(model, method=method, protect=mask, **options)
+    assert torch.equal(forward(model), untouched) and not report.merged
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_proportional_attention_counts(kind):
     outputs = {}

@@ -1,5 +1,6 @@
 """How many tokens each layer loses, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -74,6 +75,17 @@ def test_what_is_more_than_half_is_cut_and_told():
         ({"r": 8, "ratio": 0.5}, TypeError, "one of r, ratio and similarity, not r and ratio"),
         ({"method": "prune"}, ValueError, "choose from merging, evit, ats"),
         ({"proportional_attention": "yes"}, TypeError, "True, False or None"),
+        ({"proportional_attention": 0}, TypeError, "True, False or None, not 0"),
+        ({"proportional_attention": 1.0}, TypeError, "True, False or None"),
+        ({"proportional_attention": torch.ones(2)}, TypeError, "True, False or None"),
+        ({"method": ["merging"]}, ValueError, r"unknown method \['merging'\]: choose from"),
+        ({"r": b"abcd"}, TypeError, "a number, a list of numbers or"),
+        ({"r": np.array([1, 2, 3, 4])}, TypeError, "a number, a list of numbers or"),
+        ({"r": (10**400, 1)}, ValueError, "a number of tokens, at most 2147483647"),
+        ({"ratio": 10**400}, ValueError, "ratio must lie"),
+        ({"protect": "abc"}, TypeError, "a mask of bools.* not 'abc'"),
+        ({"protect": object()}, TypeError, "a mask of bools.* not <object"),
+        ({"protect": [[True], [True, False]]}, TypeError, "a mask of bools.* not .*expected sequence of length 1"),
         ({"protect": [1, 2]}, TypeError, "a mask of bools"),
         ({"protect": torch.zeros(0, dtype=torch.bool)}, TypeError, "a mask of bools"),
     ],
@@ -85,8 +97,19 @@ def test_wrong_options_are_refused_in_words(options, error, words):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_mask_of_another_size_is_refused_when_the_model_is_called():
+@pytest.mark.parametrize("shape", [(5, 5), (4, 16), (2, 4, 16), (3, 8, 8), (63,)])
+def test_a_mask_of_another_size_is_refused_when_the_model_is_called(shape):
     model = make_tower()
-    apply_token_merging(model, protect=torch.ones(5, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"protect has shape \(5, 5\), .* 64 patches, 8 × 8, in each of 2 pictures"):
+    apply_token_merging(model, protect=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError) as error:
         model(pictures())
+    assert f"protect has shape {shape}, which does not fit 64 patches, 8 × 8, in each of 2 pictures" in str(error)
+
+
+def test_a_mask_that_lies_on_its_side_is_refused():
+    model, mask = make_tower("dinov2"), torch.ones(6, 10, dtype=torch.bool)
+    report = apply_token_merging(model, protect=mask)
+    forward(model, pictures(2, 24, 40))
+    assert not report.merged
+    with pytest.raises(ValueError, match=r"protect has shape \(6, 10\), .* 60 patches, 10 × 6,"):
+        forward(model, pictures(2, 40, 24))

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from tests.vision_tools import KINDS, LAYERS, forward, make_tower, pictures
 from tomesd_plus import apply_token_merging, merging_report, remove_token_merging, token_merging
@@ -241,7 +242,62 @@ def test_it_is_applied_once_and_comes_off_after_an_error():
     assert torch.equal(forward(model), forward(make_tower()))
 
 
-def test_transformers_older_than_5_are_refused_in_words(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.56.2")
-    with pytest.raises(RuntimeError, match=r"needs transformers 5 or later, but 4\.56\.2 is installed"):
+@pytest.mark.parametrize("version", ["4.56.2", "5.0.0", "5.14.0", "5.17.0.dev0"])
+def test_transformers_that_are_too_old_are_refused_in_words(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(RuntimeError, match=rf"needs transformers 5\.18 or later, but {version} is installed"):
         apply_token_merging(make_tower())
+
+
+@pytest.mark.parametrize("part", ["attention.config", "attention.k_proj", "layernorm_after", "mlp"])
+def test_layers_made_otherwise_are_refused_in_words(part):
+    model = make_tower()
+    owner, _, name = f"layers.1.{part}".rpartition(".")
+    delattr(model.get_submodule(owner), name)
+    with pytest.raises(TypeError, match=rf"layers\.1 \(ViTLayer\) cannot be merged.* it has no {part}"):
+        apply_token_merging(model)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("implementation", list(CheckpointImpl))
+@pytest.mark.parametrize("method", ["merging", "ats"])
+def test_a_second_run_of_whole_layers_leaves_the_report_as_it_was(method, implementation):
+    def gradients(model):
+        model(pictures().requires_grad_()).last_hidden_state.square().mean().backward()
+        return {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
+
+    model, report = merged_tower(method=method)
+    plain = gradients(model)
+    expected, groups = report.layers, [report.source_map(index) for index in range(LAYERS)]
+    model, report = merged_tower(method=method)
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = checkpoint_wrapper(layer, implementation)
+    again = gradients(model)
+    assert report.layers == expected and report.removed == 0.5
+    assert all(torch.equal(report.source_map(index), groups[index]) for index in range(LAYERS))
+    assert report.source_map().shape == (2, 8, 8)
+    for name, gradient in again.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+def test_an_exception_in_a_layer_leaves_nothing_behind():
+    model, _ = merged_tower()
+    expected, tokens = forward(model), torch.randn(2, 65, 32)
+    mlp, norm = model.layers[0].mlp, model.layers[0].layernorm_after
+    untouched = make_tower().layers[0]
+    alone = ((mlp, tokens, untouched.mlp(tokens)), (norm, tokens[:1], untouched.layernorm_after(tokens[:1])))
+    for module, call, result in alone:
+        handle = mlp.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            forward(model)
+        handle.remove()
+        assert torch.equal(module(call), result)
+        assert torch.equal(forward(model), expected)
+
+
+def test_a_grid_of_pictures_that_were_not_finished_is_forgotten():
+    model, report = merged_tower("dinov2")
+    model.embeddings.patch_embeddings(pictures(1, 24, 16))  # by itself
+    model.encoder(torch.randn(2, 65, 32))
+    assert report.source_map().shape == (2, 1, 64)

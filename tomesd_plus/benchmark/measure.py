@@ -204,7 +204,7 @@ class _Candidate:
             with peak_memory(device) as peak, watched(device) as spent:
                 self.run(cycle)
         measured.memory_mib = (peak[0] - others) / MEBIBYTE
-        if measured.setting.switches.keys() & {"merge", "tomesd", "preset", "tower"}:
+        if measured.setting.switches.keys() & {"merge", "tomesd", "preset"}:
             measured.matching_seconds, measured.merging_seconds = (spent[kind] / cycle for kind in WATCHED)
 
     def run_and_time(self, least: float) -> None:

@@ -25,7 +25,7 @@ Weights are random: the cost depends on shapes, not on weights. Times are median
 untouched tower (PyTorch's scaled-dot-product attention), brackets their minimum and maximum; a speed-up is the median
 over pairs of runs. In one thread of a CPU they are the time that the thread has run. r is the number of tokens that
 each layer removes, or that with an inflection. *Efficiency* is the share of the *ideal* row's saving that is reached;
-there as many tokens are cut off, and nothing is matched or averaged. Matching and merging are measured separately."""
+there as many tokens are cut off, and nothing is matched or averaged."""
 HEADER = ("setting", "ratio", "levels", "ms / UNet step", "speed-up", "efficiency", "matching ms", "merging ms",
           "peak MiB", "PSNR dB", "note")  # fmt: skip
 TOWER_HEADER = ("method", "r", "images / s", "ms / call", "speed-up", "efficiency", "matching ms", "merging ms",

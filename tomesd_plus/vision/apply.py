@@ -3,7 +3,6 @@
 import warnings
 from typing import Any, cast
 
-import transformers
 from torch import nn
 
 from tomesd_plus.vision.attachment import Attachment
@@ -23,17 +22,12 @@ from tomesd_plus.vision.hooks import (
 from tomesd_plus.vision.methods import METHODS
 from tomesd_plus.vision.report import TowerReport
 from tomesd_plus.vision.towers import Tower, model_of, towers_of
-
-OLDEST = 5  # before, layers returned tuples and took other arguments
+from tomesd_plus.vision.versions import refuse_too_old
 
 
 def merge_towers(model_or_pipeline: Any, config: TowerConfig) -> TowerReport:
     """Put hooks on all vision towers of a model; see :func:`tomesd_plus.apply_token_merging`."""
-    if int(transformers.__version__.partition(".")[0]) < OLDEST:
-        raise RuntimeError(
-            f"token merging in vision towers needs transformers {OLDEST} or later, "
-            f"but {transformers.__version__} is installed: pip install -U transformers"
-        )
+    refuse_too_old()
     towers = towers_of(model_or_pipeline)
     for tower in towers:
         _check(tower, config)

@@ -78,6 +78,8 @@ class Call:
     def begin(self, hidden_states: Tensor, has_mask: bool) -> None:
         """Meet the tokens before the first layer."""
         self.batch, tokens = hidden_states.shape[:2]
+        if self.grid is not None and self.grid[0] * self.grid[1] != tokens - self.prefix:
+            self.grid = None  # of other pictures, in a call that did not get here
         self.sequences = [Sequence(tokens)]
         self.leading = self.prefix
         if has_mask:
@@ -88,11 +90,12 @@ class Call:
 
     def _protected_first(self, batch: int, tokens: int) -> Tensor:
         """An order in which protected patches, padded by others where a picture has fewer, follow the prefix."""
-        mask: Tensor = self.config.protect.mask
-        if mask.shape[1] != tokens - self.prefix or len(mask) not in (1, batch):
+        mask, shape = self.config.protect.mask, self.config.protect.shape
+        other_grid = self.grid is not None and len(shape) > 1 and shape[-2:] != self.grid
+        if other_grid or mask.shape[1] != tokens - self.prefix or len(mask) not in (1, batch):
             known = "" if self.grid is None else f", {self.grid[0]} × {self.grid[1]},"
             raise ValueError(
-                f"protect has shape {self.config.protect.shape}, which does not fit "
+                f"protect has shape {shape}, which does not fit "
                 f"{tokens - self.prefix} patches{known} in each of {batch} pictures"
             )
         head = torch.arange(self.prefix).expand(batch, -1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tomesd_plus.vision.methods import METHODS
 
 DEFAULT_R = 16  # what the paper's headline figures are for
+MOST_R = 2**31 - 1
 SIZES = 16  # adaptive merging leaves multiples of this share of the patches
 
 R = int | Sequence[int] | tuple[int, float]
@@ -67,9 +68,9 @@ class TowerConfig:
         given = [name for name in ("r", "ratio", "similarity") if getattr(self, name) is not None]
         if len(given) > 1:
             raise TypeError(f"give one of r, ratio and similarity, not {' and '.join(given)}")
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
-        if self.proportional_attention not in (None, True, False):
+        if self.proportional_attention is not None and not isinstance(self.proportional_attention, bool):
             raise TypeError(f"proportional_attention is True, False or None, not {self.proportional_attention!r}")
         if not given and self.method != "ats":
             object.__setattr__(self, "r", DEFAULT_R)
@@ -134,7 +135,7 @@ def _checked_r(r: Any) -> Any:
             raise TypeError(f"a tuple is (r, inflection), not {r!r}: give a number for each layer as a list")
         _check_number("the inflection", r[1], -1, 1)
         return _count(r[0]), float(r[1])
-    if isinstance(r, Sequence) and not isinstance(r, str):
+    if isinstance(r, Sequence) and not isinstance(r, str | bytes | bytearray | memoryview):
         return [_count(each) for each in r]
     return _count(r)
 
@@ -144,26 +145,31 @@ def _count(r: Any) -> int:
         raise TypeError(f"r is a number of tokens, not {r!r}: give a share of the patches as ratio=")
     if isinstance(r, bool) or not isinstance(r, Integral):
         raise TypeError(f"r is a number, a list of numbers or (r, inflection), not {r!r}")
-    if r < 0:
+    count = int(r)
+    if count < 0:
         raise ValueError(f"r must not be negative, but is {r}")
-    return int(r)
+    if count > MOST_R:
+        raise ValueError(f"r is a number of tokens, at most {MOST_R}")
+    return count
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is a number, not {value!r}")
-    if not low <= float(value) <= high:
+    number: Any = value
+    if not low <= number <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], not {value!r}")
 
 
 def _checked_mask(protect: Any) -> "Protection":
     if isinstance(protect, Protection):
         return protect
-    mask = torch.as_tensor(protect).detach().cpu()
+    expected = "protect is a mask of bools, (patches,), (rows, columns) or (batch, rows, columns)"
+    try:
+        mask = torch.as_tensor(protect).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{expected}, not {protect!r}: {error}") from error
     if mask.dtype != torch.bool or not 1 <= mask.ndim <= 3 or not mask.numel():
-        raise TypeError(
-            "protect is a mask of bools, (patches,), (rows, columns) or (batch, rows, columns), "
-            f"not {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
-        )
+        raise TypeError(f"{expected}, not {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}")
     rows = mask.reshape(len(mask) if mask.ndim == 3 else 1, -1).clone()
     return Protection(rows, tuple(mask.shape), int(rows.sum(dim=1).max()))

@@ -11,6 +11,7 @@ the norm, one after the MLP, one after the layer.
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,13 +22,8 @@ from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.call import KEY, Call, LayerCall
 from tomesd_plus.vision.methods import METHODS
 
-try:
+with suppress(ImportError):  # in versions where merging is refused
     from transformers.utils import output_capturing
-except ImportError:  # older than 5, where merging is refused
-    output_capturing = None
-
-
-CAPTURING = "transformers.utils.output_capturing"
 
 
 class Hook:
@@ -77,14 +73,14 @@ class BeforeLayer(Hook):
         if call is None:  # a layer that is called by itself
             return None
         hidden_states = first(args, kwargs, "hidden_states")
-        if self.index == 0:
+        if self.index == 0 and not call.sequences:  # not in a second run for gradients
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
             call.grid, self.attachment.current.grid = self.attachment.current.grid, None
             call.begin(hidden_states, mask is not None)
             if call.reason is not None and getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
                 raise RuntimeError(
                     f"token merging cannot be exported, for {call.reason}, which transformers makes for torch.export: "
-                    "use torch.compile or torch.jit.trace, or remove_token_merging first"
+                    "use torch.compile, or torch.jit.trace for one batch size, or remove_token_merging first"
                 )
             if call.reason is not None and not self.attachment.warned:
                 self.attachment.warned = True
@@ -127,20 +123,23 @@ class AfterKeys(Hook):
 
 
 class BeforeNorm(Hook):
-    """Merges."""
+    """Merges, unless a layer that was not finished has left its part, and the norm is called by itself."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         layer = self.attachment.current.layer
-        plan = None if layer is None else layer.make_plan()
+        if layer is None or args[0].shape[:2] != (layer.call.batch, layer.before.tokens):
+            return None
+        plan = layer.make_plan()
         return None if plan is None else (plan.merge(args[0]), *args[1:])
 
 
 class AfterMlp(Hook):
-    """Unmerges."""
+    """Unmerges, with the same exception."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         layer, self.attachment.current.layer = self.attachment.current.layer, None
-        return None if layer is None or layer.plan is None else layer.plan.unmerge(output)
+        plan = None if layer is None else layer.plan
+        return None if plan is None or output.shape[:2] != plan.kept.shape else plan.unmerge(output)
 
 
 class AfterLayer(Hook):
@@ -154,7 +153,8 @@ class AfterLayer(Hook):
         if step.plan is not None:
             output = step.plan.merge(output)
             sequence = sequence.after(step.plan)
-        step.call.sequences[step.index + 1 :] = [sequence]
+        if len(step.call.sequences) == step.index + 1:  # else a second run for gradients
+            step.call.sequences.append(sequence)
         last = step.index == step.call.layers - 1
         return sequence.dense(output) if last or _is_watched(module) else output
 

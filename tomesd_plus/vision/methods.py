@@ -63,12 +63,14 @@ class Method:
 
 def _merging(view: View) -> SequencePlan | None:
     metric = view.metric
+    most = most_pairs(metric.shape[1], view.leading)
+    if not most:
+        return None
     similarity, best = similarities(metric, view.leading)
     removed = view.removed
     if removed is None:
         assert view.similarity is not None
         alike = (similarity >= view.similarity).sum().item() / len(metric)
-        most = most_pairs(metric.shape[1], view.leading)
         removed = min(int(alike), most) // view.step * view.step
         if not removed:
             return None

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from tomesd_plus.vision.versions import OLDEST
+
 
 @dataclass(frozen=True)
 class Family:
@@ -78,7 +80,7 @@ def towers_of(model_or_pipeline: Any) -> list[Tower]:
     """The vision towers of a model or pipeline.
 
     Raises:
-        TypeError: There is none.
+        TypeError: There is none, or its layers are made otherwise.
     """
     model = model_of(model_or_pipeline)
     found = list(_find(model)) if isinstance(model, nn.Module) else []
@@ -99,6 +101,8 @@ def _find(model: nn.Module) -> Iterator[Tower]:
         family = FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
         if family is None:
             continue
+        for index, layer in enumerate(layers):
+            _check_parts(f"{name}.{index}", layer, family)
         config = getattr(layers[0], family.attention).config
         if not hasattr(config, "patch_size"):  # a text tower of the same class
             continue
@@ -115,3 +119,16 @@ def _find(model: nn.Module) -> Iterator[Tower]:
         if patches is not None:
             named = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
             yield Tower(tower_name, family, modules[stack_name], named, patches, config)
+
+
+def _check_parts(name: str, layer: nn.Module, family: Family) -> None:
+    """Raise TypeError if a layer lacks a part that is hooked or read."""
+    attention = getattr(layer, family.attention, None)
+    parts = {f"{family.attention}.{part}": getattr(attention, part, None) for part in ("config", "head_dim", "k_proj")}
+    parts |= {part: getattr(layer, part, None) for part in (family.norm, "mlp")}
+    missing = [part for part, value in parts.items() if value is None]
+    if missing:
+        raise TypeError(
+            f"{name} ({type(layer).__name__}) cannot be merged: expected the layer of transformers {OLDEST} or later, "
+            f"but it has no {', '.join(missing)}"
+        )
