@@ -54,14 +54,15 @@ def test_the_same_seed_and_costs_give_the_same_and_leave_the_pipeline_untouched(
             assert report.cache.full < 9
 
 
+@pytest.mark.filterwarnings("ignore:.* steps are closer than what tune has found")  # and are not compared here
 @pytest.mark.slow
 def test_the_embedded_pipeline_tuned_beats_even_spacing_at_equal_cost():
     pipe = load_tiny_pipeline()
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     captions = held_out_captions()
-    call = {"num_inference_steps": 12, "guidance_scale": 3.0, "batch_size": 4}
+    call = {"num_inference_steps": 20, "guidance_scale": 3.0, "batch_size": 4}
     chosen = tune(pipe, captions[:4], speedup=2.5, costs=COSTS, max_generations=14, progress=False, **call)
-    task, costs = Task(pipe, 12, 3.0, 50, 4, {}), Costs.of(COSTS)
+    task, costs = Task(pipe, 20, 3.0, 50, 4, {}), Costs.of(COSTS)
     prompts = list(enumerate(captions[100:104]))
     references = task.pictures(prompts)
 
@@ -70,7 +71,7 @@ def test_the_embedded_pipeline_tuned_beats_even_spacing_at_equal_cost():
             return psnr_of(squared_error(task.pictures(prompts), references))
 
     tuned = figure(Plan(chosen.cache.plan.letters, chosen.cache.forecast, chosen.cache.order))
-    even = even_plans(12, 12 / 2.5, costs, [1] * 12, True)
+    even = even_plans(20, 20 / 2.5, costs, [1] * 20, True)
     assert chosen.measured.speedup >= 2.5
     assert tuned > max(figure(plan) for plan in even) + 0.5
 
