@@ -15,6 +15,7 @@ from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Ratios, ToMeConfig
+from tomesd_plus.merging.generation import LayerRecord, Record
 from tomesd_plus.merging.processor import ToMeProcessor, attach_to
 from tomesd_plus.merging.report import ModelReport, TokenMergingReport
 from tomesd_plus.merging.transformers import check_transformer, merge_transformer
@@ -146,6 +147,9 @@ def merge_with(
             warnings.warn(
                 f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3
             )
+            attachment.record.value = Record(
+                {name: LayerRecord(name, left_alone=why) for name, why in excluded.items()}
+            )
         for layer in merging:
             layer.set_processor(ToMeProcessor(inner=layer.processor, attachment=attachment))
         attach_to(model, attachment)
@@ -185,8 +189,10 @@ def _why_excluded(layer: Attention, unknown: bool) -> Reason | None:
     """Why no processor can be wrapped around a layer's own, or ``None``."""
     if isinstance(layer.processor, nn.Module):
         return Reason(Why.module_processor)
-    named = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}
-    extra = set(inspect.signature(layer.processor.__call__).parameters) - named
+    named = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb"}
+    parameters = inspect.signature(layer.processor.__call__).parameters.values()
+    whatever = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    extra = {each.name for each in parameters if each.kind not in whatever} - named
     if extra:  # Attention hands on such arguments only to a processor whose own signature names them
         return Reason(Why.own_arguments, (", ".join(sorted(extra)),))
     known = type(layer.processor).__module__.partition(".")[0] == "diffusers"
