@@ -26,3 +26,15 @@ def denoise(unet, timesteps, seed=0, text=TEXT):
         with torch.no_grad():
             sample = sample - 0.1 * unet(sample, timestep, text).sample
         yield sample
+
+
+def compile_unet(pipe):
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+
+
+def compile_in_place(pipe):
+    pipe.unet.compile(backend="eager")
+
+
+def compile_blocks(pipe):
+    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)

@@ -6,7 +6,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, attach_execution_device_hook, remove_hook_from_module
-from cache_tools import TEXT, kinds, noise
+from cache_tools import TEXT, compile_blocks, compile_in_place, compile_unet, kinds, noise
 from conftest import generate, make_pipeline, make_unet
 
 from tomesd_plus.caching import (
@@ -178,18 +178,6 @@ def test_the_hosts_model_offload(pipe, cache_comes_first, device):
 
 
 # torch.compile ------------------------------------------------------------------------------------------------------
-
-
-def compile_unet(pipe):
-    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
-
-
-def compile_in_place(pipe):
-    pipe.unet.compile(backend="eager")
-
-
-def compile_blocks(pipe):
-    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import attach_execution_device_hook, remove_hook_from_module
-from cache_tools import TEXT, denoise, forwards, kinds, noise
+from cache_tools import TEXT, compile_blocks, compile_in_place, compile_unet, denoise, forwards, kinds, noise
 from conftest import GUIDANCE_SWITCHED_OFF, generate, hooks, make_pipeline, make_unet
 from diffusers import (
     AutoencoderKL,
@@ -472,18 +472,6 @@ def test_the_hosts_model_offload():
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):  # the host offloads anew after each call
         assert torch.equal(generate(pipe), expected) and kinds(report) == "FsFs"
-
-
-def compile_unet(pipe):
-    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
-
-
-def compile_in_place(pipe):
-    pipe.unet.compile(backend="eager")
-
-
-def compile_blocks(pipe):
-    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from tomesd_plus import tomesd
+from tomesd_plus.dispatch import merging_report, token_merging
 from tomesd_plus.evaluation.errors import EvaluationError, optional_import
-from tomesd_plus.merging.apply import merging_report, token_merging
 from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets import preset, preset_from

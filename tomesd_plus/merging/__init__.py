@@ -1,6 +1,6 @@
 """Token merging in diffusers' UNets and ControlNets."""
 
-from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging, token_merging
+from tomesd_plus.merging.apply import apply_token_merging, remove_token_merging
 from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.processor import ToMeProcessor
 from tomesd_plus.merging.report import TokenMergingReport
@@ -12,5 +12,4 @@ __all__ = [
     "TokenMergingReport",
     "apply_token_merging",
     "remove_token_merging",
-    "token_merging",
 ]

@@ -2,8 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 from diffusers.models.attention_processor import Attention
@@ -89,18 +88,6 @@ def remove_token_merging(pipe: Any) -> None:
                 cast(Any, module).set_processor(processor.inner)
     if not found:
         warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
-
-
-@contextmanager
-def token_merging(
-    pipe: Any, config: ToMeConfig | Ratios | None = None, **options: Any
-) -> Iterator[TokenMergingReport]:
-    """Merge tokens inside a ``with`` block; takes what :func:`apply_token_merging` takes, and yields its report."""
-    report = apply_token_merging(pipe, config, **options)
-    try:
-        yield report
-    finally:
-        remove_token_merging(pipe)
 
 
 def merging_report(pipe: Any) -> TokenMergingReport:
