@@ -64,7 +64,9 @@ def test_it_survives_inference_mode_copies_and_pickling():
         scheduler.set_timesteps(4)
         assert tracker.observe(SAMPLE, scheduler.timesteps[1]).index == 1
     for twin in (copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))):
-        assert twin.observe(SAMPLE, scheduler.timesteps[2]).new_generation
+        step = twin.observe(SAMPLE, scheduler.timesteps[2])  # goes on, by a schedule of the same timesteps
+        assert (step.index, step.number, step.new_generation) == (2, 1, False)
+        assert twin.observe(SAMPLE, scheduler.timesteps[0]).new_generation
 
 
 def test_other_lengths_of_training():
