@@ -133,7 +133,8 @@ class FeatureCache:
         generation = current.generation or self.new_generation()
         step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
-            self._judge(generation.record)
+            if not generation.tracker.branches_alike:
+                self._judge(generation.record)
             generation = Generation(generation.tracker, maps_are_read=self._maps_are_read(unet))
         if step.ambiguous:
             generation.record.forget()

@@ -106,6 +106,10 @@ class StepTracker:
     Args:
         noise_levels: Tells the noise level of a timestep.
         explicit: All calls are of one generation: its beginning was said, so none is guessed.
+
+    Attributes:
+        branches_alike: Guidance branches have the same latents and text, as those of perturbed attention: what looked
+            like a generation before this one was another branch at its first timestep.
     """
 
     def __init__(self, noise_levels: NoiseLevels | None = None, explicit: bool = False) -> None:
@@ -119,7 +123,7 @@ class StepTracker:
         self._calls_before: tuple[SeenCall, ...] = ()  # those at the place before it
         self._repeats = False  # the generation began at the place where the one before had stopped
         self._exactly = False  # and with the same latents and text
-        self._branches_alike = False  # guidance branches have the same text, as those of perturbed attention
+        self.branches_alike = False
         self._largest = -math.inf  # of the generation's own timesteps so far
         self._number = self._call = 0
         self._ambiguous = False
@@ -158,7 +162,7 @@ class StepTracker:
         )  # fmt: skip
 
     def _begin(self, sample: Tensor, text: Any, once_more: bool) -> None:
-        self._branches_alike = self._exactly and not once_more
+        self.branches_alike = self._exactly and not once_more
         self._repeats = once_more
         self._exactly = once_more and same_text(text, self._calls[0].text) and self._calls[0].latents.equals(sample)
         self._number = self._call = 0
@@ -228,7 +232,7 @@ class StepTracker:
         if place.index is not None:
             return False
         # A value by itself has no schedule that would say that there are more steps.
-        once_more = isinstance(timestep, Tensor) and timestep.numel() == 1 and not self._branches_alike
+        once_more = isinstance(timestep, Tensor) and timestep.numel() == 1 and not self.branches_alike
         if once_more and same_text(text, self._calls[0].text) and first.equals(sample):
             return True
         return not first.is_like(sample)
