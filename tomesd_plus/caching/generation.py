@@ -118,7 +118,14 @@ class Current(ThreadLocal):
         self.generation: Generation | None = None
         self.step: Step | None = None
         self.kind: Kind = "idle"
+        self.model: Any = None  # whose call is under way; ``None`` if its forward is called by itself
+        self.nobody_wrote = False  # what goes from layer to layer now is memory that nobody wrote to
         self.outputs: dict[str, Any] = {}  # those of the call under way
         self.as_dict = True  # what the call under way is to return
         self.given: Any = None  # what it gives in place of running, if it is skipped
         self.waiting: list[Callable[[bool], None]] = []  # told of the call's kind once that is known
+
+    def forget_call(self) -> None:
+        """No call is under way any more: layers are ordinary ones, and nothing is held for it."""
+        self.kind, self.outputs, self.waiting, self.given = "idle", {}, [], None
+        self.model, self.nobody_wrote = None, False

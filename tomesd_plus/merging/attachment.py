@@ -15,6 +15,7 @@ from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.reading import Reading, read_unet
 from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
+from tomesd_plus.host.under_way import is_under_way
 from tomesd_plus.merging.answers import KeptOutputs, Reason, Why
 from tomesd_plus.merging.blocks import BlockHooks
 from tomesd_plus.merging.config import ToMeConfig
@@ -105,6 +106,18 @@ class Attachment:
         attentions = self.attentions
         self.detach()
         self.attentions, self._lost_on.value = attentions, weakref.ref(model)
+
+    def check_removable(self, model: nn.Module) -> None:
+        """Refuse to be taken off a model inside of a block whose tokens are merged: who would unmerge them?
+
+        Raises:
+            RuntimeError: Such a block is under way in this thread.
+        """
+        if self.decider.current.block.merged and is_under_way(model):
+            raise RuntimeError(
+                "token merging cannot be removed from inside of a block or layer whose tokens are merged: remove it "
+                "between two calls of the model, as from a pipeline's callback_on_step_end"
+            )
 
     def detach(self) -> None:
         """Take everything off again. The record stays."""

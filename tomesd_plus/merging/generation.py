@@ -123,6 +123,12 @@ class BlockState:
     layer: Answer | None = None
     pair: Merge | Leave | None = None
 
+    @property
+    def merged(self) -> bool:
+        """True if a block or layer is under way on merged tokens, which its hooks are to unmerge."""
+        entered = self.entered is not None and self.entered[2] is not None
+        return entered or isinstance(self.layer, Merge) or isinstance(self.pair, Merge)
+
     def forget(self) -> None:
         """Between blocks. The object stays: ``torch.compile`` does not see a thread's field change within a graph."""
         self.found = self.inside = self.gate_decision = self.obstacle = None
