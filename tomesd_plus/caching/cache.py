@@ -141,11 +141,13 @@ class FeatureCache:
         make_skippable(self._skipped_layers(unet), self.ask)  # offloading may have put old forwards back
         current = self._current
         current.waiting, current.given = [], None
+        interrupted = current.kind != "idle"
         current.kind, current.nobody_wrote = "idle", False  # until the kind is known
         current.model = unet if is_under_way(unet) else None  # a compiled call need not show
         replaced = self.config.skips_calls and not make_call_skippable(unet, self.ask_call)
         current.as_dict = wants_dict(unet, args, kwargs)
         generation = current.generation or self.new_generation()
+        generation.record.failed |= interrupted
         step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
             if not generation.tracker.branches_alike:
@@ -156,6 +158,7 @@ class FeatureCache:
         current.generation, current.step, self.record.value = generation, step, generation.record
         kind, reason = self.deciding.chosen(generation, step, current.as_dict)
         generation.level_before, generation.latest = generation.before(step), step
+        generation.record.late = step.late
         if kind == "skipped" and replaced:
             kind, reason = "full", WhyFull.replaced
         if generation.blank == step.number and kind != "skipped":
@@ -199,16 +202,18 @@ class FeatureCache:
             outputs = generation.record.outputs
             outputs[step.call] = kept_with(outputs.get(step.call, ()), new)
         current.forget_call()
-        if generation is not None and step is not None and step.last and output is not None:
+        if generation is not None and step is not None and output is None:
+            generation.record.failed = True
+        elif generation is not None and step is not None and step.last:
             self._judge(generation.record, finished=True)
 
     def settle(self) -> None:
-        """The report is read: judge the latest generation, unless more of it is still to come."""
+        """The report is read: judge the latest generation so far, unless its last scheduled step is still to come."""
         record = self.record.value
-        if record is not None and len(record.steps) > 1 and record.steps[-1].index is None:
-            self._judge(record)
+        if record is not None and len(record.steps) > 1 and (record.steps[-1].index is None or record.late):
+            self._judge(record, so_far=True)
 
-    def _judge(self, record: CacheRecord, finished: bool = False) -> None:
+    def _judge(self, record: CacheRecord, finished: bool = False, so_far: bool = False) -> None:
         """Tell the user if a generation took nothing from the cache, though it should have."""
         if record.judged or not record.steps:
             return
@@ -216,11 +221,12 @@ class FeatureCache:
         self._lone_calls = self._lone_calls + 1 if lone else 0
         wanted = self.config.interval != 1 or self.config.plan is not None or self.config.full_steps is not None
         caught = any(not step.full for step in record.steps)
-        why_not = why_nothing_cached(record, finished) if wanted and not caught else None
+        ends_early = not (finished or record.late) and (so_far or record.steps[-1].index is not None)
+        why_not = why_nothing_cached(record, record.failed or ends_early) if wanted and not caught else None
         if lone and self._lone_calls < 2:
             return  # it may have been tried only
         if why_not is not None or caught:
-            record.judged = True
+            record.judged = caught or not so_far
             self._promise.judge(why_not)
 
     def _maps_are_read(self, unet: nn.Module) -> bool:

@@ -71,12 +71,16 @@ class CacheRecord:
         steps: One entry a call of the denoiser; of a loop that never begins a new generation the latest.
         features: What full steps have left, by the number of the call in its step.
         outputs: What the last calls that ran have given, where others are skipped, likewise.
+        late: Half of the schedule is over, where one is known.
+        failed: A call has failed or was interrupted.
         judged: The user has been told that nothing was cached, or need not be.
     """
 
     steps: deque[CacheStep] = field(default_factory=lambda: deque(maxlen=1000))
     features: dict[int, Features] = field(default_factory=dict)
     outputs: dict[int, list[Output]] = field(default_factory=dict)
+    late: bool = False
+    failed: bool = False
     judged: bool = False
 
     def forget(self) -> None:

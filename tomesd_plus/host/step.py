@@ -83,6 +83,14 @@ class Step:
     scheduled: int | None = None
     last: bool = False
 
+    @property
+    def late(self) -> bool:
+        """True if as many steps as half of the schedule has are over: one that ends here is not a failed one.
+
+        Its last timesteps may be another model's, as under ``denoising_end``.
+        """
+        return self.scheduled is not None and 2 * (self.number + 1) >= self.scheduled
+
     def same_size(self, other: "Step") -> bool:
         """True if latents and batch are as large as another step's."""
         return (self.height, self.width, self.batch) == (other.height, other.width, other.batch)
@@ -194,7 +202,10 @@ class StepTracker:
     ) -> bool:
         ahead = _ahead(before, place)
         if place.renewed and not (
-            abs(ahead) == 1 and self._goes_on(schedule, before) and self._calls[0].goes_on(sample, text)
+            before.renewed
+            and abs(ahead) == 1
+            and self._goes_on(schedule, before)
+            and self._calls[0].goes_on(sample, text)
         ):
             return True
         if not ahead:
@@ -214,7 +225,7 @@ class StepTracker:
         return abs(ahead) > 1 and not same_text(text, latest.text)
 
     def _goes_on(self, schedule: Schedule | None, before: Place) -> bool:
-        """True if the schedule that was made anew, as by a copy at each step, has what the one before had."""
+        """True if the schedule, made anew as by a copy at each step, has what the one before had."""
         now = self._schedule
         if schedule is None or now is None or before.index is None or len(now.values) != len(schedule.values):
             return False

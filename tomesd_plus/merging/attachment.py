@@ -165,6 +165,7 @@ class Attachment:
             self._drop_kept(range(MOST_CALLS))
         current.generation, self.record.value = generation, generation.record
         generation.record.steps.append(StepRecord(step.index, step.noise_level))
+        generation.record.late = step.late
         current.call = self.decider.latest.value = call = Call(
             step,
             record=generation.record,
@@ -291,18 +292,18 @@ class Attachment:
                 record, call.levels.values(), self.config, call.step.noise_level, call.ran
             )
 
-    def _judge(self, record: Record) -> None:
+    def _judge(self, record: Record, so_far: bool = False) -> None:
         """Tell the user if nothing was merged in a generation; of compiled layers nothing is known."""
         merged = any(layer.removed for layer in record.layers.values())
         if not record.judged and (merged or record.why_nothing):
-            record.judged = True
+            record.judged = merged or not so_far
             self._promise.judge(None if merged else record.why_nothing)
 
     def settle(self) -> None:
-        """The report is read: judge the latest generation, unless its last scheduled call is still to come."""
+        """The report is read: judge the latest generation so far, unless its last scheduled call is still to come."""
         record = self.record.value
-        if record is not None and record.steps and record.steps[-1].index is None:
-            self._judge(record)
+        if record is not None and record.steps and (record.steps[-1].index is None or record.late):
+            self._judge(record, so_far=True)
 
 
 def attachments_on(model: nn.Module) -> list[Attachment]:

@@ -90,6 +90,7 @@ class Record:
         plans: Of the latest call: a level's plan with the height and width of its tokens, by downsample.
         kept_bytes: Memory of the outputs that full steps have left.
         why_nothing: Why a call in which something should have been merged merged nothing, with the mend.
+        late: Half of the schedule is over, where one is known.
         judged: The user has been told, or need not be.
     """
 
@@ -98,6 +99,7 @@ class Record:
     plans: dict[int, tuple[MergePlan, int, int]] = field(default_factory=dict)
     kept_bytes: int = 0
     why_nothing: str | None = None
+    late: bool = False
     judged: bool = False
 
 
