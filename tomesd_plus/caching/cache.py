@@ -256,6 +256,8 @@ class FeatureCache:
         if not torch.compiler.is_compiling():
             if current.model is not None and not is_under_way(current.model):
                 current.forget_call()  # it was interrupted, and this layer is called by itself
+                if current.generation is not None:
+                    current.generation.record.failed = True
             current.nobody_wrote = current.kind == "cached" and layer not in self.boundary
         if current.kind == "cached":
             return Take(current.outputs[layer])

@@ -85,11 +85,11 @@ class Step:
 
     @property
     def late(self) -> bool:
-        """True if as many steps as half of the schedule has are over: one that ends here is not a failed one.
+        """True if more steps have begun than half of the schedule has: one that ends here is not a failed one.
 
         Its last timesteps may be another model's, as under ``denoising_end``.
         """
-        return self.scheduled is not None and 2 * (self.number + 1) >= self.scheduled
+        return self.scheduled is not None and 2 * (self.number + 1) > self.scheduled
 
     def same_size(self, other: "Step") -> bool:
         """True if latents and batch are as large as another step's."""
