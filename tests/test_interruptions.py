@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from conftest import generate, hooks, make_pipeline
-from test_lifecycle import FEATURES, traces
+from test_lifecycle import FEATURES, merging, traces
 
 from tomesd_plus import apply_token_merging
 
@@ -187,7 +187,7 @@ def test_switched_on_in_the_middle(feature, where, when, untouched):
 @pytest.mark.parametrize("when", [0, 2])
 def test_switched_off_in_the_middle(feature, where, when, untouched):
     if feature is CHOSEN["whole blocks"] and where in ("first attention", "its MLP", "last attention"):
-        pytest.skip("a block whose tokens are merged ends with their hook")
+        pytest.skip("refused: see below")
     pipe = make_pipeline("sd")
     before = traces(pipe)
     feature.on(pipe)
@@ -195,6 +195,77 @@ def test_switched_off_in_the_middle(feature, where, when, untouched):
     assert picture.isfinite().all() and picture.shape == untouched.shape
     assert torch.equal(generate(pipe), untouched) and traces(pipe) == before
     feature.on(pipe)
+    assert torch.equal(generate(pipe), of_a_fresh_pipeline(feature))
+
+
+REFUSED = {
+    "whole blocks": (CHOSEN["whole blocks"], "its MLP"),
+    "an MLP": (merging(ratio=0.5, layers=["self_attention", "mlp"]), "its MLP"),
+    "cached layers": (CHOSEN["cache"], "a skipped layer"),
+    "a preset's cached layers": (CHOSEN["preset"], "a skipped layer"),
+}
+
+
+@pytest.mark.parametrize(("feature", "where"), REFUSED.values(), ids=REFUSED)
+def test_switching_off_is_refused_where_the_layers_to_come_could_not_go_on(feature, where, untouched):
+    """In a layer whose tokens are merged, and where a cached step has skipped a part of what would run then."""
+    pipe = make_pipeline("sd")
+    before = traces(pipe)
+    feature.on(pipe)
+    layer = LAYERS[where](pipe.unet).net[0] if where == "its MLP" else pipe.unet.down_blocks[1]
+    runs = []
+
+    def off_at_the_second_step(*arguments):
+        runs.append(1)
+        if len(runs) == 2:
+            feature.off(pipe)
+
+    handle = layer.register_forward_hook(off_at_the_second_step)
+    with pytest.raises(RuntimeError, match="cannot be removed from inside of"):
+        generate(pipe)
+    handle.remove()
+    assert torch.equal(generate(pipe), of_a_fresh_pipeline(feature))
+    feature.off(pipe)
+    assert torch.equal(generate(pipe), untouched) and traces(pipe) == before
+
+
+@pytest.mark.parametrize("where", ["layer", "hook", "scheduler"])
+@pytest.mark.parametrize("cache", ["cache", "attention cache", "adaptive cache", "plan"])
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_layers_called_by_themselves_right_after_ctrl_c(cache, where, when):
+    """PyTorch tells no hook of a ``KeyboardInterrupt``; a layer or block called next is an ordinary one."""
+    pipe, feature = make_pipeline("sd"), FEATURES[cache]
+    block, text = pipe.unet.down_blocks[1], torch.randn(2, 7, 16)
+    states, embedding = torch.randn(2, 16, 8, 8), torch.randn(2, 64)
+
+    def alone():
+        with torch.no_grad():
+            attention = block.attentions[0].transformer_blocks[0].attn1
+            return [block(states, embedding, encoder_hidden_states=text)[0], attention(torch.ones(2, 16, 32))]
+
+    expected = alone()
+    feature.on(pipe)
+    calls, fail = [], fails_with(KeyboardInterrupt)
+
+    def later(*arguments, **options):
+        calls.append(1)
+        if len(calls) == when + 1:
+            fail()
+        return step(*arguments, **options) if where == "scheduler" else None
+
+    step, handle = pipe.scheduler.step, None
+    if where == "scheduler":
+        pipe.scheduler.step = later
+    elif where == "layer":
+        handle = pipe.unet.conv_out.register_forward_pre_hook(later)
+    else:
+        handle = pipe.unet.up_blocks[1].resnets[-1].register_forward_hook(later)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, seed=3)
+    assert all(map(torch.equal, alone(), expected))
+    pipe.scheduler.step = step
+    if handle is not None:
+        handle.remove()
     assert torch.equal(generate(pipe), of_a_fresh_pipeline(feature))
 
 

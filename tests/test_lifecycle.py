@@ -389,7 +389,7 @@ def test_generations_by_hand(feature, pipe):
 
 @torch.no_grad()
 def test_the_timesteps_of_a_generation_by_hand_may_rise(pipe):
-    """As in DDIM inversion; without the scope each rise would look like a new generation."""
+    """As in DDIM inversion."""
     report = apply_feature_cache(pipe, interval=2)
     merged = apply_token_merging(pipe, ratio=0.5, full_steps=2)
     with generation(pipe) as scope:
@@ -401,3 +401,39 @@ def test_the_timesteps_of_a_generation_by_hand_may_rise(pipe):
     assert [bool(step.removed) for step in merged.steps] == [False, True, False, True]
     with pytest.raises(TypeError, match="UNet"):
         generation(make_pipeline("sd").vae)
+
+
+RISING = {
+    "views": lambda t: list(t)[::-1],
+    "a schedule turned round": lambda t: list(t.flip(0)),
+    "numbers": lambda t: [int(each) for each in reversed(t)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", RISING.values(), ids=RISING)
+def test_inversion_and_at_once_sampling(feature, form, pipe):
+    """Each as a scope around it would give it, from the first time on."""
+    text = INPUTS["encoder_hidden_states"]
+    pipe.scheduler.set_timesteps(5)
+    down = pipe.scheduler.timesteps
+    down = [int(each) for each in down] if form is RISING["numbers"] else list(down)
+    up = form(pipe.scheduler.timesteps)
+
+    def run(sample, timesteps, sign):
+        for timestep in timesteps:
+            sample = sample + sign * pipe.unet(sample, timestep, text).sample
+        return sample
+
+    plain = run(INPUTS["sample"], up, 0.1)
+    told = reports(feature.on(pipe))
+    with generation(pipe):
+        inverted = run(INPUTS["sample"], up, 0.1)
+    with generation(pipe):
+        expected = run(inverted, down, -0.1)
+    assert not torch.equal(inverted, plain) and all(at_work(report) for report in told)
+    for _ in range(2):
+        assert torch.equal(run(INPUTS["sample"], up, 0.1), inverted)
+        assert all(len(report.steps) == 5 for report in told)
+        assert torch.equal(run(inverted, down, -0.1), expected)
+        assert all(len(report.steps) == 5 for report in told)

@@ -5,8 +5,10 @@ import warnings
 import pytest
 import torch
 from conftest import INPUTS, generate, make_pipeline, make_unet
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from pipeline_tools import of
 
-from tomesd_plus import ToMeProcessor, apply_feature_cache, apply_token_merging, tomesd
+from tomesd_plus import ToMeProcessor, apply_feature_cache, apply_token_merging, feature_cache, tomesd
 from tomesd_plus.caching.generation import WhyFull
 from tomesd_plus.caching.verdict import ASKED_FOR, MENDS
 
@@ -109,6 +111,119 @@ def test_a_cache_of_one_step_and_of_calls_by_themselves(pipe):
 
     (message,) = said(alone)
     assert "generation(pipe)" in message
+
+
+def sdxl_refiner(pipe):
+    return of(StableDiffusionXLImg2ImgPipeline, "sdxl", **pipe.components)
+
+
+ALL_CHANGED = {"interval": 9, "threshold": 1e-9}
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("when", ["the report is read", "the next generation begins"])
+def test_an_unfinished_schedule_is_judged_too(steps, when):
+    """SDXL's base leaves the last timesteps to the refiner."""
+    pipe = make_pipeline("sdxl")
+    cache, merging = apply_feature_cache(pipe, **ALL_CHANGED), apply_token_merging(pipe, ratio=0.5)
+    base = {"denoising_end": 0.75, "num_inference_steps": steps, "output_type": "latent"}
+    assert said(lambda: base_of(pipe, **base)) == []
+    read = when == "the report is read"
+    messages = said(lambda: (cache.full, merging.merged) if read else base_of(pipe, **base))
+    assert len(messages) == 2 and "raise it" in " ".join(messages) and "max_downsample=2" in " ".join(messages)
+    assert said(lambda: (cache.full, merging.merged, base_of(pipe, **base), cache.full, merging.merged)) == []
+
+
+def base_of(pipe, **options):
+    return pipe("a cat", height=32, width=32, generator=torch.Generator().manual_seed(0), **options).images
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_base_and_refiner_that_cache_are_silent(steps):
+    pipe = make_pipeline("sdxl")
+    refiner = sdxl_refiner(pipe)
+    report = apply_feature_cache(pipe, interval=2)  # one UNet, by turns in both
+
+    def both():
+        for _ in range(2):
+            latents = base_of(pipe, denoising_end=0.5, num_inference_steps=2 * steps, output_type="latent")
+            assert report.steps[0].full and report.cached == len(report.steps) // 2 > 0
+            options = {"denoising_start": 0.5, "num_inference_steps": 2 * steps, "output_type": "pt"}
+            refiner("a cat", image=latents, generator=torch.Generator().manual_seed(0), **options)
+            assert report.steps[0].full and report.cached == len(report.steps) // 2 > 0
+
+    assert said(both) == []
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("form", [list, lambda t: [int(each) for each in t], lambda t: t.clone().flip(0).flip(0)])
+@pytest.mark.parametrize("upwards", [False, True])
+def test_few_steps_of_ones_own(steps, form, upwards):
+    """As of inversion: what caches is silent, what never does is told once it is known to be over."""
+    scheduler, unet = DDIMScheduler(), make_unet()
+    scheduler.set_timesteps(steps)
+    timesteps = form(scheduler.timesteps)
+    timesteps = list(timesteps)[::-1] if upwards else timesteps
+
+    def run():
+        sample = INPUTS["sample"]
+        for timestep in timesteps:
+            with torch.no_grad():
+                sample = sample - 0.1 * unet(sample, timestep, INPUTS["encoder_hidden_states"]).sample
+
+    with feature_cache(unet, interval=2) as report:
+        assert said(lambda: (run(), run(), report.full)) == [] and report.cached == steps // 2
+    with feature_cache(unet, **ALL_CHANGED):
+        messages = said(lambda: (run(), run(), run()))
+        assert ["raise it" in each for each in messages] == [True]
+
+
+def test_timesteps_that_are_given_to_a_pipeline(pipe):
+    options = {"num_inference_steps": None, "timesteps": [900, 500, 100]}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with feature_cache(pipe, interval=2) as report:
+        assert said(lambda: generate(pipe, **options)) == [] and report.cached == 1
+    with feature_cache(pipe, **ALL_CHANGED) as report:
+        assert ["raise it" in each for each in said(lambda: generate(pipe, **options))] == [True]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["in the UNet", "in the scheduler"])
+def test_a_generation_that_is_stopped_early_is_no_broken_promise(pipe, error, where):
+    report = apply_feature_cache(pipe, **ALL_CHANGED)
+    step, calls = pipe.scheduler.step, []
+
+    def fail(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error("in the middle")
+        return None if where == "in the UNet" else step(*arguments, **options)
+
+    def run():
+        calls.clear()
+        handle = pipe.unet.conv_out.register_forward_pre_hook(fail) if where == "in the UNet" else None
+        if handle is None:
+            pipe.scheduler.step = fail
+        with pytest.raises(error):
+            generate(pipe, num_inference_steps=20)
+        if handle is not None:
+            handle.remove()
+        pipe.scheduler.step = step
+
+    assert said(lambda: (run(), report.full, run(), report.full, run())) == []
+
+
+def test_a_report_that_is_read_in_mid_run_judges_nothing_too_early():
+    """Three steps that change too much, and one that is cached."""
+    unet, told = make_unet(), []
+    report = apply_feature_cache(unet, interval=9, threshold=0.05)
+    with torch.no_grad():
+        for number, timestep in enumerate(torch.tensor([900, 700, 500, 300])):
+            sample = INPUTS["sample"] * (1 + 0.5 * min(number, 2))
+            unet(sample, timestep, INPUTS["encoder_hidden_states"])
+            if number < 1:
+                told += said(lambda: str(report))
+    assert told == [] and report.cached == 1
 
 
 def test_a_cache_that_is_asked_for_nothing_is_silent(pipe):

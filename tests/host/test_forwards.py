@@ -10,6 +10,7 @@ from conftest import generate
 from diffusers.hooks import HookRegistry, ModelHook
 
 from tomesd_plus import apply_feature_cache, remove_feature_cache
+from tomesd_plus.caching.calls import SkippableCall
 from tomesd_plus.caching.layers import SkippableForward
 
 
@@ -68,4 +69,31 @@ def test_nothing_of_ours_stays_in_a_hosts_chain(pipe, wrapper, when):
     assert torch.equal(generate(pipe), plain)
     for layer in layers:  # what the host removes later does not bring it back
         remove_hook_from_module(layer)
+    assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("branch", [0, "nothing"])
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_group_offloading(pipe, kind, branch, cache_first):
+    """It keeps the forwards that it finds in its own chain."""
+    plain, device = generate(pipe), torch.device("cpu")
+    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+
+    def offload():
+        pipe.unet.enable_group_offload(device, device, offload_type=kind, **options)
+
+    if cache_first:
+        apply_feature_cache(pipe, interval=2, branch=branch)
+        offload()
+    else:
+        offload()
+        apply_feature_cache(pipe, interval=2, branch=branch)
+    assert not torch.equal(generate(pipe), plain)
+    remove_feature_cache(pipe)
+    gc.collect()
+    ours = (SkippableForward, SkippableCall)
+    held = [each for each in gc.get_objects() if isinstance(each, ours)]
+    modules = set(pipe.unet.modules())
+    assert not [each for each in held if getattr(each, "layer", getattr(each, "model", None)) in modules]
     assert torch.equal(generate(pipe), plain)

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.step import StepTracker
@@ -64,7 +65,9 @@ def test_it_survives_inference_mode_copies_and_pickling():
         scheduler.set_timesteps(4)
         assert tracker.observe(SAMPLE, scheduler.timesteps[1]).index == 1
     for twin in (copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))):
-        assert twin.observe(SAMPLE, scheduler.timesteps[2]).new_generation
+        step = twin.observe(SAMPLE, scheduler.timesteps[2])  # goes on, by a schedule of the same timesteps
+        assert (step.index, step.number, step.new_generation) == (2, 1, False)
+        assert twin.observe(SAMPLE, scheduler.timesteps[0]).new_generation
 
 
 def test_other_lengths_of_training():
@@ -119,3 +122,44 @@ def test_other_text_begins_a_generation():
     calls = [(0, one), (1, one), (2, other), (4, other), (7, one), (9, one)]
     steps = [tracker.observe(SAMPLE, scheduler.timesteps[index], text) for index, text in calls]
     assert [step.new_generation for step in steps] == [True, False, False, False, True, False]
+
+
+@pytest.mark.parametrize("upwards", [False, True])
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_ordinary_calls_read_nothing_from_the_device(upwards, calls):
+    """One a step, or guidance branches of the same latents: where the schedule is known, no host waits."""
+    scheduler, tracker = DDIMScheduler(), StepTracker()
+    scheduler.set_timesteps(6)
+    timesteps = list(scheduler.timesteps)[:: -1 if upwards else 1]
+    texts = [torch.randn(1, 3, 4) for _ in range(calls)]
+    latents = torch.randn(1, 4, 8, 8)
+
+    def step(timestep):
+        scaled = latents * 1.0  # as a scheduler's scale_model_input gives
+        return [tracker.observe(scaled, timestep, text) for text in texts]
+
+    steps = step(timesteps[0]) + step(timesteps[1])  # the second step shows the direction
+    with NoReading():
+        for timestep in timesteps[2:]:
+            latents = latents * 0.99
+            steps += step(timestep)
+    assert [(each.number, each.call) for each in steps] == [(n, c) for n in range(6) for c in range(calls)]
+    assert [each.new_generation for each in steps] == [True] + [False] * (6 * calls - 1)
+    assert [each.last for each in steps[-calls:]] == [True] * calls
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value is read from a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        reading = torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal
+        assert function.overloadpacket not in reading
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_same_of_an_explicit_generation_where_nothing_is_guessed():
+    scheduler, tracker = DDIMScheduler(), StepTracker(explicit=True)
+    scheduler.set_timesteps(6)
+    steps = [tracker.observe(torch.randn(1, 4, 8, 8), scheduler.timesteps[i]) for i in (2, 2, 5, 0, 1)]
+    assert [(each.number, each.call) for each in steps] == [(0, 0), (0, 1), (1, 0), (2, 0), (3, 0)]
+    assert [each.new_generation for each in steps] == [True, False, False, False, False]

@@ -76,12 +76,17 @@ def apply_feature_cache(
 
 
 def remove_feature_cache(pipe: Any) -> None:
-    """Undo :func:`apply_feature_cache`: nothing stays on the models. Warns if no cache is on."""
+    """Undo :func:`apply_feature_cache`: nothing stays on the models. Warns if no cache is on.
+
+    Raises:
+        RuntimeError: It is called from inside of layers that a cached step skips.
+    """
     denoiser = denoiser_of(pipe)
     cache = feature_cache_on(denoiser)
     if cache is None:
         warnings.warn("no feature cache is applied, so there is nothing to remove", stacklevel=2)
         return
+    cache.check_removable()
     cache.detach(denoiser)
 
 

@@ -25,6 +25,7 @@ from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
+from tomesd_plus.host.under_way import is_under_way
 
 CACHE = "_tomesd_plus_cache"  # a UNet's attribute
 
@@ -87,6 +88,18 @@ class FeatureCache:
         if self.config.threshold is not None:
             self._handles.append(unet.get_submodule("conv_in").register_forward_hook(self.read_early_feature))
 
+    def check_removable(self) -> None:
+        """Refuse to go from inside of a cached call's skipped layers: those that would run were given nothing.
+
+        Raises:
+            RuntimeError: Such a call is under way in this thread.
+        """
+        if self._current.nobody_wrote and is_under_way(self._current.model):
+            raise RuntimeError(
+                "a feature cache cannot be removed from inside of layers that a cached step skips: remove it between "
+                "two calls of the model, as from a pipeline's callback_on_step_end"
+            )
+
     def detach(self, unet: nn.Module) -> None:
         """Take everything off again and free what is kept. The record of steps stays."""
         for handle in self._handles:
@@ -128,18 +141,24 @@ class FeatureCache:
         make_skippable(self._skipped_layers(unet), self.ask)  # offloading may have put old forwards back
         current = self._current
         current.waiting, current.given = [], None
+        interrupted = current.kind != "idle"
+        current.kind, current.nobody_wrote = "idle", False  # until the kind is known
+        current.model = unet if is_under_way(unet) else None  # a compiled call need not show
         replaced = self.config.skips_calls and not make_call_skippable(unet, self.ask_call)
         current.as_dict = wants_dict(unet, args, kwargs)
         generation = current.generation or self.new_generation()
+        generation.record.failed |= interrupted
         step = generation.tracker.observe(*call_of(unet, args, kwargs))
         if step.new_generation:
-            self._judge(generation.record)
+            if not generation.tracker.branches_alike:
+                self._judge(generation.record)
             generation = Generation(generation.tracker, maps_are_read=self._maps_are_read(unet))
         if step.ambiguous:
             generation.record.forget()
         current.generation, current.step, self.record.value = generation, step, generation.record
         kind, reason = self.deciding.chosen(generation, step, current.as_dict)
         generation.level_before, generation.latest = generation.before(step), step
+        generation.record.late = step.late
         if kind == "skipped" and replaced:
             kind, reason = "full", WhyFull.replaced
         if generation.blank == step.number and kind != "skipped":
@@ -172,7 +191,7 @@ class FeatureCache:
     def end_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the denoiser, also after one that raised an exception: its layers are ordinary ones again.
 
-        PyTorch does not call it after a ``KeyboardInterrupt``; then they are so from the next call on.
+        PyTorch does not call it after a ``KeyboardInterrupt``: see :meth:`ask`.
         """
         current = self._current
         generation, step = current.generation, current.step
@@ -182,17 +201,19 @@ class FeatureCache:
             new = Output(step, map_tensors(lambda each: each[0].detach().clone(), output), current.as_dict)
             outputs = generation.record.outputs
             outputs[step.call] = kept_with(outputs.get(step.call, ()), new)
-        current.kind, current.outputs, current.waiting, current.given = "idle", {}, [], None
-        if generation is not None and step is not None and step.last and output is not None:
+        current.forget_call()
+        if generation is not None and step is not None and output is None:
+            generation.record.failed = True
+        elif generation is not None and step is not None and step.last:
             self._judge(generation.record, finished=True)
 
     def settle(self) -> None:
-        """The report is read: judge the latest generation, unless more of it is still to come."""
+        """The report is read: judge the latest generation so far, unless its last scheduled step is still to come."""
         record = self.record.value
-        if record is not None and len(record.steps) > 1 and record.steps[-1].index is None:
-            self._judge(record)
+        if record is not None and len(record.steps) > 1 and (record.steps[-1].index is None or record.late):
+            self._judge(record, so_far=True)
 
-    def _judge(self, record: CacheRecord, finished: bool = False) -> None:
+    def _judge(self, record: CacheRecord, finished: bool = False, so_far: bool = False) -> None:
         """Tell the user if a generation took nothing from the cache, though it should have."""
         if record.judged or not record.steps:
             return
@@ -200,11 +221,12 @@ class FeatureCache:
         self._lone_calls = self._lone_calls + 1 if lone else 0
         wanted = self.config.interval != 1 or self.config.plan is not None or self.config.full_steps is not None
         caught = any(not step.full for step in record.steps)
-        why_not = why_nothing_cached(record, finished) if wanted and not caught else None
+        ends_early = not (finished or record.late) and (so_far or record.steps[-1].index is not None)
+        why_not = why_nothing_cached(record, record.failed or ends_early) if wanted and not caught else None
         if lone and self._lone_calls < 2:
             return  # it may have been tried only
         if why_not is not None or caught:
-            record.judged = True
+            record.judged = caught or not so_far
             self._promise.judge(why_not)
 
     def _maps_are_read(self, unet: nn.Module) -> bool:
@@ -219,18 +241,24 @@ class FeatureCache:
     def taking(self, outputs: dict[str, Any]) -> Iterator[None]:
         """Let the denoiser's ``forward``, called by itself, be a cached call that takes certain layers' outputs."""
         current = self._current
-        before = current.kind, current.outputs
-        current.kind, current.outputs = "cached", outputs
+        before = current.kind, current.outputs, current.model
+        current.kind, current.outputs, current.model = "cached", outputs, None
         try:
             yield
         finally:
-            current.kind, current.outputs = before
+            current.kind, current.outputs, current.model = before
 
     # For the layers, and for token merging ----------------------------------------------------------------------
 
     def ask(self, layer: str) -> Run | Take:
         """What is to be done in a skipped layer of this name."""
         current = self._current
+        if not torch.compiler.is_compiling():
+            if current.model is not None and not is_under_way(current.model):
+                current.forget_call()  # it was interrupted, and this layer is called by itself
+                if current.generation is not None:
+                    current.generation.record.failed = True
+            current.nobody_wrote = current.kind == "cached" and layer not in self.boundary
         if current.kind == "cached":
             return Take(current.outputs[layer])
         return Run(current.outputs if current.kind == "full" else None)

@@ -71,12 +71,16 @@ class CacheRecord:
         steps: One entry a call of the denoiser; of a loop that never begins a new generation the latest.
         features: What full steps have left, by the number of the call in its step.
         outputs: What the last calls that ran have given, where others are skipped, likewise.
+        late: Half of the schedule is over, where one is known.
+        failed: A call has failed or was interrupted.
         judged: The user has been told that nothing was cached, or need not be.
     """
 
     steps: deque[CacheStep] = field(default_factory=lambda: deque(maxlen=1000))
     features: dict[int, Features] = field(default_factory=dict)
     outputs: dict[int, list[Output]] = field(default_factory=dict)
+    late: bool = False
+    failed: bool = False
     judged: bool = False
 
     def forget(self) -> None:
@@ -118,7 +122,14 @@ class Current(ThreadLocal):
         self.generation: Generation | None = None
         self.step: Step | None = None
         self.kind: Kind = "idle"
+        self.model: Any = None  # whose call is under way; ``None`` if its forward is called by itself
+        self.nobody_wrote = False  # what goes from layer to layer now is memory that nobody wrote to
         self.outputs: dict[str, Any] = {}  # those of the call under way
         self.as_dict = True  # what the call under way is to return
         self.given: Any = None  # what it gives in place of running, if it is skipped
         self.waiting: list[Callable[[bool], None]] = []  # told of the call's kind once that is known
+
+    def forget_call(self) -> None:
+        """No call is under way any more: layers are ordinary ones, and nothing is held for it."""
+        self.kind, self.outputs, self.waiting, self.given = "idle", {}, [], None
+        self.model, self.nobody_wrote = None, False

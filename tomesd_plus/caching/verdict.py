@@ -20,12 +20,12 @@ MENDS = {
 }
 
 
-def why_nothing_cached(record: CacheRecord, finished: bool) -> str | None:
+def why_nothing_cached(record: CacheRecord, more_may_come: bool) -> str | None:
     """The reason and the mend; ``None`` if all steps were full by the configuration's own choice.
 
     Args:
         record: Of a generation all of whose steps were full.
-        finished: True if its last scheduled step is over.
+        more_may_come: True if it may go on, or has failed before it had begun in earnest.
     """
     if len(record.steps) == 1 and record.steps[0].index is None:  # else a schedule's last step, as of image to image
         return (
@@ -35,7 +35,7 @@ def why_nothing_cached(record: CacheRecord, finished: bool) -> str | None:
     reasons = Counter(step.reason for step in record.steps if step.reason is not None)
     if reasons[WhyFull.interval] or reasons[WhyFull.listed]:
         reasons.pop(WhyFull.same_noise_level, None)  # of Heun's and PNDM's second calls
-    if len(record.steps) <= MOST_CALLS and not finished:  # they may be the first step's calls, or all before a failure
+    if len(record.steps) <= MOST_CALLS and more_may_come:
         for early in (WhyFull.nothing_kept, WhyFull.changed):
             reasons.pop(early, None)
     unasked = [reason for reason, _ in reasons.most_common() if reason not in ASKED_FOR]

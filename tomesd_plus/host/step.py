@@ -10,9 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.seen import SeenCall, same_text
+from tomesd_plus.host.timesteps import Place, Schedule, read
 
 MOST_CALLS = 4
 """A step may call the model more than once, with each guidance branch by itself; more calls are of tiles or views."""
+
+NEARER = 0.2
+"""By so much a cosine must be larger for latents to follow on the one call rather than on the other."""
 
 _WHY_OUTSIDE = "token merging and caching choose at each step what runs: remove them before an export"
 
@@ -61,7 +66,8 @@ class Step:
             the schedule: tiles or views need not come in the same order at every step, so what one of them leaves is
             of no use to another. Nothing is then carried from one call to the next.
         new_generation: True if this is the first call of a generation.
-        last: True at the last of the scheduler's timesteps, where these are known.
+        scheduled: How many timesteps the scheduler has, where these are known.
+        last: True at the last of them, which is the first one where they are gone through upwards.
     """
 
     index: int | None
@@ -74,7 +80,16 @@ class Step:
     call: int
     ambiguous: bool
     new_generation: bool
+    scheduled: int | None = None
     last: bool = False
+
+    @property
+    def late(self) -> bool:
+        """True if more steps have begun than half of the schedule has: one that ends here is not a failed one.
+
+        Its last timesteps may be another model's, as under ``denoising_end``.
+        """
+        return self.scheduled is not None and 2 * (self.number + 1) > self.scheduled
 
     def same_size(self, other: "Step") -> bool:
         """True if latents and batch are as large as another step's."""
@@ -82,41 +97,42 @@ class Step:
 
 
 class StepTracker:
-    """Turns the arguments of a UNet's calls into steps, without waiting for a GPU at each step.
+    """Turns the arguments of a model's calls into steps, without waiting for a GPU at each step.
 
     Pipelines pass the timestep as a view into the scheduler's timesteps. Its storage offset is the step index, and
-    the storage is copied to the host once per generation. Of timesteps that a caller makes by itself the values tell,
-    in either direction: a generation's fall, or rise as in DDIM inversion.
+    the storage is copied to the host once per generation. Of timesteps that a caller makes by itself the values tell.
+    A generation goes through either in one direction, down or up, as in DDIM inversion.
+
+    What a call is of, where its place does not tell, its latents and text do. With one call a step nothing is read
+    from a device for that but at a generation's first step backwards, and at a jump. A further call at one place is
+    a guidance branch if it has the very tensor of the call before. Else, from the second step on, its latents must
+    have the values that those had, unless calls of earlier steps differed likewise, as tiles and views do; other
+    latents are those of another generation, which begins where this one has stopped. At a generation's first place,
+    where nothing tells how often its steps call, it is a further call too; if the second step then follows on the
+    latter rather than on the former, another generation begins there.
 
     Args:
         noise_levels: Tells the noise level of a timestep.
-        explicit: All calls are of one generation: its beginning was said, so none is guessed from the timesteps.
-    """
+        explicit: All calls are of one generation: its beginning was said, so none is guessed.
 
-    _storage: Tensor | None  # the scheduler's timesteps of the generation under way
-    _version: int | None
-    _values: list[float]  # the same on the host
-    _levels: list[float]  # their noise levels
-    _index: int | None
-    _last: float | None
-    _last_index: int | None
-    _rising: bool | None  # the direction of a caller's own timesteps; None until it shows
-    _sample: tuple[Tensor, int | None] | None  # the latest step's latents, of a caller's own timesteps, and text
-    _text: Any
-    _largest: float  # of the generation's own timesteps so far
-    _number: int
-    _call: int
-    _ambiguous: bool
+    Attributes:
+        branches_alike: Guidance branches have the same latents and text, as those of perturbed attention: what looked
+            like a generation before this one was another branch at its first timestep.
+    """
 
     def __init__(self, noise_levels: NoiseLevels | None = None, explicit: bool = False) -> None:
         self.noise_levels = noise_levels or NoiseLevels()
         self.explicit = explicit
-        self._storage = None
-        self._version = None
-        self._values, self._levels = [], []
-        self._index = self._last = self._last_index = None
-        self._rising = self._sample = self._text = None
-        self._largest = -math.inf
+        # Replaced as a whole, never changed in place: a copy looks one call ahead.
+        self._schedule: Schedule | None = None
+        self._place: Place | None = None
+        self._direction: int | None = None  # 1 along the schedule or down in timesteps, -1 against; None till it shows
+        self._calls: tuple[SeenCall, ...] = ()  # those at the latest place; at most MOST_CALLS are held
+        self._calls_before: tuple[SeenCall, ...] = ()  # those at the place before it
+        self._repeats = False  # the generation began at the place where the one before had stopped
+        self._exactly = False  # and with the same latents and text
+        self.branches_alike = False
+        self._largest = -math.inf  # of the generation's own timesteps so far
         self._number = self._call = 0
         self._ambiguous = False
 
@@ -129,100 +145,123 @@ class StepTracker:
             text: (batch, tokens, channels), what cross-attention sees: with another one, a jump in the schedule is
                 the beginning of another generation.
         """
-        if isinstance(timestep, Tensor) and _is_one_of_many(timestep):
-            index, new = self._observe_view(timestep, text)
-            value, noise_level = self._values[index], self._levels[index]
+        before, schedule = self._place, self._schedule
+        latest = None if before is None else before.index
+        place, self._schedule = read(timestep, schedule, latest, self.noise_levels)
+        new = before is None
+        if before is not None and not self.explicit:
+            new = self._begins_anew(before, place, sample, text, schedule, timestep)
+        ahead = 0.0 if before is None else _ahead(before, place)
+        if new or before is None:
+            self._begin(sample, text, once_more=before is not None and not ahead and not place.renewed)
+        elif ahead:
+            self._direction = 1 if ahead > 0 else -1
+            self._number, self._call = self._number + (place.value != before.value), 0
+            self._calls, self._calls_before = (), self._calls
         else:
-            index = None
-            value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-            again = isinstance(timestep, Tensor) and timestep.numel() == 1 and value == self._last
-            again = again and _same_text(text, self._text) and _is_same(sample, self._sample)
-            new = again or self._begins_anew(value, sample, text)  # again: a schedule of one step, once more
-            self._largest = value if new else max(value, self._largest)
-            (noise_level,) = self.noise_levels.of([value], self._largest)
-        new = self._last is None if self.explicit else new
-        if new:
-            self._number = self._call = 0
-            self._ambiguous, self._rising = False, None
-        elif value != self._last:
-            self._number, self._call = self._number + 1, 0
-            self._rising = self._last is not None and value > self._last
-        else:
-            self._call = self._call + 1 if index == self._last_index else 0
-        if self._call == 0:
-            self._text = text.detach() if isinstance(text, Tensor) else text  # else it would keep an encoder's graph
-            self._sample = (sample.detach(), _version(sample)) if index is None else None
-        self._last, self._last_index = value, index
+            self._call += 1
+        self._place = place
+        self._see(sample, text)
         self._ambiguous = self._ambiguous or self._call >= MOST_CALLS
         batch, height, width = len(sample), *sample.shape[-2:]
-        last = index is not None and index == len(self._values) - 1
         return Step(
-            index, value, noise_level, height, width, batch, self._number, self._call, self._ambiguous, new, last
-        )
+            place.index, place.value, self._level(place), height, width, batch, self._number, self._call,
+            self._ambiguous, new, self._length(place), self._is_last(place),
+        )  # fmt: skip
 
-    def _observe_view(self, timestep: Tensor, text: Any) -> tuple[int, bool]:
-        index = int(timestep.storage_offset())
-        pointer = timestep.untyped_storage().data_ptr()
-        version = _version(timestep)
-        new = self._storage is None or self._storage.data_ptr() != pointer or self._version != version
-        if new:
-            # Held, so that its memory cannot become another schedule's and be taken for this one.
-            self._storage = torch.as_strided(timestep.detach(), (_storage_elements(timestep),), (1,), 0)
-            self._version = version
-            self._values = [float(value) for value in self._storage.tolist()]
-            self._levels = self.noise_levels.of(self._values)
-        new = new or self._index is None or index < self._index
-        new = new or (index > cast(int, self._index) + 1 and not _same_text(text, self._text))
-        self._index = index
-        return index, new
+    def _begin(self, sample: Tensor, text: Any, once_more: bool) -> None:
+        self.branches_alike = self._exactly and not once_more
+        self._repeats = once_more
+        self._exactly = once_more and same_text(text, self._calls[0].text) and self._calls[0].latents.equals(sample)
+        self._number = self._call = 0
+        self._ambiguous, self._direction = False, None
+        self._largest = -math.inf
+        self._calls = self._calls_before = ()
 
-    def _begins_anew(self, value: float, sample: Tensor, text: Any) -> bool:
-        """True if a timestep of the caller's own is another generation's first."""
-        if self._last is None:
+    def _level(self, place: Place) -> float:
+        if place.index is not None and self._schedule is not None:
+            return self._schedule.levels[place.index]
+        self._largest = max(place.value, self._largest)
+        return self.noise_levels.of([place.value], self._largest)[0]
+
+    def _length(self, place: Place) -> int | None:
+        return None if place.index is None or self._schedule is None else len(self._schedule.values)
+
+    def _is_last(self, place: Place) -> bool:
+        length = self._length(place)
+        return length is not None and place.index == (0 if self._direction == -1 else length - 1)
+
+    def _see(self, sample: Tensor, text: Any) -> None:
+        if not self.explicit and self._call < MOST_CALLS:
+            self._calls = (*self._calls, SeenCall.of(sample, text, (*self._calls, *self._calls_before)))
+
+    # Whether a generation begins ------------------------------------------------------------------------------------
+
+    def _begins_anew(
+        self, before: Place, place: Place, sample: Tensor, text: Any, schedule: Schedule | None, timestep: Any
+    ) -> bool:
+        ahead = _ahead(before, place)
+        if place.renewed and not (
+            before.renewed
+            and abs(ahead) == 1
+            and self._goes_on(schedule, before)
+            and self._calls[0].goes_on(sample, text)
+        ):
             return True
-        if value == self._last:  # one of guidance's branches, which see the same latents
-            return not _is_like(sample, self._sample)
-        rises = value > self._last
-        if self._rising is not None and rises != self._rising:
+        if not ahead:
+            return self._is_of_another(place, sample, text, timestep)
+        if self._direction is None:
+            if self._repeats and (self._exactly or not self._calls[0].latents.is_like(sample)):
+                return True
+            if self._was_of_another(sample, text):
+                return True
+            if ahead < 0:  # one that goes up, or the next one's first step
+                return not self._calls[0].goes_on(sample, text)
+        elif (ahead > 0) != (self._direction > 0):
             return True
-        if rises and self._rising is None:  # one that has begun to rise, or the next one's first step
-            return not (_same_text(text, self._text) and _is_like(sample, self._sample))
-        return not _same_text(text, self._text) and not _is_like(sample, self._sample)
+        latest = self._calls[0]
+        if place.index is None or before.index is None:
+            return not same_text(text, latest.text) and not latest.latents.is_like(sample)
+        return abs(ahead) > 1 and not same_text(text, latest.text)
+
+    def _goes_on(self, schedule: Schedule | None, before: Place) -> bool:
+        """True if the schedule, made anew as by a copy at each step, has what the one before had."""
+        now = self._schedule
+        if schedule is None or now is None or before.index is None or len(now.values) != len(schedule.values):
+            return False
+        return now.values[before.index] == before.value
+
+    def _is_of_another(self, place: Place, sample: Tensor, text: Any, timestep: Any) -> bool:
+        """True if a further call at the latest place is another generation's first."""
+        first, before, number = self._calls[0].latents, self._calls_before, self._call + 1
+        if self._direction is not None:
+            if self._ambiguous or number >= MOST_CALLS or first.equals(sample):
+                return False
+            if number >= len(before):
+                return True
+            return before[number].latents.equals(before[0].latents.copy) and not first.is_like(sample)
+        if place.index is not None:
+            return False
+        # A value by itself has no schedule that would say that there are more steps.
+        once_more = isinstance(timestep, Tensor) and timestep.numel() == 1 and not self.branches_alike
+        if once_more and same_text(text, self._calls[0].text) and first.equals(sample):
+            return True
+        return not first.is_like(sample)
+
+    def _was_of_another(self, sample: Tensor, text: Any) -> bool:
+        """True if the latest call at a generation's first place, not its first one, turns out to be what goes on."""
+        first, last = self._calls[0], self._calls[-1]
+        if first is last or self._ambiguous:
+            return False
+        if not same_text(text, first.text) and same_text(text, last.text):
+            return True
+        if last.latents is first.latents:
+            return False
+        return last.latents.likeness(sample) > first.latents.likeness(sample) + NEARER
 
 
-def _is_one_of_many(timestep: Tensor) -> bool:
-    """True for an entry of a longer tensor, as it is or expanded to the batch."""
-    one = timestep.ndim == 0 or timestep.numel() == 1 or timestep.stride(0) == 0
-    return one and _storage_elements(timestep) > 1
-
-
-def _storage_elements(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() // tensor.element_size()
-
-
-def _same_text(text: Any, other: Any) -> bool:
-    """False if what two calls attend to is known to differ; without one of guidance's branches it is the same."""
-    if text is other or not (isinstance(text, Tensor) and isinstance(other, Tensor)):
-        return True
-    if text.shape[1:] != other.shape[1:]:
-        return False
-    return text.shape != other.shape or bool(torch.equal(text, other.to(text)))
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _is_same(sample: Tensor, other: tuple[Tensor, int | None] | None) -> bool:
-    return other is not None and sample.shape == other[0].shape and bool(torch.equal(sample, other[0].to(sample)))
-
-
-def _is_like(sample: Tensor, before: tuple[Tensor, int | None] | None) -> bool:
-    """True for two successive latents of one generation; those of two pictures are nearly at right angles."""
-    if before is None or sample.shape != before[0].shape:
-        return False
-    other, version = before
-    if sample.data_ptr() == other.data_ptr() and sample.dtype == other.dtype:
-        return version == _version(sample)  # written over: what it was cannot be told
-    one, two = (each.detach().flatten().float() for each in (sample, other.to(sample)))
-    return bool(torch.cosine_similarity(one, two, dim=0) > 0.8)
+def _ahead(before: Place, place: Place) -> float:
+    """How far a place lies along the schedule from another, in steps, or down in timesteps where these are values."""
+    if place.index is not None and before.index is not None:
+        return place.index - before.index
+    return before.value - place.value

@@ -75,8 +75,14 @@ def remove_token_merging(pipe: Any) -> None:
 
     No hook stays. After ``apply_token_merging`` the very processors that were there before are back; after
     ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
+
+    Raises:
+        RuntimeError: It is called from inside of a block or layer whose tokens are merged.
     """
     found = False
+    for model in merged_models(pipe).values():
+        for attachment in attachments_on(model):
+            attachment.check_removable(model)
     for model in merged_models(pipe).values():
         for attachment in attachments_on(model):  # also those whose processors were replaced since
             found = True

@@ -15,6 +15,7 @@ from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.reading import Reading, read_unet
 from tomesd_plus.host.step import MOST_CALLS, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
+from tomesd_plus.host.under_way import is_under_way
 from tomesd_plus.merging.answers import KeptOutputs, Reason, Why
 from tomesd_plus.merging.blocks import BlockHooks
 from tomesd_plus.merging.config import ToMeConfig
@@ -106,6 +107,18 @@ class Attachment:
         self.detach()
         self.attentions, self._lost_on.value = attentions, weakref.ref(model)
 
+    def check_removable(self, model: nn.Module) -> None:
+        """Refuse to be taken off a model inside of a block whose tokens are merged: who would unmerge them?
+
+        Raises:
+            RuntimeError: Such a block is under way in this thread.
+        """
+        if self.decider.current.block.merged and is_under_way(model):
+            raise RuntimeError(
+                "token merging cannot be removed from inside of a block or layer whose tokens are merged: remove it "
+                "between two calls of the model, as from a pipeline's callback_on_step_end"
+            )
+
     def detach(self) -> None:
         """Take everything off again. The record stays."""
         for handle in self._handles:
@@ -152,6 +165,7 @@ class Attachment:
             self._drop_kept(range(MOST_CALLS))
         current.generation, self.record.value = generation, generation.record
         generation.record.steps.append(StepRecord(step.index, step.noise_level))
+        generation.record.late = step.late
         current.call = self.decider.latest.value = call = Call(
             step,
             record=generation.record,
@@ -278,18 +292,18 @@ class Attachment:
                 record, call.levels.values(), self.config, call.step.noise_level, call.ran
             )
 
-    def _judge(self, record: Record) -> None:
+    def _judge(self, record: Record, so_far: bool = False) -> None:
         """Tell the user if nothing was merged in a generation; of compiled layers nothing is known."""
         merged = any(layer.removed for layer in record.layers.values())
         if not record.judged and (merged or record.why_nothing):
-            record.judged = True
+            record.judged = merged or not so_far
             self._promise.judge(None if merged else record.why_nothing)
 
     def settle(self) -> None:
-        """The report is read: judge the latest generation, unless its last scheduled call is still to come."""
+        """The report is read: judge the latest generation so far, unless its last scheduled call is still to come."""
         record = self.record.value
-        if record is not None and record.steps and record.steps[-1].index is None:
-            self._judge(record)
+        if record is not None and record.steps and (record.steps[-1].index is None or record.late):
+            self._judge(record, so_far=True)
 
 
 def attachments_on(model: nn.Module) -> list[Attachment]:

@@ -90,6 +90,7 @@ class Record:
         plans: Of the latest call: a level's plan with the height and width of its tokens, by downsample.
         kept_bytes: Memory of the outputs that full steps have left.
         why_nothing: Why a call in which something should have been merged merged nothing, with the mend.
+        late: Half of the schedule is over, where one is known.
         judged: The user has been told, or need not be.
     """
 
@@ -98,6 +99,7 @@ class Record:
     plans: dict[int, tuple[MergePlan, int, int]] = field(default_factory=dict)
     kept_bytes: int = 0
     why_nothing: str | None = None
+    late: bool = False
     judged: bool = False
 
 
@@ -122,6 +124,12 @@ class BlockState:
     entered: tuple[Answer, Tensor, Tensor | None] | None = None
     layer: Answer | None = None
     pair: Merge | Leave | None = None
+
+    @property
+    def merged(self) -> bool:
+        """True if a block or layer is under way on merged tokens, which its hooks are to unmerge."""
+        entered = self.entered is not None and self.entered[2] is not None
+        return entered or isinstance(self.layer, Merge) or isinstance(self.pair, Merge)
 
     def forget(self) -> None:
         """Between blocks. The object stays: ``torch.compile`` does not see a thread's field change within a graph."""

@@ -76,13 +76,19 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
 
 
 def remove_preset(pipe: Any) -> None:
-    """Undo :func:`apply_preset`: token merging and the feature cache go, whoever has switched them on."""
+    """Undo :func:`apply_preset`: token merging and the feature cache go, whoever has switched them on.
+
+    Raises:
+        RuntimeError: It is called from inside of layers that are skipped, or whose tokens are merged.
+    """
     denoiser = denoiser_of(pipe)
-    cached = feature_cache_on(denoiser) is not None
-    if cached:
-        remove_feature_cache(pipe)
-    if not cached or (hasattr(denoiser, "set_attn_processor") and is_merging(unwrapped(denoiser))):
+    cache = feature_cache_on(denoiser)
+    if cache is not None:
+        cache.check_removable()  # before anything goes
+    if cache is None or (hasattr(denoiser, "set_attn_processor") and is_merging(unwrapped(denoiser))):
         remove_token_merging(pipe)
+    if cache is not None:
+        remove_feature_cache(pipe)
 
 
 @contextmanager
