@@ -15,11 +15,12 @@ def model_name(model: nn.Module) -> str:
 
 
 def scheduler_name(scheduler: Any) -> str:
-    """A scheduler's class, its order and spacing where it tells them, and whether its noise levels are Karras'."""
+    """A scheduler's class, and where it tells them its order, spacing, prediction, shift and kind of noise levels."""
     config = getattr(scheduler, "config", {})
     parts = [type(scheduler).__name__]
     parts += [f"{config.get('solver_type')} {config['solver_order']}"] if "solver_order" in config else []
-    parts += [str(config[name]) for name in ("timestep_spacing",) if config.get(name)]
+    parts += [str(config[name]) for name in ("timestep_spacing", "prediction_type") if config.get(name)]
+    parts += [f"shift {config['shift']:g}"] if isinstance(config.get("shift"), (int, float)) else []
     kinds = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
     return ", ".join(parts + [kind for name, kind in kinds.items() if config.get(name)])
 

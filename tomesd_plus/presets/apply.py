@@ -111,12 +111,12 @@ def preset_from(chosen: str | Path | Preset) -> Preset:
     if not isinstance(chosen, (str, Path)):
         raise ValueError(f"expected a preset, its name or a path, not {chosen!r}")
     path = Path(chosen)
-    if isinstance(chosen, str) and path.suffix != ".json" and len(path.parts) < 2 and not path.is_file():
-        return preset_by_name(chosen)  # which tells the names
     try:
+        if isinstance(chosen, str) and path.suffix != ".json" and len(path.parts) < 2 and not path.is_file():
+            return preset_by_name(chosen)  # which tells the names
         return Preset.load(path)
     except OSError as error:
-        raise ValueError(f"cannot read the preset {chosen}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read the preset {str(chosen)[:200]}: {error.strerror or error}") from error
 
 
 def _warn_of_another(pipe: Any, found: Preset) -> None:

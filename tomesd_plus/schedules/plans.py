@@ -1,5 +1,6 @@
 """What runs at each step, a letter a step, also where the steps are others than those that it was made for."""
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
@@ -20,8 +21,9 @@ class StepPlan:
         letters: One of F, C and S for each step, from the first; a generation's first step is full whatever it says.
         noise_levels: Of each step, falling. With them a generation of another number of steps, or one that begins
             later as image-to-image does, has the letters where the noise levels have them: a step takes the deepest of
-            those between the step before it and itself, F before C before S. Without them, letters go by the step's
-            number, and steps beyond the last run in full.
+            those between the step before it and itself, F before C before S. However many steps there are, no more of
+            them in a row are skipped, or go without a full one, than in the plan itself. Without noise levels, letters
+            go by the step's number, and steps beyond the last run in full.
 
     Raises:
         ValueError: There are no letters, others, or more than 1,000; or the noise levels do not fall from 1 to 0, or
@@ -50,6 +52,15 @@ class StepPlan:
             raise ValueError("the noise levels of a plan must be numbers in [0, 1]")
         if len(levels) != len(self.letters) or any(late >= early for early, late in pairwise(levels)):
             raise ValueError(f"a plan of {len(self.letters)} steps needs as many noise levels, which fall")
+
+    def longest_without(self, depths: str) -> int:
+        """The most steps in a row that have none of certain letters.
+
+        Example:
+            >>> StepPlan("FSSCSF").longest_without("F"), StepPlan("FSSCSF").longest_without("FC")
+            (4, 2)
+        """
+        return max(map(len, re.split(f"[{depths}]", self.letters)))
 
     def at_number(self, number: int) -> Depth:
         """The depth of a step, counted from 0."""
