@@ -36,7 +36,7 @@ class Deciding:
         if plan is None:
             return None
         if plan.noise_levels is None:
-            return plan.at_number(step.number)
+            return plan.at_number(step.number, step.last)
         letter = plan.at_level(generation.before(step), step.noise_level)
         kept, outputs = generation.record.features.get(step.call), generation.record.outputs.get(step.call)
         ran = outputs[-1].step.number if outputs else step.number
