@@ -13,7 +13,7 @@ from tomesd_plus.evaluation.errors import EvaluationError, optional_import
 from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets import preset, preset_from
-from tomesd_plus.schedules import AdaptiveRatio, Direction, schedule_by_name
+from tomesd_plus.schedules import AdaptiveRatio, Direction, StepPlan, schedule_by_name
 
 TOMESD_PACKAGE = "tomesd package"
 
@@ -81,6 +81,8 @@ def _cache(**options: Any) -> Switch:
     """The feature cache of this package."""
     from tomesd_plus.caching import FeatureCacheConfig, feature_cache
 
+    if isinstance(plan := options.get("plan"), Mapping):
+        options["plan"] = StepPlan(**plan)
     config = FeatureCacheConfig(**options)
     return Switch(lambda pipe: feature_cache(pipe, config), config, config.threshold is not None)
 
@@ -142,13 +144,13 @@ def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
     return Switch(switch_on, {"interval": interval, "branch": branch, "version": version("DeepCache")})
 
 
-def _preset(name: str = "balanced") -> Switch:
-    """One of this package's presets, or a preset's file."""
+def _preset(name: str = "balanced", force: bool = True) -> Switch:
+    """One of this package's presets, or a preset's file; by default also where it is refused, to be compared there."""
     chosen = preset_from(name)
 
     @contextmanager
     def switch_on(pipe: Any) -> Iterator[TokenMergingReport | None]:
-        with preset(pipe, chosen) as reports:
+        with preset(pipe, chosen if force else name, force=force) as reports:
             yield reports.merging
 
     # the level at which it merges depends on the model, which the manifest records too

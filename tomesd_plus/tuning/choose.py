@@ -106,8 +106,8 @@ def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free
     for steps in [trials.task.steps, *(_free_steps(trials, speedup) if free else [])]:
         errors, calls = trials.errors(steps, gains, weights), trials.recording(steps).calls
         base = float((trials.error(trials.untouched(steps)) * weights).sum())
-        for plan in repeated_plans(len(calls), budget, trials.costs, calls, trials.caches):
-            patterns[plan.called_with(steps)] = base + errors.of(plan)
+        for repeated in repeated_plans(len(calls), budget, trials.costs, calls, trials.caches):
+            patterns[repeated.called_with(steps)] = base + errors.of(repeated)
         for merging in mergings:
             for forecast in FORECASTS[:2] if trials.caches and merging == "none" else FORECASTS[:1]:
                 plan = best_plans(errors, trials.costs, calls, [budget], forecast, merging=merging)[0]  # type: ignore[arg-type]
