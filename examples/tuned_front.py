@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -23,10 +23,11 @@ from diffusers import (
 )
 from matplotlib.figure import Figure
 
-from tomesd_plus import PRESETS, Preset, load_tiny_pipeline, preset, tune
+from tomesd_plus import PRESETS, Preset, load_tiny_pipeline, tune
+from tomesd_plus.presets.named import ON_ALL_STEPS, UNDER_A_CACHE
 from tomesd_plus.tiny import held_out_captions
 from tomesd_plus.tuning.pictures import Task, psnr_of, squared_error, switched_on
-from tomesd_plus.tuning.plans import Costs, Plan, even_plans, untouched
+from tomesd_plus.tuning.plans import Costs, Merging, Plan, even_plans, untouched
 
 SOLVERS: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "dpm++2m": (DPMSolverMultistepScheduler, 20, {}),
@@ -35,12 +36,13 @@ SOLVERS: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, 15, {}),
     "ddim": (DDIMScheduler, 25, {}),
 }
-COSTS = Costs(cached=0.08, skipped=0.0)
-MERGED = {"cached": 0.045, "full": 0.89}  # of a step of the presets
-SPEEDUPS = (2.5, 3.0, 2.0, 4.0)
-COLUMNS = ["solver", "steps", "wanted", "kind", "plan", "calls with", "speed-up", "PSNR dB", "low", "high", "captions"]
-KINDS = {"tuned": "tab:green", "even cache": "tab:blue", "even skip": "tab:orange", "fewer steps": "black",
-         "preset": "tab:red"}  # fmt: skip
+COSTS = Costs(cached=0.08, skipped=0.0, cached_merged=0.045, full_merged=0.89)
+SPEEDUPS = (3.0, 2.5, 4.0, 2.0)
+LIMIT = 100  # steps of what stands for the solver's limit
+COLUMNS = ["solver", "steps", "wanted", "kind", "plan", "merging", "calls with", "speed-up", "PSNR dB", "low", "high",
+           "PSNR dB to the limit", "captions"]  # fmt: skip
+KINDS = {"tuned": "tab:green", "preset": "tab:red", "even cache": "tab:blue", "even skip": "tab:orange",
+         "fewer steps": "black"}  # fmt: skip
 
 
 def measure(solver: str, count: int, tuned_on: int, generations: float, batch: int = 16) -> list[dict[str, Any]]:
@@ -55,60 +57,44 @@ def measure(solver: str, count: int, tuned_on: int, generations: float, batch: i
         num_inference_steps=steps, guidance_scale=3.0, batch_size=batch,
     )  # fmt: skip
     task, prompts = Task(pipe, steps, 3.0, 1000, batch, {}), list(enumerate(captions[300 : 300 + count]))
-    references = task.pictures(prompts)
-    known: dict[tuple[Plan, str], torch.Tensor] = {}
+    references, limit = task.pictures(prompts), task.pictures(prompts, LIMIT)
+    known: dict[Plan, torch.Tensor] = {}
 
-    def row(wanted: Any, kind: str, plan: Plan, speedup: float, name: str = "") -> dict[str, Any]:
-        if (plan, name) not in known:
-            if name:
-                with preset(pipe, name):
-                    known[plan, name] = squared_error(task.pictures(prompts), references)
-            else:
-                with switched_on(pipe, plan):
-                    known[plan, name] = squared_error(task.pictures(prompts, plan.steps), references)
-        error = known[plan, name]
-        low, high = _interval(error)
-        figures = [f"{value:.2f}" for value in (speedup, psnr_of(error), low, high)]
-        values = [solver, steps, wanted, kind, name or str(plan), plan.steps, *figures, count]
+    def row(wanted: Any, kind: str, plan: Plan, name: str = "") -> dict[str, Any]:
+        if plan not in known:
+            with switched_on(pipe, plan):
+                known[plan] = task.pictures(prompts, plan.steps)
+        error, speedup = squared_error(known[plan], references), steps / plan.cost(COSTS)
+        figures = [speedup, psnr_of(error), *_interval(error), psnr_of(squared_error(known[plan], limit))]
+        values = [solver, steps, wanted, kind, name or str(plan), plan.merging, plan.steps]
+        values += [*(f"{value:.2f}" for value in figures), count]
         print(*values, flush=True)
         return dict(zip(COLUMNS, values, strict=True))
 
-    rows = []
+    rows = [row("", "fewer steps", untouched(steps))]
     for wanted, chosen in zip(SPEEDUPS, presets, strict=True):
         chosen.save(f"front-{solver}-{wanted:g}.json")
     for wanted, chosen in zip(SPEEDUPS, presets, strict=True):
         assert chosen.measured is not None
-        rows.append(row(wanted, "tuned", _plan(chosen), chosen.measured.speedup))
-        fewer = untouched(int(steps / wanted + 1e-9))
-        rows.append(row(wanted, "fewer steps", fewer, steps / fewer.steps))
-        for best in (each for each in chosen.measured.beside if not each.name.endswith(" steps")):
-            kind_ = "even cache" if "C" in best.name else "even skip"  # the better of them on the captions tuned on
-            rows += [
-                row(wanted, kind_, plan, steps / plan.cost(COSTS))
-                for plan in even_plans(steps, steps / wanted, COSTS, [1] * steps, True)
-                if plan.letters == best.name and plan.forecast == 1.0 and plan.order == 1
-            ]
-    for name in PRESETS:
-        letters = _letters_of(pipe, PRESETS[name], steps)
-        full = MERGED["full"] if name == "fast" else 1.0
-        cost = letters.count("F") * full + letters.count("C") * MERGED["cached"]
-        rows.append(row("", "preset", Plan(letters), steps / cost, name))
+        rows.append(row(wanted, "tuned", _plan(chosen)))
+        rows.append(row(wanted, "fewer steps", untouched(int(steps / wanted + 1e-9))))
+        even = even_plans(steps, steps / wanted, COSTS, [1] * steps, True)
+        rows += [row(wanted, "even cache" if "C" in plan.letters else "even skip", plan) for plan in even]
+    for name, chosen in PRESETS.items():
+        rows.append(row("", "preset", _plan(chosen, steps), name))
     return rows
 
 
-def _plan(chosen: Preset) -> Plan:
+def _plan(chosen: Preset, steps: int = 0) -> Plan:
+    """What a preset runs; of one by name at so many steps."""
     cache = chosen.cache
     if cache is None or cache.plan is None:
         return untouched(chosen.steps or 1)
-    return Plan(cache.plan.letters, cache.forecast, cache.order)
-
-
-def _letters_of(pipe: Any, chosen: Preset, steps: int) -> str:
-    """Which steps of a preset are full, seen in a generation."""
-    with preset(pipe, chosen) as report:
-        pipe("a star", num_inference_steps=steps, guidance_scale=3.0, output_type="latent")
-    assert report.cache is not None
-    return "".join("F" if step.full else "C" for step in report.cache.steps)
+    letters = cache.plan.letters
+    if cache.plan.repeats:
+        letters = "".join(cache.plan.at_number(number, number == steps - 1) for number in range(steps))
+    mergings = {None: "none", UNDER_A_CACHE: "cached", ON_ALL_STEPS: "all"}
+    return Plan(letters, cache.forecast, cache.order, cast(Merging, mergings[chosen.merging]))
 
 
 def _interval(error: torch.Tensor) -> tuple[float, float]:

@@ -85,5 +85,5 @@ def test_a_solver_that_was_not_tried_is_told_once():
     with pytest.warns(UserWarning, match="not tried with EulerAncestralDiscreteScheduler"):
         generate(pipe, num_inference_steps=10)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="the presets by name")
         generate(pipe, num_inference_steps=12)

@@ -162,7 +162,7 @@ def smoke_suite() -> Suite:
 
 
 def _caches(intervals: Sequence[int]) -> list[str]:
-    return [f"{kind} {interval}" for interval in intervals for kind in ("cache", "DeepCache")]
+    return [f"{kind} {interval}" for interval in intervals for kind in ("cache", "skip", "DeepCache")]
 
 
 def _small(each: Task) -> Task:
