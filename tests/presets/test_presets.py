@@ -72,9 +72,9 @@ def test_what_cannot_be_applied_changes_nothing(pipe):
     apply_feature_cache(pipe, interval=2)
     cached = generate(pipe)
     with pytest.raises(ValueError, match="already applied"):
-        apply_preset(pipe, "balanced", force=True)
+        apply_preset(pipe, "fast", force=True)
     assert torch.equal(generate(pipe), cached)
     remove_feature_cache(pipe)
     apply_token_merging(pipe, ratio=0.5)
     with pytest.raises(ValueError, match="already"):
-        apply_preset(pipe, "balanced", force=True)
+        apply_preset(pipe, "fast", force=True)
