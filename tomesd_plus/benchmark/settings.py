@@ -46,8 +46,8 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     **{f"skip {interval}": {"cache": {"interval": interval, "branch": "nothing"}} for interval in INTERVALS},
     **{f"attn1 + cache {interval}": {"merge": {}, "cache": {"interval": interval}} for interval in FEW_INTERVALS},
     **{f"preset {name}": {"preset": {"name": name}} for name in PRESETS},
-    "as presets + cache 5": {"merge": _PRESETS, "cache": {"interval": 5}},
-    "as presets, skipped 0.5 + cache 5": {
+    "cached steps merged + cache 5": {"merge": _PRESETS, "cache": {"interval": 5}},
+    "all steps merged + cache 5": {
         "merge": _PRESETS | {"full_steps": {"every": "cache", "ratio": 0.5}},
         "cache": {"interval": 5},
     },
