@@ -19,6 +19,7 @@ WRITES = {
     "evaluate_fid.py": ["evaluate_fid"],
     "adaptive_ratio.py": ["adaptive-ratio.csv"],
     "cache_steps.py": ["cache-steps.csv"],
+    "step_costs.py": ["step-costs-tiny.csv"],
     "merge_efficiency.py": ["merge-efficiency.csv"],
     "proportional_attention.py": ["proportional-attention.csv"],
     "transformer_blocks.py": ["transformer-blocks.csv"],
