@@ -25,7 +25,7 @@ picture on the first and the second call, but for the drop-in, which draws anew,
 - **merging**: `apply_token_merging(pipe, ratio=0.5)`;
 - **bare**: `pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5))`;
 - **cache**: `apply_feature_cache(pipe, interval=2)`;
-- **preset**: `apply_preset(pipe, "balanced")`;
+- **preset**: `apply_preset(pipe, "fast")`, with `force=True` as there are few steps;
 - **drop-in**: `tomesd_plus.tomesd.apply_patch(pipe, ratio=0.5)`.
 
 Numbers in brackets lead to the notes at the end. *Refused*: with an error in these words, and nothing has changed.

@@ -1,198 +1,173 @@
-"""Speed beside fidelity: an evaluation of the embedded pipeline joined with a benchmark of Stable Diffusion's shape.
+"""Tuned plans beside presets, even caches, even skips and fewer steps, of several solvers, on captions not tuned on.
 
-Writes ``grid.csv``, ``grid.md`` (the best at least so fast, then all rows) and ``grid.png`` into the current folder,
-from ``results/grid-scores.csv`` (the ``results.csv`` of an evaluation of ``examples/grid.yaml``) and
-``results/cpu.csv`` (of ``tomesd-plus benchmark``).
-
-A speed-up is that of a full denoising loop: of a preset as it was measured, of other caches from the times of full and
-cached steps, as many of each as the evaluation's steps make. A plain cache counts at the faster of our time and the
-DeepCache package's, whose pictures are the same, one with a forecast at ours; a forecast counts as free, a speed-up at
-two decimals, a schedule as its mean ratio, a cell of any size as one of 2 × 2, and full steps as exactly every
-fourth.
+``python -m examples.front SOLVER CAPTIONS TUNED_ON GENERATIONS`` adds a solver's rows to ``front.csv`` and saves
+its presets beside it; ``python -m examples.front draw`` makes ``front.md`` and ``front.png`` of them. Without
+arguments: two captions, to see that it runs. Costs of steps are Stable Diffusion 1.5's, 512 × 512, float32, two CPU
+cores (``cache-steps.csv``, ``cpu.csv``), in which speed-ups are told; pictures are the embedded pipeline's.
 """
 
 import csv
-from math import ceil
+import json
+import statistics
+import sys
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from matplotlib.figure import Figure
 
-from tomesd_plus.benchmark.settings import NAMED
-from tomesd_plus.evaluation.configurations import BASELINE, NOISE_FLOOR, Configuration, load_configurations
+from tomesd_plus import PRESETS, Preset, load_tiny_pipeline, tune
+from tomesd_plus.evaluation.switches import AYS_STEPS, ays_timesteps, takes_timesteps
+from tomesd_plus.presets.named import ON_ALL_STEPS, UNDER_A_CACHE
+from tomesd_plus.tiny import held_out_captions
+from tomesd_plus.tuning.pictures import Task, psnr_of, squared_error, switched_on
+from tomesd_plus.tuning.plans import Costs, Merging, Plan, even_plans, untouched
 
-HERE = Path(__file__).parents[1]
-RESULTS = HERE / "results"
-WORKLOAD = {"shape": "sd15", "size": "512", "batch": "2", "dtype": "float32", "mode": "eager"}
-COLUMNS = {  # of the scores: their names in the table, and digits
-    "PSNR dB": ("PSNR dB", 1),
-    "SSIM": ("SSIM", 3),
-    "Fréchet distance (tiny CLIP)": ("distance", 4),
-    "CLIP score (tiny CLIP)": ("CLIP score", 1),
+SOLVERS: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "dpm++2m": (DPMSolverMultistepScheduler, 20, {}),
+    "dpm++2m-karras": (DPMSolverMultistepScheduler, 20, {"use_karras_sigmas": True}),
+    "euler": (EulerDiscreteScheduler, 20, {}),
+    "unipc": (UniPCMultistepScheduler, 15, {}),
+    "ddim": (DDIMScheduler, 25, {}),
 }
-DEEPCACHE = "cache (DeepCache's pictures)"
-KINDS = {  # in the picture
-    "fewer steps": ("black", "s"),
-    "tomesd": ("tab:gray", "v"),
-    DEEPCACHE: ("tab:blue", "o"),
-    "cache with forecast": ("tab:cyan", "o"),
-    "merging": ("tab:orange", "^"),
-    "merging and cache": ("tab:red", "D"),
-    "presets": ("tab:green", "*"),
-}
-PEERS = ["fewer steps", DEEPCACHE, "tomesd"]
-SPEEDS = [1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0]  # of the front
-FREE = {"ratio", "schedule", "more_at", "cell_size"}  # options that decide how many tokens go, and where
-DETAILS = ["attn1, plan per block", "attn1, full every 4"]
-ATTENTION_CACHE = "attention cache 4"
-AS_PRESETS = "as presets + cache 5"
+COSTS = Costs(cached=0.08, skipped=0.0, cached_merged=0.045, full_merged=0.89)
+SPEEDUPS = (3.0, 2.5, 4.0, 2.0)
+LIMIT = 60  # steps of what stands for the solver's limit
+COLUMNS = ["solver", "steps", "wanted", "kind", "plan", "merging", "calls with", "speed-up", "PSNR dB", "low", "high",
+           "PSNR dB to the limit", "captions"]  # fmt: skip
+KINDS = {"tuned": "tab:green", "preset": "tab:red", "even cache": "tab:blue", "even skip": "tab:orange",
+         "fewer steps": "black"}  # fmt: skip
 
 
-class Speeds:
-    """Speed-ups of whole denoisings, from a benchmark's rows."""
+def measure(solver: str, count: int, tuned_on: int, generations: float, batch: int = 16) -> list[dict[str, Any]]:
+    """The rows of a solver."""
+    kind, steps, options = SOLVERS[solver]
+    pipe = load_tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    captions = held_out_captions()
+    presets = tune(
+        pipe, captions[200 : 200 + tuned_on], speedup=SPEEDUPS, costs=COSTS, steps="free", max_generations=generations,
+        num_inference_steps=steps, guidance_scale=3.0, batch_size=batch,
+    )  # fmt: skip
+    task, prompts = Task(pipe, steps, 3.0, 1000, batch, {}), list(enumerate(captions[300 : 300 + count]))
+    references, limit = task.pictures(prompts), task.pictures(prompts, LIMIT)
+    known: dict[tuple[Plan, str], torch.Tensor] = {}
 
-    def __init__(self, path: Path) -> None:
+    def row(wanted: Any, kind: str, plan: Plan, name: str = "") -> dict[str, Any]:
+        key = plan, name if kind == "fewer steps" else ""
+        if key not in known:
+            with switched_on(pipe, plan):
+                known[key] = task.pictures(prompts, plan.steps)
+        error, speedup = squared_error(known[key], references), steps / plan.cost(COSTS)
+        figures = [speedup, psnr_of(error), *_interval(error), psnr_of(squared_error(known[key], limit))]
+        values = [solver, steps, wanted, kind, name or str(plan), plan.merging, plan.steps]
+        values += [*(f"{value:.2f}" for value in figures), count]
+        print(*values, flush=True)
+        return dict(zip(COLUMNS, values, strict=True))
+
+    rows = [row("", "fewer steps", untouched(steps))]
+    for wanted, chosen in zip(SPEEDUPS, presets, strict=True):
+        chosen.save(f"front-{solver}-{wanted:g}.json")
+    for wanted, chosen in zip(SPEEDUPS, presets, strict=True):
+        assert chosen.measured is not None
+        rows.append(row(wanted, "tuned", _plan(chosen)))
+        rows.append(row(wanted, "fewer steps", untouched(int(steps / wanted + 1e-9))))
+        even = even_plans(steps, steps / wanted, COSTS, [1] * steps, True)
+        rows += [row(wanted, "even cache" if "C" in plan.letters else "even skip", plan) for plan in even]
+    if takes_timesteps(pipe) and not options:  # of another solver's noise levels they would not be
+        with ays_timesteps(pipe):
+            rows.append(row(2.0, "fewer steps", untouched(AYS_STEPS), "Align Your Steps"))
+    for name, chosen in PRESETS.items():
+        rows.append(row("", "preset", _plan(chosen, steps), name))
+    return rows
+
+
+def _plan(chosen: Preset, steps: int = 0) -> Plan:
+    """What a preset runs; of one by name at so many steps."""
+    cache = chosen.cache
+    if cache is None or cache.plan is None:
+        return untouched(chosen.steps or 1)
+    letters = cache.plan.letters
+    if cache.plan.repeats:
+        letters = "".join(cache.plan.at_number(number, number == steps - 1) for number in range(steps))
+    mergings = {None: "none", UNDER_A_CACHE: "cached", ON_ALL_STEPS: "all"}
+    return Plan(letters, cache.forecast, cache.order, cast(Merging, mergings[chosen.merging]))
+
+
+def _interval(error: torch.Tensor) -> tuple[float, float]:
+    """The 95 % interval of the mean in dB, by resampling the captions."""
+    generator = torch.Generator().manual_seed(0)
+    means = [psnr_of(error[torch.randint(len(error), (len(error),), generator=generator)]) for _ in range(1000)]
+    cuts = statistics.quantiles(means, n=40)
+    return cuts[0], cuts[-1]
+
+
+def add(rows: list[dict[str, Any]], path: Path) -> None:
+    """Put rows into a table in place of those of the same solver."""
+    old = []
+    if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if all(row[key] == WORKLOAD[key] for key in WORKLOAD)]
-        self._measured = {(row["setting"], row["ratio"]): float(row["speedup"]) for row in rows if row["speedup"]}
-
-    def of(self, configuration: Configuration, steps: int) -> float | None:
-        """Of a configuration at so many steps; ``None`` if the benchmark lacks it."""
-        own, switches = configuration.steps or steps, configuration.switches
-        try:
-            if "preset" in switches:
-                return self._measured[f"preset {switches['preset']['name']}", ""]  # itself a whole denoising
-            if "tomesd" in switches:
-                return self._measured["tomesd package", f"{switches['tomesd']['ratio']:g}"]
-            if switches == NAMED[ATTENTION_CACHE]:
-                return self._measured[ATTENTION_CACHE, ""]
-            merge = switches.get("merge", {})
-            ratio = f"{merge['ratio']:g}" if merge else ""
-            options = {name: value for name, value in merge.items() if name not in FREE}
-            skipped = None
-            if isinstance(full_steps := options.get("full_steps"), dict):
-                options["full_steps"], skipped = full_steps["every"], full_steps["ratio"]
-            if options == NAMED[AS_PRESETS]["merge"]:
-                full, cached = self._steps_as_presets(ratio, skipped)
-            elif options:
-                alike = (name for name in DETAILS if NAMED[name]["merge"] == options and "cache" not in switches)
-                return self._measured[next(alike, ""), ratio]
-            else:
-                full = 1 / self._measured["attn1" if ratio else "untouched", ratio]
-                cached = self._cached_step(ratio, switches["cache"], full) if "cache" in switches else full
-        except KeyError:
-            return None
-        cache = switches.get("cache", {"interval": 1})
-        count = len(cache["full_steps"]) if "full_steps" in cache else ceil(own / cache["interval"])
-        return steps / (count * full + (own - count) * cached)
-
-    def _cached_step(self, ratio: str, cache: dict[str, Any], full: float) -> float:
-        """Its time as a share of the untouched UNet's step."""
-        interval = cache["interval"]
-        speedup = self._measured[f"{'attn1 + ' if ratio else ''}cache {interval}", ratio]
-        if not ratio and not cache.get("forecast"):  # the package has none
-            speedup = max(speedup, self._measured[f"DeepCache {interval}", ""])
-        return (interval / speedup - full) / (interval - 1)
-
-    def _steps_as_presets(self, ratio: str, skipped: float | None) -> tuple[float, float]:
-        """Times of a full and of a cached step that merge as presets do, as shares of the untouched UNet's."""
-        interval, full = NAMED[AS_PRESETS]["cache"]["interval"], 1.0
-        cached = (interval / self._measured[AS_PRESETS, ratio] - full) / (interval - 1)
-        if skipped is not None:
-            name = AS_PRESETS.replace(" +", f", skipped {skipped:g} +")
-            full = interval / self._measured[name, ratio] - (interval - 1) * cached
-        return full, cached
+            old = [row for row in csv.DictReader(file) if row["solver"] != rows[0]["solver"]]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows([*old, *rows])
 
 
-def kind(configuration: Configuration) -> str:
-    """Under which heading it goes."""
-    switches = configuration.switches
-    if switches == NAMED[ATTENTION_CACHE]:
-        return "merging"  # stands beside detail-keeping, which also keeps outputs of full steps
-    if "cache" in switches and "merge" not in switches:
-        return "cache with forecast" if switches["cache"].get("forecast") else DEEPCACHE
-    names = {"preset": "presets", "tomesd": "tomesd", "cache": "merging and cache", "merge": "merging"}
-    return next((name for switch, name in names.items() if switch in switches), "fewer steps")
+def draw(path: Path) -> None:
+    """A picture for each solver beside the others, and a table of the best of each kind at each speed-up."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    figure = Figure(figsize=(3.4 * len(solvers), 3.6), layout="constrained")
+    lines = [
+        f"| solver | | {' | '.join(f'{each:g}×' for each in sorted(SPEEDUPS))} |",
+        "|---|---|" + "--:|" * len(SPEEDUPS),
+    ]
+    for axes, solver in zip(figure.subplots(1, len(solvers), sharey=True, squeeze=False)[0], solvers):
+        own = [row for row in rows if row["solver"] == solver]
+        best = best_of(own)
+        for kind, colour in KINDS.items():
+            points = sorted((float(row["speed-up"]), float(row["PSNR dB"])) for row in own if row["kind"] == kind)
+            if kind != "preset":
+                points = sorted({(float(row["speed-up"]), float(row["PSNR dB"])) for row in best[kind].values()})
+                cells = [best[kind].get(f"{each}", {}).get("PSNR dB", "") for each in sorted(SPEEDUPS)]
+                lines.append(f"| {solver} {own[0]['steps']} | {kind} | {' | '.join(cells)} |")
+            axes.plot(*zip(*points), marker="o", markersize=4, color=colour, label=kind,
+                      linestyle="" if kind == "preset" else "-", linewidth=1)  # fmt: skip
+        axes.set_title(f"{solver}, {own[0]['steps']} steps", fontsize=10)
+        axes.set_xlabel("speed-up of the denoising calls")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("PSNR to the untouched pictures, dB")
+    figure.axes[-1].legend(fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    head = (
+        f"PSNR in dB to the untouched pictures, mean of {rows[0]['captions']} captions that nothing was chosen on, at "
+    )
+    head += "least so fast; costs of Stable Diffusion 1.5's shape.\n\n"
+    path.with_suffix(".md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Write the three files."""
-    with (RESULTS / "grid-scores.csv").open(newline="", encoding="utf-8") as file:
-        scores = list(csv.DictReader(file))
-    known = {each.name: each for each in load_configurations(HERE / "examples" / "grid.yaml")}
-    speeds = Speeds(RESULTS / "cpu.csv")
-    steps = int(scores[0]["steps"])
-    table = []
-    for row in scores:
-        untouched = row["configuration"] in (BASELINE.name, NOISE_FLOOR.name)
-        configuration = Configuration("untouched") if untouched else known[row["configuration"]]
-        speedup, together = speeds.of(configuration, steps), _product(speeds, configuration, steps)
-        figures = {"speed-up": _text(speedup, 2), "product of both alone": _text(together, 2)}
-        figures |= {name: _text(row[column], digits) for column, (name, digits) in COLUMNS.items()}
-        table.append({"configuration": row["configuration"], **figures})
-    with Path("grid.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    timed = [(kind(known[row["configuration"]]), row) for row in table if row["configuration"] in known]
-    timed = [(name, row) for name, row in timed if row["speed-up"]]
-    head = f"{scores[0]['images']} held-out captions of the embedded pipeline, {steps} steps, guidance "
-    head += f"{float(scores[0]['guidance_scale']):g}; speed-ups of whole denoisings at SD 1.5's shape,\n"
-    head += "512 × 512, batch 2, float32, two CPU cores.\n"
-    text = f"{head}\nThe closest pictures, PSNR in dB, at least so fast:\n\n{_markdown(_front(timed))}"
-    Path("grid.md").write_text(f"{text}\nAll rows:\n\n{_markdown(table)}", encoding="utf-8")
-    _draw(timed)
-
-
-def _product(speeds: Speeds, configuration: Configuration, steps: int) -> float | None:
-    """What merging and the cache would gain together if neither took from what is left for the other."""
-    if "full_steps" in configuration.switches.get("merge", {}):
-        return None  # without a cache it merges on every step, which is another thing
-    parts = [Configuration("part", {each: configuration.switches[each]}) for each in configuration.switches]
-    alone = [speeds.of(part, steps) for part in parts]
-    return alone[0] * alone[1] if len(alone) == 2 and alone[0] and alone[1] else None
-
-
-def _front(timed: list[tuple[str, dict[str, str]]]) -> list[dict[str, str]]:
-    """The best of ours and of each peer at several speed-ups; the best of a line is bold."""
-    lines = []
-    columns = ["ours", *(peer for peer in PEERS if any(name == peer for name, _ in timed))]
-    for speed in SPEEDS:
-        fast = [(name, row) for name, row in timed if float(row["speed-up"]) >= speed]
-        best = {"speed-up": f"{speed:g}×"}
-        top = max(float(row["PSNR dB"]) for _, row in fast)
-        for column in columns:
-            own = [row for name, row in fast if name == column or (column == "ours" and name not in PEERS)]
-            first = max(own, key=lambda row: float(row["PSNR dB"]), default=None)
-            mark = "**" if first and float(first["PSNR dB"]) == top else ""
-            best[column] = f"{mark}{first['PSNR dB']}{mark} {first['configuration']}" if first else ""
-        lines.append(best)
-    return lines
-
-
-def _markdown(table: list[dict[str, str]]) -> str:
-    lines = [list(table[0]), ["---", *["--:"] * (len(table[0]) - 1)], *(list(row.values()) for row in table)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _draw(timed: list[tuple[str, dict[str, str]]]) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, (colour, marker) in KINDS.items():
-        points = sorted((float(row["speed-up"]), float(row["PSNR dB"])) for own, row in timed if own == name)
-        line = "-" if name in ("fewer steps", DEEPCACHE, "cache with forecast", "presets") else ""
-        if points:
-            axes.plot(*zip(*points), marker=marker, color=colour, linestyle=line, label=name, linewidth=1)
-    axes.set_xlabel("speed-up of a whole denoising (SD 1.5's shape, 512 × 512)")
-    axes.set_ylabel("PSNR to the untouched pictures, dB (embedded pipeline)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig("grid.png", dpi=130)
-
-
-def _text(value: str | float | None, digits: int) -> str:
-    return "" if value in ("", None) else f"{float(value):.{digits}f}"
+def best_of(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
+    """Of each kind the closest row at each speed-up that was wanted."""
+    best: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: float(row["PSNR dB"])):
+        best[row["kind"]][row["wanted"]] = row
+    return best
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["draw"]:
+        draw(Path("front.csv"))
+    else:
+        solver, *numbers = sys.argv[1:] or ("dpm++2m", "2", "2", "5")
+        add(measure(solver, *map(int, numbers)), Path("front.csv"))
+        print(json.dumps({"torch": torch.__version__, "solver": solver}))

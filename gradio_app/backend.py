@@ -25,8 +25,10 @@ from tomesd_plus import (
 from tomesd_plus.evaluation.generation.devices import device_name, peak_memory
 from tomesd_plus.evaluation.generation.sampling import Sampling, generate_batch
 from tomesd_plus.evaluation.names import TINY
+from tomesd_plus.host.names import solver_name
 from tomesd_plus.metrics.fidelity import psnr, ssim
 from tomesd_plus.presets import PRESETS, Preset
+from tomesd_plus.presets.tested import why_not
 
 MAX_BASELINES = 16
 MAX_CANDIDATES = 9
@@ -135,16 +137,18 @@ class Backend:
 
             shot = self._shoot(picture, on_step)
         equal = torch.equal(shot.pixels, baseline.pixels)
+        refused = self._refused(candidate.preset, picture.steps)
         return Result(
             candidate, baseline, shot,
             psnr=None if equal else psnr(shot.pixels, baseline.pixels).item(),
             ssim=ssim(shot.pixels, baseline.pixels).item(),
-            code=snippet(picture, merging, cache, candidate.preset, self.model, str(self.pipe.device), self.dtype),
+            code=snippet(picture, merging, cache, candidate.preset, self.model, str(self.pipe.device), self.dtype,
+                         bool(refused)),
             steps=self._steps(picture),
             removed={level: share for level, share in report.removed.items() if share} if report else {},
             cached_steps=cached.cached + cached.skipped if cached else 0,
             merge_maps=merge_maps,
-            notes=_notes(report),
+            notes=(*_notes(report), *refused),
         )  # fmt: skip
 
     def _shoot(self, picture: Picture, on_step: Callable[[int], None]) -> Shot:
@@ -164,6 +168,12 @@ class Backend:
         if not made.pixels.isfinite().all():
             raise Refused(f"the model overflows in {self.dtype}: start the app with another --dtype")
         return Shot(made.pixels[0], made.seconds, peak[0] / MEBIBYTE)
+
+    def _refused(self, preset: str | None, steps: int) -> tuple[str, ...]:
+        """Why the package refuses a preset by name here, where the app shows what it does all the same."""
+        solver = solver_name(self.pipe.scheduler)
+        reason = why_not(preset, solver, steps) if preset in PRESETS and preset is not None else None
+        return () if reason is None else (f"{reason[0].upper()}{reason[1:]}.",)
 
     def _warm_up(
         self,

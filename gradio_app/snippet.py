@@ -18,6 +18,7 @@ def snippet(
     model: str = TINY,
     device: str = "cpu",
     dtype: str = "float32",
+    force: bool = False,
 ) -> str:
     """A script that makes a picture.
 
@@ -26,6 +27,7 @@ def snippet(
         merging, cache: What to switch on; ``None``: nothing.
         preset: The name that stands for both.
         model, device, dtype: What :func:`~tomesd_plus.evaluation.generation.load_model` takes; the dtype by its name.
+        force: The preset would be refused otherwise.
 
     Returns:
         Python. It saves the picture as ``picture.png``.
@@ -34,7 +36,7 @@ def snippet(
     names, contexts = set(imports), []
     if preset is not None:
         names.add("preset")
-        contexts.append(f"preset(pipe, {constructor(preset)})")
+        contexts.append(f"preset(pipe, {constructor(preset)}{', force=True' if force else ''})")
     else:
         for function, config in (("token_merging", merging), ("feature_cache", cache)):
             if config is not None:

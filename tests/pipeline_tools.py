@@ -69,7 +69,7 @@ WAYS = {
         lambda pipe, report: merging_report(pipe).merged,
     ),
     "preset": Way(
-        lambda pipe, level, ratio: apply_preset(pipe, "balanced"),
+        lambda pipe, level, ratio: apply_preset(pipe, "fast", force=True),
         remove_preset,
         lambda pipe, report: report.merging.merged and report.cache.cached > 0,
         ratio=False,

@@ -81,7 +81,7 @@ def switch_on(unet, kind, ratio, chosen):
     elif kind == "cache":
         apply_feature_cache(unet, interval=2)
     elif kind == "preset":
-        apply_preset(unet, "balanced")
+        apply_preset(unet, "fast", force=True)
     elif kind == "drop-in":
         cell = chosen.get("cell_size", (2, 2))
         tomesd.apply_patch(unet, ratio=ratio, max_downsample=chosen.get("max_downsample", 1), sy=cell[0], sx=cell[1])

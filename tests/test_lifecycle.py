@@ -88,9 +88,9 @@ FEATURES = {
     "skipped calls": cache(branch="nothing", full_steps=(0, 1, 3)),
     "plan": cache(plan="FFSCFSC", forecast=1.0),
     "preset": Feature(
-        lambda pipe: apply_preset(pipe, "balanced"),
+        lambda pipe: apply_preset(pipe, "fast", force=True),
         remove_preset,
-        lambda pipe: preset(pipe, "balanced"),
+        lambda pipe: preset(pipe, "fast", force=True),
         caches=True,
     ),
     "drop-in": Feature(

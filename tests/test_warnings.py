@@ -45,7 +45,7 @@ with token_merging(pipe, ratio=0.5, full_steps=2, proportional_attention=True) a
 with feature_cache(pipe, interval=2) as report:
     picture()
     str(report)
-with preset(pipe, "balanced") as report:
+with preset(pipe, "fast", force=True) as report:
     picture()
     str(report)
 tomesd.apply_patch(pipe, ratio=0.5)

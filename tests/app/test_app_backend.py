@@ -114,9 +114,11 @@ def test_without_merging_the_pictures_are_identical(backend):
 
 
 def test_presets_and_cache_tell_of_their_cached_steps(backend):
-    for candidate in (Candidate(ratio=0, cache_interval=3), Candidate(preset="balanced")):
-        result = backend.compare(picture(), candidate)
-        assert result.cached_steps == 2 and result.psnr is not None
+    for candidate, count in ((Candidate(ratio=0, cache_interval=3), 2), (Candidate(preset="balanced"), 1)):
+        result = backend.compare(picture(), candidate)  # of three steps; a preset's last one is full
+        assert result.cached_steps == count and result.psnr is not None
+        assert any("is for 9 steps and more" in note for note in result.notes) == bool(candidate.preset)
+        assert ("force=True" in result.code) == bool(candidate.preset)
     assert untouched(backend.pipe)
 
 

@@ -110,7 +110,7 @@ def run_code(code, folder, monkeypatch):
         Candidate(ratio=0.6, schedule="steps", merged="whole blocks", max_downsample=2),
         Candidate(ratio=0, cache_interval=3),
         Candidate(ratio=0),
-        Candidate(preset="balanced"),
+        Candidate(preset="fast"),
     ],
     ids=lambda candidate: candidate.name,
 )

@@ -1,14 +1,12 @@
 """Configurations as YAML, and what they do to a pipeline."""
 
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import generate, hooks
 
-from tomesd_plus import PRESETS
 from tomesd_plus.evaluation.configurations import Configuration, complete, load_configurations, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.generation import Row, Sampling, compare
@@ -16,7 +14,7 @@ from tomesd_plus.evaluation.generation.timing import equal_time_rows
 from tomesd_plus.evaluation.speed import Speed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ABLATION, GRID = EXAMPLES / "ablation.yaml", EXAMPLES / "grid.yaml"
+ABLATION = EXAMPLES / "ablation.yaml"
 
 
 def test_a_bare_value_is_the_main_option():
@@ -137,24 +135,6 @@ def test_the_ablation_compares_schedules_of_one_mean(pipe):
                 generate(pipe, num_inference_steps=20)
                 means[configuration.name] = sum(step.removed[1] for step in report.steps) / len(report.steps)
     assert len(means) == 5 and all(mean == pytest.approx(0.5, abs=0.02) for mean in means.values())
-
-
-def test_the_grid_has_every_interval_ratio_and_direction():
-    rows = load_configurations(GRID)
-    merged, cached = [], []
-    for each in rows:
-        merge, cache = each.switches.get("merge", {}), each.switches.get("cache", {})
-        if not merge.keys() <= {"ratio", "schedule", "more_at", "cell_size"} or not cache.keys() <= {"interval"}:
-            continue
-        if merge:
-            merged.append((cache.get("interval", 1), merge["ratio"], merge.get("more_at", "constant")))
-        elif cache:
-            cached.append(cache["interval"])
-    assert sorted(merged) == sorted(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
-    assert sorted(cached) == [2, 3, 4, 5, 7]
-    assert [each.switches["preset"]["name"] for each in rows if "preset" in each.switches] == list(PRESETS)
-    assert [each.steps for each in rows if each.steps] == [20, 16, 13, 12, 10, 9, 8, 7, 6, 5]
-    assert [each.switches["tomesd"]["ratio"] for each in rows if "tomesd" in each.switches] == [0.25, 0.5, 0.75]
 
 
 def test_baseline_and_noise_floor_come_by_themselves():

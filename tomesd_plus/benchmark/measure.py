@@ -22,7 +22,7 @@ from tomesd_plus.benchmark.shapes import SHAPES, Shape, build_unet, call_model, 
 from tomesd_plus.benchmark.towers import TOWERS, TowerRunner, tower_runner
 from tomesd_plus.evaluation.errors import first_line
 from tomesd_plus.evaluation.generation.devices import MEBIBYTE, dtype_by_name, peak_memory
-from tomesd_plus.host.clock import moment, seconds_between
+from tomesd_plus.host.clock import seconds_of
 from tomesd_plus.host.transformers import blocks_of, matches_flows
 
 MAX_CALLS = STEPS  # per run
@@ -179,14 +179,16 @@ class _Candidate:
         """Begin a generation; return the time of its UNet calls in seconds."""
         if isinstance(self.pipe, TowerRunner):
             return self.pipe.run(calls)
-        assert self.shape is not None
-        device = self.inputs["encoder_hidden_states"].device
-        self.pipe.scheduler.set_timesteps(STEPS, device=device)  # new timestep tensors mark a new generation
-        model = model_of(self.pipe)
-        start = moment(device)
-        for timestep in self.pipe.scheduler.timesteps[:calls]:
-            call_model(model, self.shape, self.inputs, timestep)
-        return seconds_between(start, moment(device))
+        shape, inputs, scheduler, model = self.shape, self.inputs, self.pipe.scheduler, model_of(self.pipe)
+        assert shape is not None
+        device = inputs["encoder_hidden_states"].device
+        scheduler.set_timesteps(STEPS, device=device)  # new timestep tensors mark a new generation
+
+        def work() -> None:
+            for timestep in scheduler.timesteps[:calls]:
+                call_model(model, shape, inputs, timestep)
+
+        return seconds_of(work, device)
 
     def warm_up(self, device: torch.device, bare: float, compiled: bool) -> None:
         """Measure memory and the package's own functions, which would disturb the timed runs."""

@@ -16,8 +16,9 @@ from tomesd_plus.evaluation.file_io import atomic_write
 LEGEND = """\
 Weights are random: the cost depends on shapes, not on weights. The batch size includes both guidance branches. Times
 are medians of runs interleaved with the untouched UNet (PyTorch's scaled-dot-product attention), brackets their
-minimum and maximum; a speed-up is the median over pairs of runs. *Efficiency* is the share of the *ideal* row's saving
-that is reached; there the same layers run on as few tokens without overhead. Matching and merging are measured
+minimum and maximum; a speed-up is the median over pairs of runs. In one thread of a CPU they are the time that
+the thread has run. *Efficiency* is the share of the *ideal* row's saving that is reached; there the same layers run on
+as few tokens without overhead. Matching and merging are measured
 separately, in eager mode. *PSNR* is the setting's on the embedded 64 × 64 pipeline, against the untouched images of
 the same seeds: a tiny model, for comparing settings only, whatever the size of the row."""
 TOWER_LEGEND = """\

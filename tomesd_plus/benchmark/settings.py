@@ -43,10 +43,11 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
     "block + cache 3": {"merge": _BLOCK, "cache": {"interval": 3}},
     **{f"cache {interval}": {"cache": {"interval": interval}} for interval in INTERVALS},
     **{f"DeepCache {interval}": {"deepcache": {"interval": interval}} for interval in INTERVALS},
+    **{f"skip {interval}": {"cache": {"interval": interval, "branch": "nothing"}} for interval in INTERVALS},
     **{f"attn1 + cache {interval}": {"merge": {}, "cache": {"interval": interval}} for interval in FEW_INTERVALS},
     **{f"preset {name}": {"preset": {"name": name}} for name in PRESETS},
-    "as presets + cache 5": {"merge": _PRESETS, "cache": {"interval": 5}},
-    "as presets, skipped 0.5 + cache 5": {
+    "cached steps merged + cache 5": {"merge": _PRESETS, "cache": {"interval": 5}},
+    "all steps merged + cache 5": {
         "merge": _PRESETS | {"full_steps": {"every": "cache", "ratio": 0.5}},
         "cache": {"interval": 5},
     },
@@ -89,8 +90,9 @@ class Setting:
 
     @property
     def cycle(self) -> int:
-        """The number of UNet calls after which its work repeats; with presets and forecasts, the whole generation."""
-        if "preset" in self.switches or self.switches.get("cache", {}).get("forecast"):
+        """The number of UNet calls after which its work repeats: with presets, plans and forecasts a generation's."""
+        cache = self.switches.get("cache", {})
+        if "preset" in self.switches or cache.get("forecast") or cache.get("plan"):
             return STEPS
         merge = self.switches.get("merge", {})
         caches = [options for kind, options in self.switches.items() if kind in ("cache", "deepcache")]

@@ -20,7 +20,6 @@ from tomesd_plus.presets import PRESETS
 FIRST = ["attn1", "attn1 + attn2 + mlp", "block", PACKAGE]
 MORE = ["block, full every 4", "keys and values"]
 PRESET_NAMES = [f"preset {name}" for name in PRESETS]
-GRID = [f"attn1 + cache {interval}" for interval in FEW_INTERVALS]  # of examples/grid.yaml
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ def cpu_suite() -> Suite:
     at = {size: Workload("sd15", size) for size in (256, 512, 768, 1024)}
     long = MIN_ROUNDS
     presets = settings_from(PRESET_NAMES, [])
-    presets += settings_from(["as presets + cache 5", "as presets, skipped 0.5 + cache 5"], [0.75])
+    presets += settings_from(["cached steps merged + cache 5", "all steps merged + cache 5"], [0.75])
+    both = [f"attn1 + cache {interval}" for interval in FEW_INTERVALS]
     details = settings_from(["attn1, full every 4", "attention cache 4"], [0.5])
     details += settings_from(["attn1, plan per block"], [0.36, 0.5])  # 0.36: the average ratio with full steps
     return Suite(
@@ -89,7 +89,12 @@ def cpu_suite() -> Suite:
             task(at[512], ["attn1", "block", PACKAGE], [0.25, 0.75], repeats=long),
             task(at[512], [*MORE, "tomesd"], repeats=long),
             Task(at[512], tuple(with_ideals(presets)), long),
-            task(at[512], [*_caches(INTERVALS), *GRID], [0.25, 0.5, 0.75], repeats=long),
+            task(
+                at[512],
+                [*_caches(INTERVALS), *both],
+                [0.25, 0.5, 0.75],
+                repeats=long,
+            ),
             Task(at[512], tuple(with_ideals(details)), long),
             task(at[512], ["attn1, gate"], [0.1, 0.5], repeats=5),
             task(at[256], ["attn1", "attn1, gate", "block", PACKAGE], [0.1, 0.5]),
@@ -162,7 +167,7 @@ def smoke_suite() -> Suite:
 
 
 def _caches(intervals: Sequence[int]) -> list[str]:
-    return [f"{kind} {interval}" for interval in intervals for kind in ("cache", "DeepCache")]
+    return [f"{kind} {interval}" for interval in intervals for kind in ("cache", "skip", "DeepCache")]
 
 
 def _small(each: Task) -> Task:

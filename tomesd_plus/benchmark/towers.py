@@ -1,7 +1,6 @@
 """Vision towers with the shapes of published models and random weights, their settings and their ideal."""
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from tomesd_plus.benchmark.settings import IDEAL, UNTOUCHED, Setting
 from tomesd_plus.evaluation.errors import EvaluationError
-from tomesd_plus.host.clock import moment, seconds_between
+from tomesd_plus.host.clock import seconds_of
 from tomesd_plus.vision.apply import merge_towers, unmerge_towers
 from tomesd_plus.vision.config import TowerConfig
 from tomesd_plus.vision.methods import METHODS
@@ -201,20 +200,13 @@ class TowerRunner:
         self.model, self.pictures = model, pictures
 
     def run(self, calls: int) -> float:
-        """The time of so many calls in seconds.
+        """The time of so many calls in seconds."""
 
-        In one thread of a CPU it is the time that the thread has run, which other processes do not disturb.
-        """
-        device = self.pictures.device
-        if device.type == "cpu" and torch.get_num_threads() == 1:
-            began = time.thread_time()
+        def work() -> None:
             for _ in range(calls):
                 self.model(self.pictures)
-            return time.thread_time() - began
-        start = moment(device)
-        for _ in range(calls):
-            self.model(self.pictures)
-        return seconds_between(start, moment(device))
+
+        return seconds_of(work, self.pictures.device)
 
 
 @contextmanager

@@ -30,9 +30,11 @@ class FeatureCacheConfig:
             none are listed by default.
         plan: A letter a step, in place of ``interval``: F in full, C as ``branch`` says, S skipped. Text such as
             ``"FSCS"``, or a :class:`StepPlan`, whose noise levels carry it over to other numbers of steps.
-        order: How skipped calls are forecast: 1 along a straight line through the last two outputs of calls that ran
-            (the predictor of ZEUS, 2026), 2 along a parabola through the last three, in the number of the step.
-            Default: a parabola where all of these lie at most two steps apart, where it is closer, else a line.
+        order: How skipped calls are forecast: 1 (default) along a straight line through the last two outputs of calls
+            that ran (the predictor of ZEUS, 2026), 2 along a parabola through the last three, in the number of the
+            step; ``None``: a parabola where all of these lie at most two steps apart, else a line. Every second call
+            of 20 skipped, but for the last: the line has 44.4 dB with DPM++ 2M and the parabola 40.7, with Euler 47.8
+            and 48.3.
         threshold: Off by default. Makes it adaptive: a step is full once the output of ``conv_in``, the cheapest early
             feature, has changed by more than this share since the last full step (mean absolute change over mean
             absolute value, larger than 0), and at the latest after ``interval``. A larger one makes fewer steps full:
@@ -55,7 +57,7 @@ class FeatureCacheConfig:
     threshold: float | None = None
     forecast: float = 0.0
     plan: StepPlan | None = None
-    order: int | None = None
+    order: int | None = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.interval, IntervalSchedule) and not is_whole(self.interval, 1):
@@ -77,7 +79,7 @@ class FeatureCacheConfig:
         if not (_number(self.forecast) and 0 <= self.forecast <= 1):
             raise ValueError(f"forecast must be a number in [0, 1], not {self.forecast!r}")
         if self.order is not None and (not is_whole(self.order, 1) or self.order > 2):
-            raise ValueError(f"order must be 1 or 2, not {self.order!r}")
+            raise ValueError(f"order must be 1, 2 or None, not {self.order!r}")
         if self.plan is not None:
             self._check_plan(self.plan if isinstance(self.plan, StepPlan) else StepPlan(self.plan))
         elif self.branch == "nothing" and self.threshold is not None:

@@ -36,8 +36,14 @@ class Deciding:
         if plan is None:
             return None
         if plan.noise_levels is None:
-            return plan.at_number(step.number)
-        return plan.at_level(generation.before(step), step.noise_level)
+            return plan.at_number(step.number, step.last)
+        letter = plan.at_level(generation.before(step), step.noise_level)
+        kept, outputs = generation.record.features.get(step.call), generation.record.outputs.get(step.call)
+        ran = outputs[-1].step.number if outputs else step.number
+        full = kept.step.number if kept is not None else ran
+        if step.number - full > plan.longest_without("F"):
+            return "F"
+        return "C" if letter == "S" and step.number - ran > plan.longest_without("FC") else letter
 
     def _why_full(
         self, generation: Generation, step: Step, letter: Depth | None, skip: bool, as_dict: bool | None

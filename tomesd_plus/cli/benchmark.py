@@ -88,10 +88,10 @@ def benchmark_command(
 
     Settings: attn1 (in sd3 and flux-blocks the joint attention); attn1, full every 4; attn1, gate; attn1 + attn2 +
     mlp; block; run (transformers only: all blocks, merged and unmerged once); block, plan every 4; block, whole
-    every 4; keys and values; tomesd (our drop-in); tomesd package; cache or DeepCache 2, 3, 4, 5 or 7; attn1 + cache
-    2, 3 or 5; block + cache 3; preset quality, balanced or fast (a complete run of 25 steps); or a configuration
-    as `evaluate` takes it. The untouched UNet is always included, and so is the ideal, fewer tokens at no cost,
-    for the merge efficiency. Finished rows are not measured again.
+    every 4; keys and values; tomesd (our drop-in); tomesd package; cache, skip (whole calls) or DeepCache 2, 3, 4, 5
+    or 7; attn1 + cache 2, 3 or 5; block + cache 3; preset quality, balanced or fast (a complete run of 25 steps);
+    or a configuration as `evaluate` takes it. The untouched UNet is always included, and so is the ideal, fewer
+    tokens at no cost, for the merge efficiency. Finished rows are not measured again.
     """
     given = {n for n in SINGLE if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
     if suite is not None:

@@ -56,7 +56,11 @@ def compare_command(
     device: Device = None,
     dtype: Dtype = None,
     peers: Annotated[
-        bool, typer.Option(help="Add rows: tomesd, the DeepCache package, fewer steps in equal time, another seed.")
+        bool,
+        typer.Option(
+            help="Add rows: tomesd, the DeepCache package, skipped calls, Align Your Steps, fewer steps in equal "
+            "time, another seed."
+        ),
     ] = True,
     out: Annotated[Path, typer.Option(help="The image to write.")] = Path("compare.png"),
 ) -> None:
@@ -76,7 +80,7 @@ def compare_command(
     if out.is_dir() or out.suffix.lower() not in PICTURES:
         fail(f"--out must name a picture ({', '.join(PICTURES)}), not {str(out)!r}")
     pipe, where = load(model, device, dtype, scheduler=scheduler)
-    settings = configurations + (peers_of(ratios, max_downsample, cache_interval) if peers else [])
+    settings = configurations + (peers_of(pipe, steps, ratios, max_downsample, cache_interval) if peers else [])
     with progress_bar() as progress:
         total = (1 + len(settings)) * (len(chosen) * steps + min(2, steps))
         task = progress.add_task("", total=total)

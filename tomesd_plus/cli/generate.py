@@ -67,7 +67,7 @@ def generate_command(
     from tomesd_plus.evaluation.images import to_image
 
     if preset:
-        configuration = preset_from(preset)
+        configuration = preset_from(preset, force=False)
     else:
         configuration = merging_from(ratio, schedule, more_at, max_downsample, cache_interval)
     check_writable(out)

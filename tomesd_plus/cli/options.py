@@ -123,11 +123,11 @@ def merging_from(
     return run(lambda: Configuration(f"ratio {ratio:g}, cache {cache_interval}", switches | {"cache": cache}))
 
 
-def preset_from(name: str) -> "Configuration":
-    """A preset as a configuration."""
+def preset_from(name: str, force: bool = True) -> "Configuration":
+    """A preset as a configuration; ``force`` keeps it where it is refused, to be compared there."""
     from tomesd_plus.evaluation.configurations import Configuration
 
-    return run(lambda: Configuration(f"preset {name}", {"preset": {"name": name}}))
+    return run(lambda: Configuration(f"preset {name}", {"preset": {"name": name, "force": force}}))
 
 
 def sampling_from(steps: int, guidance: float | None, size: str | None, model: str) -> "Sampling":

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from diffusers.schedulers import AysSchedules
+
 from tomesd_plus import tomesd
 from tomesd_plus.dispatch import merging_report, token_merging
 from tomesd_plus.evaluation.errors import EvaluationError, optional_import
 from tomesd_plus.merging.config import FullSteps, ToMeConfig
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets import preset, preset_from
-from tomesd_plus.schedules import AdaptiveRatio, Direction, schedule_by_name
+from tomesd_plus.schedules import AdaptiveRatio, Direction, StepPlan, schedule_by_name
 
 TOMESD_PACKAGE = "tomesd package"
+AYS_STEPS = len(AysSchedules["StableDiffusionTimesteps"])
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def _cache(**options: Any) -> Switch:
     """The feature cache of this package."""
     from tomesd_plus.caching import FeatureCacheConfig, feature_cache
 
+    if isinstance(plan := options.get("plan"), Mapping):
+        options["plan"] = StepPlan(**plan)
     config = FeatureCacheConfig(**options)
     return Switch(lambda pipe: feature_cache(pipe, config), config, config.threshold is not None)
 
@@ -142,17 +147,48 @@ def _deepcache(interval: int = 3, branch: int = 0) -> Switch:
     return Switch(switch_on, {"interval": interval, "branch": branch, "version": version("DeepCache")})
 
 
-def _preset(name: str = "balanced") -> Switch:
-    """One of this package's presets, or a preset's file."""
+def _preset(name: str = "balanced", force: bool = True) -> Switch:
+    """One of this package's presets, or a preset's file; by default also where it is refused, to be compared there."""
     chosen = preset_from(name)
 
     @contextmanager
     def switch_on(pipe: Any) -> Iterator[TokenMergingReport | None]:
-        with preset(pipe, chosen) as reports:
+        with preset(pipe, chosen if force else name, force=force) as reports:
             yield reports.merging
 
     # the level at which it merges depends on the model, which the manifest records too
     return Switch(switch_on, {"merge": chosen.merging, "inside": chosen.merging_inside, "cache": chosen.cache})
+
+
+def _ays() -> Switch:
+    """The ten steps of Align Your Steps (https://arxiv.org/abs/2404.14507); set ``steps: 10`` beside it."""
+    return Switch(ays_timesteps, {})
+
+
+def takes_timesteps(pipe: Any) -> bool:
+    """True if a pipeline's scheduler takes timesteps of one's own."""
+    return "timesteps" in inspect.signature(pipe.scheduler.set_timesteps).parameters
+
+
+@contextmanager
+def ays_timesteps(pipe: Any) -> Iterator[None]:
+    """Let a pipeline's scheduler have the first timesteps of Align Your Steps inside a ``with`` block: up to ten."""
+    if not takes_timesteps(pipe):
+        raise EvaluationError(f"{type(pipe.scheduler).__name__} takes no timesteps: Align Your Steps needs them")
+    scheduler, family = pipe.scheduler, "XL" if getattr(pipe, "text_encoder_2", None) is not None else ""
+    timesteps = AysSchedules[f"StableDiffusion{family}Timesteps"]
+    inner = scheduler.set_timesteps
+
+    def set_timesteps(steps: int, device: Any = None) -> None:
+        if steps > len(timesteps):
+            raise EvaluationError(f"Align Your Steps has {len(timesteps)} steps, not {steps}: set steps beside it")
+        inner(timesteps=timesteps[:steps], device=device)
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
 
 
 SWITCHES: dict[str, tuple[Callable[..., Switch], str]] = {
@@ -162,5 +198,6 @@ SWITCHES: dict[str, tuple[Callable[..., Switch], str]] = {
     TOMESD_PACKAGE: (_tomesd_package, "ratio"),
     "deepcache": (_deepcache, "interval"),
     "preset": (_preset, "name"),
+    "ays": (_ays, ""),
 }
 """By key: the function that takes the options, and the main option, which a single value sets."""

@@ -15,13 +15,21 @@ def model_name(model: nn.Module) -> str:
 
 
 def scheduler_name(scheduler: Any) -> str:
-    """A scheduler's class, its order and spacing where it tells them, and whether its noise levels are Karras'."""
+    """A scheduler's class, and where it tells them its order, spacing, prediction, shift and kind of noise levels."""
     config = getattr(scheduler, "config", {})
-    parts = [type(scheduler).__name__]
+    parts = [solver_name(scheduler)]
     parts += [f"{config.get('solver_type')} {config['solver_order']}"] if "solver_order" in config else []
-    parts += [str(config[name]) for name in ("timestep_spacing",) if config.get(name)]
+    parts += [str(config[name]) for name in ("timestep_spacing", "prediction_type") if config.get(name)]
+    parts += [f"shift {config['shift']:g}"] if isinstance(config.get("shift"), (int, float)) else []
+    return ", ".join(parts)
+
+
+def solver_name(scheduler: Any) -> str:
+    """A scheduler's class, and what of its options makes another solver of it."""
+    config = getattr(scheduler, "config", {})
     kinds = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
-    return ", ".join(parts + [kind for name, kind in kinds.items() if config.get(name)])
+    parts = [type(scheduler).__name__, *(kind for name, kind in kinds.items() if config.get(name))]
+    return ", ".join(parts + (["SDE"] if "sde" in str(config.get("algorithm_type")) else []))
 
 
 def device_name(model: nn.Module) -> str:

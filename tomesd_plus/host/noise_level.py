@@ -66,9 +66,11 @@ class NoiseLevels:
     @property
     def train_timesteps(self) -> int:
         """``T``: timesteps of training; 1,000 where no scheduler tells."""
-        return _train_timesteps(self._current_scheduler())
+        return _train_timesteps(self.scheduler)
 
-    def _current_scheduler(self) -> Any:
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's, as it is now; ``None`` if it has none."""
         pipe = self._pipe.value() if self._pipe.value is not None else None
         if pipe is not None:
             self._scheduler = getattr(pipe, "scheduler", None)
@@ -76,7 +78,7 @@ class NoiseLevels:
 
     def _levels_of_scheduler(self) -> tuple[dict[float, float], bool]:
         """The scheduler's timesteps and their noise levels, read once a schedule; and if these are σ."""
-        scheduler = self._current_scheduler()
+        scheduler = self.scheduler
         timesteps = getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or not len(timesteps):
             return {}, False
@@ -92,7 +94,7 @@ class NoiseLevels:
         if self._told or not self.needed:
             return
         self._told = True
-        whose = "no scheduler is known" if self._current_scheduler() is None else "the scheduler has none like it"
+        whose = "no scheduler is known" if self.scheduler is None else "the scheduler has none like it"
         warnings.warn(
             f"The noise level of timestep {timestep:g} cannot be known: it is none of training, and {whose}. What "
             "depends on it follows the place in the schedule instead. Apply to the pipeline that calls the model.",

@@ -15,6 +15,7 @@ from tomesd_plus.merging.apply import apply_token_merging, is_merging, remove_to
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets.data import Preset
 from tomesd_plus.presets.named import PRESETS, preset_by_name
+from tomesd_plus.presets.tested import Refusal, refusals_on
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PresetReport:
         return "\n\n".join(parts) or "The preset switches nothing on."
 
 
-def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
+def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False) -> PresetReport:
     """Switch on token merging and a feature cache as a preset has them.
 
     Args:
@@ -42,6 +43,10 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
             that merges nothing and caches no layers, one with any denoiser.
         chosen: One of :data:`PRESETS`, ``"quality"``, ``"balanced"`` or ``"fast"``; a :class:`Preset`, as ``tune``
             gives it; or the path of a file that :meth:`Preset.save` has written.
+        force: Keep a preset by name also where it is refused: with solvers and numbers of steps at which fewer steps
+            were closer in the same time (``results/presets.csv``), and at 8 steps or fewer, where there is next to
+            nothing to take from the step before. A generation then ends at its first call with a ValueError that says
+            what to do.
 
     Returns:
         Reports that follow the pipeline as it runs.
@@ -55,9 +60,9 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
         >>> from tomesd_plus import apply_preset, load_tiny_pipeline
         >>> pipe = load_tiny_pipeline()
         >>> report = apply_preset(pipe, "balanced")
-        >>> image = pipe("a large star on a blue background", num_inference_steps=7).images[0]
+        >>> image = pipe("a large star on a blue background", num_inference_steps=10).images[0]
         >>> report.cache.full
-        2
+        4
     """
     found = preset_from(chosen)
     denoiser_of(pipe)  # refuses what has none
@@ -72,6 +77,8 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
             remove_token_merging(unet_of(pipe))
         raise
     _warn_of_another(pipe, found)
+    if isinstance(chosen, str) and chosen in PRESETS and not force:
+        Refusal(chosen, pipe).attach(denoiser_of(pipe))
     return PresetReport(merging, cache)
 
 
@@ -85,6 +92,8 @@ def remove_preset(pipe: Any) -> None:
     cache = feature_cache_on(denoiser)
     if cache is not None:
         cache.check_removable()  # before anything goes
+    for refusal in refusals_on(denoiser):
+        refusal.detach()
     if cache is None or (hasattr(denoiser, "set_attn_processor") and is_merging(unwrapped(denoiser))):
         remove_token_merging(pipe)
     if cache is not None:
@@ -92,12 +101,14 @@ def remove_preset(pipe: Any) -> None:
 
 
 @contextmanager
-def preset(pipe: Any, chosen: str | Path | Preset) -> Iterator[PresetReport]:
+def preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False) -> Iterator[PresetReport]:
     """Hold a preset inside a ``with`` block; takes what :func:`apply_preset` takes, and yields its reports."""
-    reports = apply_preset(pipe, chosen)
+    reports = apply_preset(pipe, chosen, force=force)
     try:
         yield reports
     finally:
+        for refusal in refusals_on(denoiser_of(pipe)):
+            refusal.detach()
         if reports.merging is not None:
             remove_token_merging(unet_of(pipe))
         if reports.cache is not None:
@@ -117,12 +128,12 @@ def preset_from(chosen: str | Path | Preset) -> Preset:
     if not isinstance(chosen, (str, Path)):
         raise ValueError(f"expected a preset, its name or a path, not {chosen!r}")
     path = Path(chosen)
-    if isinstance(chosen, str) and path.suffix != ".json" and len(path.parts) < 2 and not path.is_file():
-        return preset_by_name(chosen)  # which tells the names
     try:
+        if isinstance(chosen, str) and path.suffix != ".json" and len(path.parts) < 2 and not path.is_file():
+            return preset_by_name(chosen)  # which tells the names
         return Preset.load(path)
     except OSError as error:
-        raise ValueError(f"cannot read the preset {chosen}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read the preset {str(chosen)[:200]}: {error.strerror or error}") from error
 
 
 def _warn_of_another(pipe: Any, found: Preset) -> None:

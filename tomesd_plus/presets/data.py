@@ -14,6 +14,8 @@ from tomesd_plus.schedules.checks import is_whole
 
 LONGEST = 2000
 """Characters of a text."""
+LARGEST = 1e9
+"""The largest number."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +161,21 @@ def _is_number(value: Any) -> bool:
 
 def _check(data: Any) -> None:
     """Check a dataclass's fields that are texts, numbers or truth values against what they are declared as."""
-    wanted = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+    wanted = {
+        "str": f"a text of one line and {LONGEST:,} characters at most",
+        "int": f"a whole number of 0 to {LARGEST:.0e}",
+        "float": f"a number of 0 to {LARGEST:.0e}",
+        "bool": "true or false",
+    }
     for each in fields(data):
         value, declared = getattr(data, each.name), str(getattr(each.type, "__name__", each.type))
         kind = declared.split(" | ")[0]
         if kind not in wanted or (value is None and "None" in declared):
             continue
         right = {
-            "str": isinstance(value, str) and len(value) <= LONGEST,
-            "int": is_whole(value, 0),
-            "float": _is_number(value) and value >= 0,
+            "str": isinstance(value, str) and len(value) <= LONGEST and value.isprintable(),
+            "int": is_whole(value, 0) and value <= LARGEST,
+            "float": _is_number(value) and 0 <= value <= LARGEST,
             "bool": isinstance(value, bool),
         }[kind]
         if not right:

@@ -1,5 +1,6 @@
 """What runs at each step, a letter a step, also where the steps are others than those that it was made for."""
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
@@ -20,8 +21,11 @@ class StepPlan:
         letters: One of F, C and S for each step, from the first; a generation's first step is full whatever it says.
         noise_levels: Of each step, falling. With them a generation of another number of steps, or one that begins
             later as image-to-image does, has the letters where the noise levels have them: a step takes the deepest of
-            those between the step before it and itself, F before C before S. Without them, letters go by the step's
-            number, and steps beyond the last run in full.
+            those between the step before it and itself, F before C before S. However many steps there are, no more of
+            them in a row are skipped, or go without a full one, than in the plan itself. Without noise levels, letters
+            go by the step's number, and steps beyond the last run in full.
+        repeats: The letters begin anew after the last of them, for any number of steps. The last step of a schedule is
+            full then: no later one makes up for its error.
 
     Raises:
         ValueError: There are no letters, others, or more than 1,000; or the noise levels do not fall from 1 to 0, or
@@ -35,14 +39,19 @@ class StepPlan:
 
     letters: str
     noise_levels: tuple[float, ...] | None = None
+    repeats: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.letters, str) or not self.letters or set(self.letters) - set(DEPTHS):
             raise ValueError(f"a plan must be a word of the letters F, C and S, a letter a step, not {self.letters!r}")
         if len(self.letters) > MOST_STEPS:
             raise ValueError(f"a plan may have {MOST_STEPS} steps at most, not {len(self.letters)}")
+        if not isinstance(self.repeats, bool):
+            raise ValueError(f"repeats must be true or false, not {self.repeats!r}")
         if self.noise_levels is None:
             return
+        if self.repeats:
+            raise ValueError("a plan that repeats has letters for any number of steps: give it no noise levels")
         levels = tuple(self.noise_levels)
         object.__setattr__(self, "noise_levels", levels)
         numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in levels)
@@ -51,8 +60,25 @@ class StepPlan:
         if len(levels) != len(self.letters) or any(late >= early for early, late in pairwise(levels)):
             raise ValueError(f"a plan of {len(self.letters)} steps needs as many noise levels, which fall")
 
-    def at_number(self, number: int) -> Depth:
-        """The depth of a step, counted from 0."""
+    def longest_without(self, depths: str) -> int:
+        """The most steps in a row that have none of certain letters.
+
+        Example:
+            >>> StepPlan("FSSCSF").longest_without("F"), StepPlan("FSSCSF").longest_without("FC")
+            (4, 2)
+        """
+        return max(map(len, re.split(f"[{depths}]", self.letters)))
+
+    def at_number(self, number: int, last: bool = False) -> Depth:
+        """The depth of a step, counted from 0; ``last`` if it is known to be the schedule's last one.
+
+        Example:
+            >>> plan = StepPlan("FSC", repeats=True)
+            >>> "".join(plan.at_number(number, last=number == 7) for number in range(8))
+            'FSCFSCFF'
+        """
+        if self.repeats:
+            return "F" if last else cast(Depth, self.letters[number % len(self.letters)])
         return cast(Depth, self.letters[number]) if number < len(self.letters) else "F"
 
     def at_level(self, before: float | None, level: float) -> Depth:

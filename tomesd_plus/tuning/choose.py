@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from tomesd_plus.tuning.errors import Errors
-from tomesd_plus.tuning.plans import Plan, even_plans, neighbours
+from tomesd_plus.tuning.plans import Plan, even_plans, neighbours, repeated_plans
 from tomesd_plus.tuning.search import best_plans
 from tomesd_plus.tuning.trials import Trials, measured_gains
 
 FORECASTS = (1.0, 0.85, 0.7, 0.5)
 PROBES = 7
+REPEATED = 3
+"""Repeated patterns that are tried on pictures, the likeliest best."""
 FEWER = (0.8, 0.65, 0.5)
 """Solver steps, as shares of the untouched pictures', that plans of fewer steps may have."""
 PATIENCE = 15
@@ -94,21 +96,25 @@ def _free_steps(trials: Trials, speedup: float) -> list[int]:
 
 
 def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free: bool) -> list[Plan]:
-    """The plans that dynamic programming gives, the likeliest best first."""
+    """The plans that dynamic programming gives, and repeated patterns, the likeliest best of each first."""
     budget = budget_of(trials, speedup)
     found: dict[Plan, float] = {}
+    patterns: dict[Plan, float] = {}
     mergings = ["none"]
     mergings += ["cached"] if trials.costs.cached_merged is not None else []
     mergings += ["all"] if None not in (trials.costs.cached_merged, trials.costs.full_merged) else []
     for steps in [trials.task.steps, *(_free_steps(trials, speedup) if free else [])]:
         errors, calls = trials.errors(steps, gains, weights), trials.recording(steps).calls
         base = float((trials.error(trials.untouched(steps)) * weights).sum())
+        for repeated in repeated_plans(len(calls), budget, trials.costs, calls, trials.caches):
+            patterns[repeated.called_with(steps)] = base + errors.of(repeated)
         for merging in mergings:
             for forecast in FORECASTS[:2] if trials.caches and merging == "none" else FORECASTS[:1]:
                 plan = best_plans(errors, trials.costs, calls, [budget], forecast, merging=merging)[0]  # type: ignore[arg-type]
                 if plan is not None:
                     found.setdefault(plan.called_with(steps), base + errors.of(plan))
-    return sorted(found, key=lambda plan: found[plan])
+    likely = sorted(patterns, key=lambda plan: patterns[plan])[:REPEATED]
+    return [*sorted(found, key=lambda plan: found[plan]), *likely]
 
 
 def best_of(trials: Trials, speedup: float, free: bool) -> Plan | None:

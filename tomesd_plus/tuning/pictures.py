@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tomesd_plus.caching import FeatureCacheConfig
 from tomesd_plus.presets import Preset, preset
-from tomesd_plus.presets.named import PRESETS
+from tomesd_plus.presets.named import ON_ALL_STEPS, UNDER_A_CACHE
 from tomesd_plus.schedules import StepPlan
 from tomesd_plus.tuning.plans import Plan
 
@@ -79,7 +79,7 @@ def preset_of(plan: Plan, levels: Sequence[float] | None, description: str = "")
         levels: Noise levels of its steps, by which it is carried over to others; ``None``: it goes by numbers.
         description: Which steps run in full, in a line.
     """
-    merging = {"none": None, "cached": PRESETS["balanced"].merging, "all": PRESETS["fast"].merging}[plan.merging]
+    merging = {"none": None, "cached": UNDER_A_CACHE, "all": ON_ALL_STEPS}[plan.merging]
     cache = None
     if set(plan.letters) != {"F"}:
         steps = StepPlan(plan.letters, None if levels is None else tuple(levels))

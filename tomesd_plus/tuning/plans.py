@@ -130,6 +130,24 @@ def even_plans(steps: int, budget: float, costs: Costs, calls: Sequence[int], ca
     return list(dict.fromkeys(found))
 
 
+UNITS = "FS", "FC", "FSC", "FCS", "FSS", "FSCS", "FSCC", "FCSS", "FSCSC", "FSSCS"
+"""Patterns that are repeated; chosen on five solvers (``results/presets.csv``)."""
+
+
+def repeated_plans(steps: int, budget: float, costs: Costs, calls: Sequence[int], caches: bool) -> list[Plan]:
+    """Short patterns repeated, with a full step at the end and one or two at the beginning, within a budget."""
+    found = []
+    for unit in UNITS:
+        if "C" in unit and not caches:
+            continue
+        for begin in ("", "F"):
+            letters = (begin + unit * steps)[: steps - 1] + "F"
+            plan = Plan(letters, 0.85 if "C" in unit else 1.0)
+            if plan.cost(costs, calls) <= budget + 1e-9:
+                found.append(plan)
+    return list(dict.fromkeys(found))
+
+
 def _every(steps: int, full: int, other: str) -> str:
     """Every n-th step in full: the densest with at most so many full ones."""
     interval = -(-steps // full)

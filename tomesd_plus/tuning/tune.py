@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -29,6 +29,10 @@ from tomesd_plus.version import __version__
 RESERVED = {"prompt", "generator", "output_type", "num_inference_steps", "guidance_scale", "return_dict"}
 
 
+@overload
+def tune(pipe: Any, prompts: Sequence[str], *, speedup: Sequence[float], **options: Any) -> list[Preset]: ...
+@overload
+def tune(pipe: Any, prompts: Sequence[str], *, speedup: float | None = None, **options: Any) -> Preset: ...
 def tune(
     pipe: Any,
     prompts: Sequence[str],
@@ -44,7 +48,7 @@ def tune(
     batch_size: int = 1,
     progress: bool = True,
     **call: Any,
-) -> Any:
+) -> Preset | list[Preset]:
     """Find what each step of a pipeline is to run, so that its pictures stay closest at a speed.
 
     One untouched generation of each prompt is recorded. Errors of forecasts of skipped calls are then told without any

@@ -11,6 +11,7 @@ from tomesd_plus.evaluation.configurations import OTHER_SEED, Configuration
 from tomesd_plus.evaluation.errors import installed
 from tomesd_plus.evaluation.generation.sampling import Generated, Sampling, generate
 from tomesd_plus.evaluation.generation.timing import equal_time_steps
+from tomesd_plus.evaluation.switches import AYS_STEPS, takes_timesteps
 from tomesd_plus.merging.generation import StepRecord
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.metrics.fidelity import psnr, ssim
@@ -109,11 +110,14 @@ def compare(
 
 
 def peers_of(
-    ratios: Sequence[float], max_downsample: int = 1, cache_interval: int | None = None
+    pipe: Any, steps: int, ratios: Sequence[float], max_downsample: int = 1, cache_interval: int | None = None
 ) -> list[Configuration]:
-    """Configurations to compare with: tomesd at the same ratios, DeepCache at the same interval, and another seed.
+    """Configurations to compare with.
 
-    DeepCache is left out if its package is not installed.
+    tomesd at the same ratios; DeepCache at the same interval, if its package is installed; every second call skipped,
+    with its output forecast along a line, as ZEUS (2026) does, and along a parabola; the ten steps of Align Your Steps
+    (https://arxiv.org/abs/2404.14507), if the scheduler takes timesteps and
+    ``steps`` are more; and another seed.
     """
     peers = [
         Configuration(f"tomesd's way, {ratio:g}", {"tomesd": {"ratio": ratio, "max_downsample": max_downsample}})
@@ -121,6 +125,12 @@ def peers_of(
     ]
     if cache_interval is not None and installed("DeepCache"):
         peers.append(Configuration(f"DeepCache {cache_interval}", {"deepcache": {"interval": cache_interval}}))
+    interval = cache_interval if cache_interval and cache_interval > 1 else 2
+    for order, line in ((1, "linear"), (2, "quadratic")):
+        options = {"interval": interval, "branch": "nothing", "order": order}
+        peers.append(Configuration(f"calls skipped, 1 of {interval} run, {line}", {"cache": options}))
+    if steps > AYS_STEPS and takes_timesteps(pipe):
+        peers.append(Configuration("Align Your Steps, 10 steps", {"ays": {}}, steps=AYS_STEPS))
     return [*peers, Configuration("another seed", seed_offset=OTHER_SEED)]
 
 

@@ -1,0 +1,108 @@
+"""Where the presets by name were compared with fewer steps, and where they are refused."""
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from tomesd_plus.caching.cache import feature_cache_on
+from tomesd_plus.host.models import owners_of_hooks
+from tomesd_plus.host.names import solver_name
+from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.step import outside_graphs
+from tomesd_plus.host.transient import Transient
+
+FEW = 8
+"""With so many steps or fewer there is next to nothing to take from the step before: merging alone pays."""
+STEPS = (15, 20, 25, 30, 50)
+"""Those that were tried; other numbers are judged by the nearest."""
+SOLVERS = {
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepScheduler, Karras",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+}
+"""Those that were tried."""
+MISSES: frozenset[tuple[str, str, int]] = frozenset()
+"""Preset, solver and steps where fewer steps in the same time are closer: rows of ``results/presets.csv``."""
+
+
+def why_not(name: str, solver: str, steps: int) -> str | None:
+    """Why a preset is refused with a solver at a number of steps, with what to do; ``None`` if it is not.
+
+    Example:
+        >>> why_not("fast", "DDIMScheduler", 4)[:66]
+        "the preset 'fast' is for 9 steps and more: with 4 there is next to"
+    """
+    force = ", or insist with force=True"
+    if steps <= FEW:
+        return (
+            f"the preset {name!r} is for {FEW + 1} steps and more: with {steps} there is next to nothing to take from "
+            f"the step before. Merge alone, by apply_token_merging(pipe, ratio=0.5){force}"
+        )
+    nearest = min(STEPS, key=lambda each: abs(each - steps))
+    if (name, solver, nearest) in MISSES:
+        return (
+            f"with {solver} at {nearest} steps the pictures of the preset {name!r} were further from the untouched "
+            f"ones than those of fewer steps in the same time. Call tune, which finds what suits this pipeline{force}"
+        )
+    return None
+
+
+class Refusal:
+    """Refuses a preset by name at a generation's first call, when solver and steps are known; a hook on a denoiser.
+
+    Args:
+        name: The preset's.
+        pipe: The pipeline; its scheduler may be changed at any time.
+    """
+
+    def __init__(self, name: str, pipe: Any) -> None:
+        self.name = name
+        self._levels = NoiseLevels(pipe, needed=False)
+        self._passed: Transient[Tensor] = Transient()  # timesteps that were found right
+        self._told: set[str] = set()
+        self._handle: Any = None
+
+    def attach(self, denoiser: nn.Module) -> None:
+        """Put the hook on, before all others."""
+        self._handle = denoiser.register_forward_pre_hook(self.begin_call, prepend=True)
+
+    def detach(self) -> None:
+        """Take it off."""
+        self._handle.remove()
+
+    @outside_graphs
+    def begin_call(self, denoiser: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before each call.
+
+        Raises:
+            ValueError: The preset is refused here.
+        """
+        if feature_cache_on(denoiser) is None:  # it was removed by its own name
+            self.detach()
+            return
+        scheduler = self._levels.scheduler
+        timesteps = getattr(scheduler, "timesteps", None)
+        if not isinstance(timesteps, Tensor) or timesteps is self._passed.value:
+            return
+        solver = solver_name(scheduler)
+        steps = getattr(scheduler, "num_inference_steps", None) or len(timesteps)
+        reason = why_not(self.name, solver, steps)
+        if reason is not None:
+            raise ValueError(reason)
+        self._passed.value = timesteps
+        if solver not in SOLVERS | self._told:
+            self._told.add(solver)
+            warnings.warn(
+                f"the presets by name were not tried with {solver}: see with `tomesd-plus compare` if fewer steps are "
+                "closer here, or call tune, which finds what suits this pipeline.",
+                stacklevel=2,
+            )
+
+
+def refusals_on(denoiser: nn.Module) -> list[Refusal]:
+    """Those whose hooks are on a denoiser."""
+    return owners_of_hooks(denoiser, Refusal)
