@@ -1,6 +1,5 @@
 """Apply and remove token merging: the one place where a pipeline's models are changed."""
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,10 +13,10 @@ from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Ratios, ToMeConfig
-from tomesd_plus.merging.generation import LayerRecord, Record
 from tomesd_plus.merging.processor import ToMeProcessor, attach_to
 from tomesd_plus.merging.report import ModelReport, TokenMergingReport
 from tomesd_plus.merging.transformers import check_transformer, merge_transformer
+from tomesd_plus.merging.wrapping import NEEDS_EVERY_TOKEN, left_alone, listed, why_excluded
 
 
 def apply_token_merging(
@@ -97,7 +96,10 @@ def merging_report(pipe: Any) -> TokenMergingReport:
     """
     found = {name: attachments_on(model) for name, model in merged_models(pipe).items()}
     if not any(found.values()):
-        raise ValueError("token merging is not applied, or its model has not been called yet")
+        raise ValueError(
+            "token merging is not applied, its model has not been called yet, or a pipeline sets processors of its "
+            "own over a ToMeProcessor: use apply_token_merging there"
+        )
     return _report({name: attachments[0] for name, attachments in found.items() if attachments})
 
 
@@ -124,19 +126,17 @@ def merge_with(
         excluded: dict[str, Reason] = {}
         for layer_name, layer in model.named_modules():
             if isinstance(layer, Attention) and not layer.is_cross_attention:
-                reason = Reason(Why.frames) if attends_over_frames(layer_name) else _why_excluded(layer, unknown)
+                reason = (
+                    Reason(Why.frames) if attends_over_frames(layer_name) else why_excluded(layer.processor, unknown)
+                )
                 if reason is None:
                     merging.append(layer)
                 else:
                     excluded[f"{prefix}{layer_name}"] = reason
         attachment = make(prefix, excluded)
         if not merging:
-            warnings.warn(
-                f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3
-            )
-            attachment.record.value = Record(
-                {name: LayerRecord(name, left_alone=why) for name, why in excluded.items()}
-            )
+            attachment.record.value = left_alone(excluded)
+        _tell_of_excluded(name, excluded, nothing=not merging)
         for layer in merging:
             layer.set_processor(ToMeProcessor(inner=layer.processor, attachment=attachment))
         attach_to(model, attachment)
@@ -172,17 +172,19 @@ def _report(attachments: dict[str, Attachment]) -> TokenMergingReport:
     )
 
 
-def _why_excluded(layer: Attention, unknown: bool) -> Reason | None:
-    """Why no processor can be wrapped around a layer's own, or ``None``."""
-    if isinstance(layer.processor, nn.Module):
-        return Reason(Why.module_processor)
-    named = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb"}
-    parameters = inspect.signature(layer.processor.__call__).parameters.values()
-    whatever = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    extra = {each.name for each in parameters if each.kind not in whatever} - named
-    if extra:  # Attention hands on such arguments only to a processor whose own signature names them
-        return Reason(Why.own_arguments, (", ".join(sorted(extra)),))
-    known = type(layer.processor).__module__.partition(".")[0] == "diffusers"
-    if not (unknown or known or getattr(layer.processor, "permutation_equivariant", False)):
-        return Reason(Why.foreign_processor, (type(layer.processor).__name__,))
-    return None
+def _tell_of_excluded(name: str, excluded: dict[str, Reason], nothing: bool) -> None:
+    """Tell the user if no layer of a model can be merged, or if a processor that somebody has set keeps some from it.
+
+    Args:
+        name: The model's; a ControlNet may have no attention, and need not merge what it has not.
+        excluded: The layers that cannot be merged, and why.
+        nothing: True if there are no others.
+    """
+    set_by_somebody = {layer: why for layer, why in excluded.items() if why.why in NEEDS_EVERY_TOKEN}
+    told = excluded if nothing else set_by_somebody
+    words = "; ".join(sorted({str(why) for why in told.values()}))
+    if nothing and (excluded or not name.startswith("controlnet")):
+        message = f"Token merging does nothing to {name}: no self-attention layer can be merged"
+        warnings.warn(f"{message}: {words}." if words else f"{message}, for there is none.", stacklevel=4)
+    elif set_by_somebody:
+        warnings.warn(f"Token merging leaves {listed(list(told))} alone: {words}.", stacklevel=4)

@@ -1,17 +1,18 @@
 """Answers the one question of each layer: what is to be done with these tokens here?"""
 
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tomesd_plus.host.models import attends_over_frames
+from tomesd_plus.host.models import attends_over_frames, downsample_of
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.answers import AlreadyMerged, Answer, KeptOutputs, Leave, Merge, Reason, Why
 from tomesd_plus.merging.config import Layer, ToMeConfig
 from tomesd_plus.merging.generation import Call, Current, LayerRecord
+from tomesd_plus.merging.wrapping import why_replaced
 
 Role = Layer | Literal["block", "more_attention"]
 """What a layer is to its block; more attention is a second one among the same tokens, by the first one's plan."""
@@ -178,3 +179,24 @@ class Decider:
             call.ran.add(level.downsample)
             if removed:
                 call.record.steps[-1].removed[level.downsample] = removed / tokens
+
+    def note_replaced(self, model: nn.Module, call: Call, attentions: Iterable[Any]) -> None:
+        """Note the layers that nobody has asked about in a call, for processors of others have served them.
+
+        Args:
+            model: The model.
+            call: That is over.
+            attentions: The layers that were given a processor of ours.
+        """
+        levels = {level.downsample: level for level in call.levels.values()}
+        for attention in attentions:
+            name = self.names[attention]
+            skipped = call.cached and call.skips is not None and call.skips(name)
+            if call.record is None or skipped or hasattr(attention.processor, "attachment"):
+                continue
+            record = call.record.layers.setdefault(self.prefix + name, LayerRecord(self.prefix + name))
+            record.downsample = next(iter(levels)) if len(levels) == 1 else downsample_of(model, name)
+            level = levels.get(record.downsample or 0)
+            record.calls += 1
+            record.tokens += level.height * level.width if level else 0
+            record.left_alone = why_replaced(attention.processor)

@@ -6,10 +6,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from tomesd_plus.host.attention import attention, register_processor
-from tomesd_plus.host.first_call import FirstCalls
+from tomesd_plus.host.first_call import FirstCalls, taken_off
 from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.telling import tell_of_passing_by
 
 
 class ToMeProcessor:
@@ -120,6 +121,15 @@ class ToMeProcessor:
             attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
         )
 
+    def __del__(self) -> None:
+        attachment = getattr(self, "attachment", None)  # none if the arguments were refused
+        taken = None if attachment is None or attachment.stays else taken_off()
+        if attachment is not None and taken is not None:
+            if attachment.attached:
+                attachment.taken_by_pipeline = taken[1]
+            else:
+                _waiting.dropped(*taken)
+
     def __reduce__(self) -> Any:
         base = type(self) if self._settings is None else type(self).__base__
         return _new, (base, self._settings), self.__dict__
@@ -184,7 +194,7 @@ def _carries_unattached(model: nn.Module) -> bool:
     return not all(processor.attachment.attached for processor in _processors_on(model))
 
 
-_waiting = FirstCalls(_carries_unattached, attach_to, _begin_call)
+_waiting = FirstCalls(_carries_unattached, attach_to, _begin_call, tell_of_passing_by)
 
 
 def _adopt(model: nn.Module, attachment: Attachment) -> None:
