@@ -52,6 +52,14 @@ class Way:
     repeats: bool = True
 
 
+def _merges(pipe: Any) -> bool:
+    """Whether a processor that was set by itself has met its model, and merges."""
+    try:
+        return merging_report(pipe).merged
+    except ValueError:
+        return False
+
+
 WAYS = {
     "merging": Way(
         lambda pipe, level, ratio: apply_token_merging(pipe, ratio=ratio, max_downsample=level),
@@ -66,7 +74,7 @@ WAYS = {
     "bare": Way(
         lambda pipe, level, ratio: pipe.unet.set_attn_processor(ToMeProcessor(ratio=ratio, max_downsample=level)),
         remove_token_merging,
-        lambda pipe, report: merging_report(pipe).merged,
+        lambda pipe, report: _merges(pipe),
     ),
     "preset": Way(
         lambda pipe, level, ratio: apply_preset(pipe, "balanced"),

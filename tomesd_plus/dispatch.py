@@ -16,8 +16,8 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
     **Diffusion** (a diffusers pipeline with a UNet, or with a transformer of PixArt, Stable Diffusion 3 or Flux; or
     such a model or a ControlNet itself): around the attention processors that are there, in the UNet and the
     ControlNets, or in the transformer. Processors that are not diffusers' own may shuffle or count tokens, as
-    HyperTile's do, so they are left alone, and the report says so; one that does neither says it by an attribute
-    ``permutation_equivariant = True``.
+    HyperTile's do, or keep attention maps, so they are left alone, which a warning and the report say; one that does
+    neither says it by an attribute ``permutation_equivariant = True``.
 
     **Vision** (transformers' ViT, DeiT, CLIP, SigLIP, DINOv2 or DINOv3, bare, inside a model, or in a pipeline such as
     ``"image-classification"``): in every layer of the vision towers, after Bolya et al., "Token Merging: Your ViT But

@@ -26,33 +26,7 @@ def apply_token_merging(
     ratio: Ratios | None = None,
     **options: Any,
 ) -> TokenMergingReport:
-    """Merge tokens in a pipeline's UNet and ControlNets, or its transformer, around the processors that are there.
-
-    Processors that are not diffusers' own may shuffle or count tokens, as HyperTile's do, so they are left alone, and
-    the report says so; one that does neither says it by an attribute ``permutation_equivariant = True``.
-
-    Args:
-        pipe: A diffusers pipeline with a UNet or with a transformer of PixArt, Stable Diffusion 3 or Flux, or a UNet,
-            ControlNet or such a transformer itself.
-        config: What to merge; ``ToMeConfig()`` by default. Anything else is taken as the ratio.
-        ratio: Short for ``ToMeConfig(ratio=…)``.
-        options: Other fields of :class:`ToMeConfig`.
-
-    Returns:
-        A report of what merging does, which follows the pipeline as it runs.
-
-    Raises:
-        TypeError: ``pipe`` has neither, or both a config and options are given.
-        ValueError: Merging is on already, or an option is out of range.
-
-    Example:
-        >>> from tomesd_plus import apply_token_merging, load_tiny_pipeline
-        >>> pipe = load_tiny_pipeline()
-        >>> report = apply_token_merging(pipe, ratio=0.5)
-        >>> image = pipe("a large star on a blue background", num_inference_steps=2).images[0]
-        >>> report.removed
-        {1: 0.5, 2: 0.0, 4: 0.0}
-    """
+    """:func:`tomesd_plus.apply_token_merging` for diffusion; ``ratio`` is short for ``ToMeConfig(ratio=…)``."""
     if config is not None and not isinstance(config, ToMeConfig):
         config, ratio = None, config
     if ratio is not None:
@@ -70,11 +44,7 @@ def apply_token_merging(
 
 
 def remove_token_merging(pipe: Any) -> None:
-    """Undo :func:`apply_token_merging`, or ``set_attn_processor(ToMeProcessor())``.
-
-    No hook stays. After ``apply_token_merging`` the very processors that were there before are back; after
-    ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
-    """
+    """:func:`tomesd_plus.remove_token_merging` for diffusion."""
     found = False
     for model in merged_models(pipe).values():
         for attachment in attachments_on(model):  # also those whose processors were replaced since
@@ -90,10 +60,7 @@ def remove_token_merging(pipe: Any) -> None:
 
 
 def merging_report(pipe: Any) -> TokenMergingReport:
-    """The report of the merging that is on, however it was switched on; raises ValueError if it is off.
-
-    Bare processors count once their model has been called.
-    """
+    """:func:`tomesd_plus.merging_report` for diffusion."""
     found = {name: attachments_on(model) for name, model in merged_models(pipe).items()}
     if not any(found.values()):
         raise ValueError(

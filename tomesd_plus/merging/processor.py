@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from tomesd_plus.host.attention import attention, register_processor
 from tomesd_plus.host.first_call import FirstCalls, taken_off
-from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
+from tomesd_plus.merging.answers import AlreadyMerged, Leave
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.telling import tell_of_passing_by
+from tomesd_plus.merging.wrapping import why_not_understood
 
 
 class ToMeProcessor:
@@ -80,7 +81,7 @@ class ToMeProcessor:
         attachment, config = self.attachment, self.attachment.config
         if attachment.decider.call() is None or not attachment.decider.serves(attn):
             attachment.came_back(attn)
-        obstacle = _obstacle(attn, hidden_states, encoder_hidden_states, attention_mask, config)
+        obstacle = why_not_understood(attn, hidden_states, encoder_hidden_states, attention_mask, config)
         answer = attachment.decider.ask(attn, "self_attention", hidden_states, obstacle)
         if isinstance(answer, Leave):
             output = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
@@ -237,23 +238,3 @@ def _is_plain(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | N
         and not attn.residual_connection
         and not attn.norm_cross
     )
-
-
-def _obstacle(
-    attn: Attention,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None,
-    attention_mask: Tensor | None,
-    config: ToMeConfig,
-) -> Reason | None:
-    """Why a self-attention call is not understood, and so left alone; ``None`` if it is."""
-    found = {
-        Why.not_tokens: hidden_states.ndim != 3,
-        Why.other_states: encoder_hidden_states is not None,
-        Why.mask: attention_mask is not None,
-        Why.normalizes: attn.group_norm is not None or attn.spatial_norm is not None,
-        Why.residual: attn.residual_connection,
-        Why.text_too: attn.added_kv_proj_dim is not None,
-        Why.fused: attn.fused_projections and config.sides != "both",
-    }
-    return next((Reason(why) for why, true in found.items() if true), None)

@@ -1,13 +1,15 @@
-"""Processors that others have set: around which of them tokens can be merged, and how they are named to a user."""
+"""Around which processors of others, and in which of their calls, tokens can be merged; and how they are named."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 
 from tomesd_plus.host.attention import is_of_pipeline, keeps_attention_maps
 from tomesd_plus.merging.answers import Reason, Why
+from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.generation import LayerRecord, Record
 
 NEEDS_EVERY_TOKEN = (Why.pipelines_processor, Why.attention_maps, Why.foreign_processor)
@@ -38,6 +40,26 @@ def why_excluded(processor: Any, unknown: bool = False) -> Reason | None:
         return Reason(Why.attention_maps, (kind.__name__,))
     known = kind.__module__.partition(".")[0] == "diffusers"
     return None if known else Reason(Why.foreign_processor, (kind.__name__,))
+
+
+def why_not_understood(
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+    config: ToMeConfig,
+) -> Reason | None:
+    """Why a call of a UNet's self-attention is left alone; ``None`` if it is understood."""
+    found = {
+        Why.not_tokens: hidden_states.ndim != 3,
+        Why.other_states: encoder_hidden_states is not None,
+        Why.mask: attention_mask is not None,
+        Why.normalizes: attn.group_norm is not None or attn.spatial_norm is not None,
+        Why.residual: attn.residual_connection,
+        Why.text_too: attn.added_kv_proj_dim is not None,
+        Why.fused: attn.fused_projections and config.sides != "both",
+    }
+    return next((Reason(why) for why, true in found.items() if true), None)
 
 
 def why_replaced(processor: Any) -> Reason:
