@@ -88,14 +88,7 @@ def remove_token_merging(model: Any) -> None:
     Outputs are bit for bit as before. In diffusion the very processors that were there before are back; after
     ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
     """
-    if _has_towers(model):
-        from tomesd_plus.vision.apply import unmerge_towers
-
-        unmerge_towers(model)
-    else:
-        from tomesd_plus.merging import apply
-
-        apply.remove_token_merging(model)
+    _remove(model)
 
 
 @contextmanager
@@ -105,7 +98,18 @@ def token_merging(model: Any, config: Any = None, **options: Any) -> Iterator[An
     try:
         yield report
     finally:
-        remove_token_merging(model)
+        _remove(model, warn=False)  # nothing may be on: a warning has said so where the block began
+
+
+def _remove(model: Any, warn: bool = True) -> None:
+    if _has_towers(model):
+        from tomesd_plus.vision.apply import unmerge_towers
+
+        unmerge_towers(model)
+    else:
+        from tomesd_plus.merging import apply
+
+        apply.remove_token_merging(model, warn)
 
 
 def merging_report(model: Any) -> Any:

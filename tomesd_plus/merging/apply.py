@@ -43,8 +43,8 @@ def apply_token_merging(
     return merge_with(pipe, lambda name, excluded: Attachment(config, noise_levels, name, excluded, stays=True))
 
 
-def remove_token_merging(pipe: Any) -> None:
-    """:func:`tomesd_plus.remove_token_merging` for diffusion."""
+def remove_token_merging(pipe: Any, warn: bool = True) -> None:
+    """:func:`tomesd_plus.remove_token_merging` for diffusion, which need not warn if merging is off."""
     found = False
     for model in merged_models(pipe).values():
         for attachment in attachments_on(model):  # also those whose processors were replaced since
@@ -55,7 +55,7 @@ def remove_token_merging(pipe: Any) -> None:
             if isinstance(processor, ToMeProcessor):
                 found = True
                 cast(Any, module).set_processor(processor.inner)
-    if not found:
+    if warn and not found:
         warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
 
 

@@ -192,11 +192,14 @@ class Decider:
         for attention in attentions:
             name = self.names[attention]
             skipped = call.cached and call.skips is not None and call.skips(name)
-            if call.record is None or skipped or hasattr(attention.processor, "attachment"):
+            ours = hasattr(attention.processor, "attachment") or getattr(attention, "is_cross_attention", False)
+            if call.record is None or skipped or ours:
                 continue
             record = call.record.layers.setdefault(self.prefix + name, LayerRecord(self.prefix + name))
             record.downsample = next(iter(levels)) if len(levels) == 1 else downsample_of(model, name)
-            level = levels.get(record.downsample or 0)
             record.calls += 1
-            record.tokens += level.height * level.width if level else 0
+            if record.downsample in levels:
+                level = levels[record.downsample]
+                record.tokens += level.height * level.width
+                call.ran.add(level.downsample)
             record.left_alone = why_replaced(attention.processor)

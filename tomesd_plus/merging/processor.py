@@ -5,7 +5,7 @@ from typing import Any, cast
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from tomesd_plus.host.attention import attention, register_processor
+from tomesd_plus.host.attention import attention, is_of_pipeline, register_processor
 from tomesd_plus.host.first_call import FirstCalls, taken_off
 from tomesd_plus.merging.answers import AlreadyMerged, Leave
 from tomesd_plus.merging.attachment import Attachment, attachments_on
@@ -213,8 +213,9 @@ def _adopt(model: nn.Module, attachment: Attachment) -> None:
         if not processor.attachment.attached:
             processor.attachment = owner
     attentions = [layer for layer in layers if cast(ToMeProcessor, layer.processor).attachment is owner]
-    if owner is attachment:
-        attachment.attach(model, attentions)
+    if owner is attachment:  # where a pipeline's own are in place for its call, ours will be put back
+        lent = [m for m in model.modules() if is_of_pipeline(getattr(m, "processor", None))]
+        attachment.attach(model, attentions if attachment.stays else [*attentions, *lent])
         for each in before:
             if not each.serves_any():
                 each.lose(model)  # its processors were replaced by these
