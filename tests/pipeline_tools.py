@@ -111,7 +111,6 @@ class Row:
         warns: Words of the warning with which a column does nothing.
         speaks: Words of a warning with which a column works.
         partly: Columns with such a warning that did what they are for in an earlier part of the pipeline's work.
-        fails: Columns that do not work yet, and what is seen.
         host_cannot: Why the host itself cannot run it.
     """
 
@@ -127,7 +126,6 @@ class Row:
     warns: Mapping[str, str] = field(default_factory=dict)
     speaks: Mapping[str, str] = field(default_factory=dict)
     partly: tuple[str, ...] = ()
-    fails: Mapping[str, str] = field(default_factory=dict)
     host_cannot: str = ""
 
 
@@ -180,8 +178,6 @@ def cells(rows: list[Row]) -> pytest.MarkDecorator:
             marks: list[Any] = [] if way in row.fast else [pytest.mark.slow]
             if row.host_cannot:
                 marks.append(pytest.mark.skip(reason=row.host_cannot))
-            if way in row.fails:
-                marks.append(pytest.mark.xfail(strict=True, reason=row.fails[way]))
             found.append(pytest.param(row, way, marks=marks, id=f"{row.name}: {way}"))
     return pytest.mark.parametrize(("row", "way"), found)
 
