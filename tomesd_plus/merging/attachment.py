@@ -21,7 +21,7 @@ from tomesd_plus.merging.generation import Call, Current, Generation, Record, St
 from tomesd_plus.merging.kept import Keeping
 from tomesd_plus.merging.planner import Planner
 from tomesd_plus.merging.telling import Telling
-from tomesd_plus.merging.wrapping import left_alone, why_replaced
+from tomesd_plus.merging.wrapping import left_alone, processors_on
 
 
 class Attachment:
@@ -79,7 +79,7 @@ class Attachment:
             model: A UNet or ControlNet.
             attentions: Its attention layers whose processors use this.
         """
-        self._lost_on.value, self._replaced = None, False
+        self._lost_on.value, self._replaced, self.taken_by_pipeline = None, False, False
         self.attentions = attentions
         self.decider.names = {module: name for name, module in model.named_modules()}
         self.plans.attach(self.decider.names)
@@ -93,10 +93,7 @@ class Attachment:
 
     def serves_any(self) -> bool:
         """True if a layer has a processor of this attachment."""
-        return any(map(self._serves, self.attentions))
-
-    def _serves(self, attention: Any) -> bool:
-        return getattr(attention.processor, "attachment", None) is self
+        return any(getattr(attention.processor, "attachment", None) is self for attention in self.attentions)
 
     def lose(self, model: nn.Module) -> None:
         """All processors were replaced: nothing is left behind, but they may be put back."""
@@ -127,15 +124,9 @@ class Attachment:
             return
         refuse_tracing("Token merging", *args, *kwargs.values())
         replaced = not self.serves_any()
-        if self.stays and replaced != self._replaced:
+        if replaced != self._replaced:
             self._processors_changed(model, replaced)
-        if replaced and self.stays:
-            return
         if replaced:
-            layers = (getattr(layer, "processor", None) for layer in model.modules())
-            found = [processor for processor in layers if processor is not None]
-            self.telling.bare_replaced(found, self.taken_by_pipeline)
-            self.lose(model)
             return
         reading = self.read(model, args, kwargs)
         current = self.decider.current
@@ -219,15 +210,17 @@ class Attachment:
             self._handles += self.blocks.attach(model)
             self._keeping.put_back()
             return
+        self.record.value = left_alone(self.excluded | self.decider.replaced(self.attentions))
+        if not self.stays:
+            self.telling.bare_replaced(processors_on(model), self.taken_by_pipeline)
+            self.lose(model)
+            return
         for handle in self._handles[2:]:
             handle.remove()
         del self._handles[2:]
         self._keeping.drop()
         if self.decider.current.call is not None:
             self.decider.current.call.running = False
-        names, prefix = self.decider.names, self.decider.prefix
-        layers = {f"{prefix}{names[each]}": why_replaced(each.processor) for each in self.attentions}
-        self.record.value = left_alone(self.excluded | layers)
         self.telling.all_replaced(each.processor for each in self.attentions)
 
     def came_back(self, attention: nn.Module) -> None:

@@ -31,12 +31,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "sides": ("both", "keys_values", "queries"),
     "plan_per": ("block", "stage", "level"),
 }
-WHOLE_NUMBERS: dict[str, tuple[Any, ...]] = {
-    "seed": (0,),
-    "window": (1, None),
-    "plan_every": (1, "cache"),
-    "blocks_per_run": (1, "all"),
-}
+WHOLE_NUMBERS: Any = {"seed": (0,), "window": (1, None), "plan_every": (1, "cache"), "blocks_per_run": (1, "all")}
 """The least that is allowed, and what else is."""
 
 

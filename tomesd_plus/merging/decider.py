@@ -180,26 +180,31 @@ class Decider:
             if removed:
                 call.record.steps[-1].removed[level.downsample] = removed / tokens
 
-    def note_replaced(self, model: nn.Module, call: Call, attentions: Iterable[Any]) -> None:
-        """Note the layers that nobody has asked about in a call, for processors of others have served them.
+    def replaced(self, attentions: Iterable[Any]) -> dict[str, Reason]:
+        """The self-attention layers, by name, whose processor of ours was replaced, and by what.
 
         Args:
-            model: The model.
-            call: That is over.
-            attentions: The layers that were given a processor of ours.
+            attentions: The layers that were given one.
         """
+        return {
+            self.prefix + self.names[attention]: why_replaced(attention.processor)
+            for attention in attentions
+            if not hasattr(attention.processor, "attachment") and not getattr(attention, "is_cross_attention", False)
+        }
+
+    def note_replaced(self, model: nn.Module, call: Call, attentions: Iterable[Any]) -> None:
+        """Note :meth:`replaced` layers at the end of a call, for nobody has asked about them in it."""
         levels = {level.downsample: level for level in call.levels.values()}
-        for attention in attentions:
-            name = self.names[attention]
-            skipped = call.cached and call.skips is not None and call.skips(name)
-            ours = hasattr(attention.processor, "attachment") or getattr(attention, "is_cross_attention", False)
-            if call.record is None or skipped or ours:
+        for name, reason in self.replaced(attentions).items():
+            own_name = name.removeprefix(self.prefix)
+            downsample = next(iter(levels)) if len(levels) == 1 else downsample_of(model, own_name)
+            skipped = call.skips is not None and (call.skips(own_name) or downsample == call.attention_level)
+            if call.record is None or (call.cached and skipped):
                 continue
-            record = call.record.layers.setdefault(self.prefix + name, LayerRecord(self.prefix + name))
-            record.downsample = next(iter(levels)) if len(levels) == 1 else downsample_of(model, name)
+            record = call.record.layers.setdefault(name, LayerRecord(name))
+            record.left_alone, record.downsample = reason, downsample
             record.calls += 1
-            if record.downsample in levels:
-                level = levels[record.downsample]
+            if downsample in levels:
+                level = levels[downsample]
                 record.tokens += level.height * level.width
                 call.ran.add(level.downsample)
-            record.left_alone = why_replaced(attention.processor)

@@ -11,12 +11,10 @@ from tomesd_plus.host.promise import Promise
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.generation import Call, Record
 from tomesd_plus.merging.report import is_replaced, why_nothing_merged
-from tomesd_plus.merging.wrapping import NEEDS_EVERY_TOKEN, kinds, listed, why_excluded
+from tomesd_plus.merging.wrapping import NEEDS_EVERY_TOKEN, kinds, listed, processors_on, why_excluded
 
 DEFAULTS = {"AttnProcessor", "AttnProcessor2_0"}
 """diffusers' own processors; to set them is the way to take a processor off that was set by itself."""
-
-
 _MEND = "Use apply_token_merging, which keeps other processors and tells in its report what happens in each layer"
 
 
@@ -113,7 +111,7 @@ def tell_of_passing_by(model: nn.Module, by_pipeline: bool | None) -> bool:
     Returns:
         True if there was something to tell.
     """
-    processors = [layer.processor for layer in model.modules() if hasattr(layer, "processor")]
+    processors = processors_on(model)
     if by_pipeline is not None:
         words = _why_surprising(processors, by_pipeline)
     elif any(map(is_of_pipeline, processors)):  # these are set where the pipeline is called, perhaps over ours

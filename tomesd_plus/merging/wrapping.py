@@ -68,6 +68,11 @@ def why_replaced(processor: Any) -> Reason:
     return Reason(why, (type(processor).__name__,))
 
 
+def processors_on(model: nn.Module) -> list[Any]:
+    """The processors of a model's attention layers."""
+    return [module.processor for module in model.modules() if hasattr(module, "processor")]
+
+
 def left_alone(layers: Mapping[str, Reason]) -> Record:
     """A record that begins with layers that are left alone, by name."""
     return Record({name: LayerRecord(name, left_alone=reason) for name, reason in layers.items()})
