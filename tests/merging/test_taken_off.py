@@ -238,6 +238,33 @@ def test_maps_that_a_controller_gets_stay_those_of_all_tokens(block, some):
     assert all(unet.attn_processors[name] is processor for name in names)
 
 
+class Scaled:
+    """Takes an argument of its own."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, strength=1.0):
+        return AttnProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask) * strength
+
+
+class Module(torch.nn.Module):
+    """A processor with weights."""
+
+    def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        return AttnProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+@pytest.mark.parametrize(
+    ("processor", "words"),
+    [(Scaled(), "takes arguments of its own"), (Module(), "is a module"), (Foreign(), "set permutation_equivariant")],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_layer_that_cannot_be_merged_is_told_of_when_merging_is_applied(processor, words):
+    unet = make_unet()
+    unet.get_submodule(FINEST).set_processor(processor)
+    (message,) = told(apply_token_merging, unet, 0.5)
+    assert message.startswith(f"Token merging leaves {FINEST} alone: ") and words in message
+    assert told(lambda: (run(unet), str(merging_report(unet)))) == [] and merging_report(unet).merged
+
+
 @pytest.mark.parametrize("block", [False, True])
 def test_a_controller_set_over_merging_is_told_of_with_what_to_do(block):
     unet, controller = make_unet(), []

@@ -16,7 +16,7 @@ from tomesd_plus.merging.config import Ratios, ToMeConfig
 from tomesd_plus.merging.processor import ToMeProcessor, attach_to
 from tomesd_plus.merging.report import ModelReport, TokenMergingReport
 from tomesd_plus.merging.transformers import check_transformer, merge_transformer
-from tomesd_plus.merging.wrapping import NEEDS_EVERY_TOKEN, left_alone, listed, why_excluded
+from tomesd_plus.merging.wrapping import SET_BY_OTHERS, left_alone, listed, why_excluded
 
 
 def apply_token_merging(
@@ -147,7 +147,7 @@ def _tell_of_excluded(name: str, excluded: dict[str, Reason], nothing: bool) -> 
         excluded: The layers that cannot be merged, and why.
         nothing: True if there are no others.
     """
-    set_by_somebody = {layer: why for layer, why in excluded.items() if why.why in NEEDS_EVERY_TOKEN}
+    set_by_somebody = {layer: why for layer, why in excluded.items() if why.why in SET_BY_OTHERS}
     told = excluded if nothing else set_by_somebody
     words = "; ".join(sorted({str(why) for why in told.values()}))
     if nothing and (excluded or not name.startswith("controlnet")):

@@ -11,7 +11,7 @@ from tomesd_plus.host.promise import Promise
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.generation import Call, Record
 from tomesd_plus.merging.report import is_replaced, why_nothing_merged
-from tomesd_plus.merging.wrapping import NEEDS_EVERY_TOKEN, kinds, listed, processors_on, why_excluded
+from tomesd_plus.merging.wrapping import SET_BY_OTHERS, kinds, listed, processors_on, why_excluded
 
 DEFAULTS = {"AttnProcessor", "AttnProcessor2_0"}
 """diffusers' own processors; to set them is the way to take a processor off that was set by itself."""
@@ -70,7 +70,7 @@ class Telling:
     def all_replaced(self, processors: Iterable[Any]) -> None:
         """All layers that were to be merged have other processors now."""
         found = list(processors)
-        reasons = [reason for each in found if (reason := why_excluded(each)) and reason.why in NEEDS_EVERY_TOKEN]
+        reasons = [reason for each in found if (reason := why_excluded(each)) and reason.why in SET_BY_OTHERS]
         if any(map(is_of_pipeline, found)):
             mend = "The pipeline sets them for its calls, and they may need every token, so nothing is merged in it"
         elif reasons:

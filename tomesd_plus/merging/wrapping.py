@@ -12,8 +12,14 @@ from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.generation import LayerRecord, Record
 
-NEEDS_EVERY_TOKEN = (Why.pipelines_processor, Why.attention_maps, Why.foreign_processor)
-"""Why tokens are not merged around a processor that could be called with fewer."""
+SET_BY_OTHERS = (
+    Why.module_processor,
+    Why.own_arguments,
+    Why.pipelines_processor,
+    Why.attention_maps,
+    Why.foreign_processor,
+)
+"""Why no processor is put around one that somebody has set: a layer is not merged where that was asked for."""
 
 
 def why_excluded(processor: Any, unknown: bool = False) -> Reason | None:
