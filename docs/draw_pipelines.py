@@ -62,8 +62,6 @@ class Results:
 
 def outcome(report: pytest.TestReport) -> str:
     """What a cell says: ✓, or words."""
-    if hasattr(report, "wasxfail"):
-        return f"does not work yet: {report.wasxfail.removeprefix('reason: ')}"
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
         return f"n/a: {reason.removeprefix('Skipped: ')}"

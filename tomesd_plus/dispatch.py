@@ -16,8 +16,8 @@ def apply_token_merging(model: Any, config: Any = None, **options: Any) -> Any:
     **Diffusion** (a diffusers pipeline with a UNet, or with a transformer of PixArt, Stable Diffusion 3 or Flux; or
     such a model or a ControlNet itself): around the attention processors that are there, in the UNet and the
     ControlNets, or in the transformer. Processors that are not diffusers' own may shuffle or count tokens, as
-    HyperTile's do, so they are left alone, and the report says so; one that does neither says it by an attribute
-    ``permutation_equivariant = True``.
+    HyperTile's do, or keep attention maps, so they are left alone, which a warning and the report say; one that does
+    neither says it by an attribute ``permutation_equivariant = True``.
 
     **Vision** (transformers' ViT, DeiT, CLIP, SigLIP, DINOv2 or DINOv3, bare, inside a model, or in a pipeline such as
     ``"image-classification"``): in every layer of the vision towers, after Bolya et al., "Token Merging: Your ViT But
@@ -87,15 +87,11 @@ def remove_token_merging(model: Any) -> None:
 
     Outputs are bit for bit as before. In diffusion the very processors that were there before are back; after
     ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
+
+    Raises:
+        RuntimeError: It is called from inside of a block or layer whose tokens are merged.
     """
-    if _has_towers(model):
-        from tomesd_plus.vision.apply import unmerge_towers
-
-        unmerge_towers(model)
-    else:
-        from tomesd_plus.merging import apply
-
-        apply.remove_token_merging(model)
+    _remove(model)
 
 
 @contextmanager
@@ -105,7 +101,18 @@ def token_merging(model: Any, config: Any = None, **options: Any) -> Iterator[An
     try:
         yield report
     finally:
-        remove_token_merging(model)
+        _remove(model, warn=False)  # nothing may be on: a warning has said so where the block began
+
+
+def _remove(model: Any, warn: bool = True) -> None:
+    if _has_towers(model):
+        from tomesd_plus.vision.apply import unmerge_towers
+
+        unmerge_towers(model)
+    else:
+        from tomesd_plus.merging import apply
+
+        apply.remove_token_merging(model, warn)
 
 
 def merging_report(model: Any) -> Any:

@@ -230,8 +230,8 @@ def test_more_merging_is_further_away():
 
 def test_processors_that_wait_share_one_hook_and_leave_when_they_have_their_model(pipe, monkeypatch):
     own = processor_module
-    waiting = FirstCalls(own._carries_unattached, own.attach_to, own._begin_call)  # others wait with another
-    monkeypatch.setattr(processor_module, "_waiting", waiting)
+    waiting = FirstCalls(own._carries_unattached, own.attach_to, own._begin_call, own.tell_of_passing_by)
+    monkeypatch.setattr(processor_module, "_waiting", waiting)  # others wait with another
 
     def hooks_of_all():
         return list(torch.nn.modules.module._global_forward_pre_hooks.values()).count(waiting)

@@ -90,8 +90,6 @@ def interrupt(pipe, step, timestep, tensors):
 
 THREE = ("merging", "cache", "bare")
 
-SILENT = "nothing is merged, and nothing says so: the pipeline replaces the processor before the UNet's first call"
-
 ROWS = [
     Row("PAG in the middle", lambda: of(StableDiffusionPAGPipeline), ways=THREE),
     Row("PAG where tokens are merged", lambda: of(StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0"])),
@@ -108,9 +106,11 @@ ROWS = [
     slow(Row("One step", few_steps, partial(draw, num_inference_steps=1, guidance_scale=1.0),
              ways=("merging", "bare"))),
     Row("LEDITS++", ledits, edit, ways=THREE, partly=("cache",),  # the inversion is cached
-        warns={"merging": "were replaced by", "cache": "reads attention maps"}, fails={"bare": SILENT}),
+        warns={"merging": "were replaced by", "cache": "reads attention maps",
+               "bare": "ToMeProcessor was replaced by AttnProcessor. Use apply_token_merging"}),
     Row("Text2Video-Zero", lambda: of(TextToVideoZeroPipeline), video_zero, ways=THREE,
-        warns={"merging": "were replaced by CrossFrameAttnProcessor2_0"}, fails={"bare": SILENT}),
+        warns={"merging": "were replaced by CrossFrameAttnProcessor2_0. The pipeline sets them for its calls",
+               "bare": "its pipeline has replaced it by CrossFrameAttnProcessor2_0"}),
     Row("AnimateDiff", animate_diff, frames, ways=THREE,
         refuses={"cache": "expected a UNet of Stable Diffusion"}),
     Row("Guidance switched off by a callback", lambda: make_pipeline("sd"),

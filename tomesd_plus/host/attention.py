@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from diffusers.hooks import _helpers as host_registries
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import (
+    Attention,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGCFGJointAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+    PAGJointAttnProcessor2_0,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -37,6 +43,19 @@ def keeps_attention_maps(processor: Any) -> bool:
     """True for a processor that stores attention maps for its pipeline."""
     inner = getattr(processor, "inner", processor)
     return bool(STORES & getattr(inner, "__dict__", {}).keys())
+
+
+_OF_PIPELINES = (
+    PAGIdentitySelfAttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGJointAttnProcessor2_0,
+    PAGCFGJointAttnProcessor2_0,
+)
+
+
+def is_of_pipeline(processor: Any) -> bool:
+    """True for a processor that the host's pipelines put in place for their own calls: PAG, SAG, LEDITS++, …"""
+    return isinstance(processor, _OF_PIPELINES) or type(processor).__module__.startswith("diffusers.pipelines.")
 
 
 def attention(

@@ -72,6 +72,17 @@ def attention_levels(unet: nn.Module) -> tuple[int, ...]:
     return tuple(sorted(levels))
 
 
+def downsample_of(unet: nn.Module, name: str) -> int | None:
+    """The downsample at which a layer of an SD UNet or ControlNet runs, by the layer's name; ``None`` elsewhere."""
+    kind, _, rest = name.partition(".")
+    number, inmost = rest.partition(".")[0], len(getattr(unet, "down_blocks", ())) - 1
+    if kind == "mid_block" and inmost >= 0:
+        return 2**inmost
+    if kind not in ("down_blocks", "up_blocks") or not number.isdecimal():
+        return None
+    return int(2 ** (int(number) if kind == "down_blocks" else inmost - int(number)))
+
+
 def finest_level(unet: nn.Module) -> int:
     """The first of :func:`attention_levels`; 1 if there is none."""
     return next(iter(attention_levels(unet)), 1)

@@ -50,6 +50,11 @@ class Why(Enum):
         "its processor {} is not one of diffusers', and may depend on the tokens' number or order; "
         "if it does not, set permutation_equivariant = True on it"
     )
+    pipelines_processor = "its processor {} is a pipeline's own, set for its calls, and may need every token"
+    attention_maps = (
+        "its processor {} keeps or changes attention maps, which are those of all tokens; "
+        "if it does without, set permutation_equivariant = True on it"
+    )
     other_batch = "its batch of {} is not the call's {}: its tokens may be tiles"
     own_arguments = "its processor takes arguments of its own ({})"
 

@@ -1,6 +1,5 @@
 """Apply and remove token merging: the one place where a pipeline's models are changed."""
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,10 +13,10 @@ from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import Ratios, ToMeConfig
-from tomesd_plus.merging.generation import LayerRecord, Record
 from tomesd_plus.merging.processor import ToMeProcessor, attach_to
 from tomesd_plus.merging.report import ModelReport, TokenMergingReport
 from tomesd_plus.merging.transformers import check_transformer, merge_transformer
+from tomesd_plus.merging.wrapping import SET_BY_OTHERS, left_alone, listed, why_excluded
 
 
 def apply_token_merging(
@@ -27,33 +26,7 @@ def apply_token_merging(
     ratio: Ratios | None = None,
     **options: Any,
 ) -> TokenMergingReport:
-    """Merge tokens in a pipeline's UNet and ControlNets, or its transformer, around the processors that are there.
-
-    Processors that are not diffusers' own may shuffle or count tokens, as HyperTile's do, so they are left alone, and
-    the report says so; one that does neither says it by an attribute ``permutation_equivariant = True``.
-
-    Args:
-        pipe: A diffusers pipeline with a UNet or with a transformer of PixArt, Stable Diffusion 3 or Flux, or a UNet,
-            ControlNet or such a transformer itself.
-        config: What to merge; ``ToMeConfig()`` by default. Anything else is taken as the ratio.
-        ratio: Short for ``ToMeConfig(ratio=…)``.
-        options: Other fields of :class:`ToMeConfig`.
-
-    Returns:
-        A report of what merging does, which follows the pipeline as it runs.
-
-    Raises:
-        TypeError: ``pipe`` has neither, or both a config and options are given.
-        ValueError: Merging is on already, or an option is out of range.
-
-    Example:
-        >>> from tomesd_plus import apply_token_merging, load_tiny_pipeline
-        >>> pipe = load_tiny_pipeline()
-        >>> report = apply_token_merging(pipe, ratio=0.5)
-        >>> image = pipe("a large star on a blue background", num_inference_steps=2).images[0]
-        >>> report.removed
-        {1: 0.5, 2: 0.0, 4: 0.0}
-    """
+    """:func:`tomesd_plus.apply_token_merging` for diffusion; ``ratio`` is short for ``ToMeConfig(ratio=…)``."""
     if config is not None and not isinstance(config, ToMeConfig):
         config, ratio = None, config
     if ratio is not None:
@@ -70,15 +43,8 @@ def apply_token_merging(
     return merge_with(pipe, lambda name, excluded: Attachment(config, noise_levels, name, excluded, stays=True))
 
 
-def remove_token_merging(pipe: Any) -> None:
-    """Undo :func:`apply_token_merging`, or ``set_attn_processor(ToMeProcessor())``.
-
-    No hook stays. After ``apply_token_merging`` the very processors that were there before are back; after
-    ``set_attn_processor``, which has dropped them, diffusers' scaled-dot-product one is. Warns if merging is off.
-
-    Raises:
-        RuntimeError: It is called from inside of a block or layer whose tokens are merged.
-    """
+def remove_token_merging(pipe: Any, warn: bool = True) -> None:
+    """:func:`tomesd_plus.remove_token_merging` for diffusion, which need not warn if merging is off."""
     found = False
     for model in merged_models(pipe).values():
         for attachment in attachments_on(model):
@@ -92,18 +58,18 @@ def remove_token_merging(pipe: Any) -> None:
             if isinstance(processor, ToMeProcessor):
                 found = True
                 cast(Any, module).set_processor(processor.inner)
-    if not found:
+    if warn and not found:
         warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
 
 
 def merging_report(pipe: Any) -> TokenMergingReport:
-    """The report of the merging that is on, however it was switched on; raises ValueError if it is off.
-
-    Bare processors count once their model has been called.
-    """
+    """:func:`tomesd_plus.merging_report` for diffusion."""
     found = {name: attachments_on(model) for name, model in merged_models(pipe).items()}
     if not any(found.values()):
-        raise ValueError("token merging is not applied, or its model has not been called yet")
+        raise ValueError(
+            "token merging is not applied, its model has not been called yet, or a pipeline sets processors of its "
+            "own over a ToMeProcessor: use apply_token_merging there"
+        )
     return _report({name: attachments[0] for name, attachments in found.items() if attachments})
 
 
@@ -130,19 +96,17 @@ def merge_with(
         excluded: dict[str, Reason] = {}
         for layer_name, layer in model.named_modules():
             if isinstance(layer, Attention) and not layer.is_cross_attention:
-                reason = Reason(Why.frames) if attends_over_frames(layer_name) else _why_excluded(layer, unknown)
+                reason = (
+                    Reason(Why.frames) if attends_over_frames(layer_name) else why_excluded(layer.processor, unknown)
+                )
                 if reason is None:
                     merging.append(layer)
                 else:
                     excluded[f"{prefix}{layer_name}"] = reason
         attachment = make(prefix, excluded)
         if not merging:
-            warnings.warn(
-                f"Token merging does nothing to {name}: no self-attention layer can be merged.", stacklevel=3
-            )
-            attachment.record.value = Record(
-                {name: LayerRecord(name, left_alone=why) for name, why in excluded.items()}
-            )
+            attachment.record.value = left_alone(excluded)
+        _tell_of_excluded(name, excluded, nothing=not merging)
         for layer in merging:
             layer.set_processor(ToMeProcessor(inner=layer.processor, attachment=attachment))
         attach_to(model, attachment)
@@ -178,17 +142,19 @@ def _report(attachments: dict[str, Attachment]) -> TokenMergingReport:
     )
 
 
-def _why_excluded(layer: Attention, unknown: bool) -> Reason | None:
-    """Why no processor can be wrapped around a layer's own, or ``None``."""
-    if isinstance(layer.processor, nn.Module):
-        return Reason(Why.module_processor)
-    named = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb"}
-    parameters = inspect.signature(layer.processor.__call__).parameters.values()
-    whatever = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    extra = {each.name for each in parameters if each.kind not in whatever} - named
-    if extra:  # Attention hands on such arguments only to a processor whose own signature names them
-        return Reason(Why.own_arguments, (", ".join(sorted(extra)),))
-    known = type(layer.processor).__module__.partition(".")[0] == "diffusers"
-    if not (unknown or known or getattr(layer.processor, "permutation_equivariant", False)):
-        return Reason(Why.foreign_processor, (type(layer.processor).__name__,))
-    return None
+def _tell_of_excluded(name: str, excluded: dict[str, Reason], nothing: bool) -> None:
+    """Tell the user if no layer of a model can be merged, or if a processor that somebody has set keeps some from it.
+
+    Args:
+        name: The model's; a ControlNet may have no attention, and need not merge what it has not.
+        excluded: The layers that cannot be merged, and why.
+        nothing: True if there are no others.
+    """
+    set_by_somebody = {layer: why for layer, why in excluded.items() if why.why in SET_BY_OTHERS}
+    told = excluded if nothing else set_by_somebody
+    words = "; ".join(sorted({str(why) for why in told.values()}))
+    if nothing and (excluded or not name.startswith("controlnet")):
+        message = f"Token merging does nothing to {name}: no self-attention layer can be merged"
+        warnings.warn(f"{message}: {words}." if words else f"{message}, for there is none.", stacklevel=4)
+    elif set_by_somebody:
+        warnings.warn(f"Token merging leaves {listed(list(told))} alone: {words}.", stacklevel=4)

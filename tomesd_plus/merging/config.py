@@ -31,6 +31,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "sides": ("both", "keys_values", "queries"),
     "plan_per": ("block", "stage", "level"),
 }
+WHOLE_NUMBERS: Any = {"seed": (0,), "window": (1, None), "plan_every": (1, "cache"), "blocks_per_run": (1, "all")}
+"""The least that is allowed, and what else is."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,8 @@ class FullSteps:
 
     Args:
         every: A full step every so many steps, at least 2, a generation's first among them: rarer is faster, and less
-            close. ``"cache"``: the full
-            steps of a feature cache, so that only its cached steps merge; models without such a cache, ControlNets
-            too, then have no full steps.
+            close. ``"cache"``: the full steps of a feature cache, so that only its cached steps merge; models without
+            such a cache, ControlNets too, then have no full steps.
         ratio: With ``every="cache"``: the ratio at which self-attention merges on full steps too, in the layers that
             cached steps skip; those that run on cached steps stay full, for the sake of their offsets. A ratio, or a
             mapping from level, as in :class:`ToMeConfig`. ``None``: none merge on full steps, as inside
@@ -153,12 +154,11 @@ class ToMeConfig:
             raise ValueError(f"cell_size must be two whole numbers of at least 1, not {self.cell_size!r}")
         if not isinstance(self.proportional_attention, bool):
             raise ValueError(f"proportional_attention must be True or False, not {self.proportional_attention!r}")
-        if not is_whole(self.seed, 0):
-            raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
-        if self.window is not None and not is_whole(self.window, 1):
-            raise ValueError(f"window must be None or a whole number of at least 1, not {self.window!r}")
-        if self.plan_every != "cache" and not is_whole(self.plan_every, 1):
-            raise ValueError(f"plan_every must be 'cache' or a whole number of at least 1, not {self.plan_every!r}")
+        for name, (least, *others) in WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if value not in others and not is_whole(value, least):
+                choices = "".join(f"{other!r} or " for other in others)
+                raise ValueError(f"{name} must be {choices}a whole number of at least {least}, not {value!r}")
         for name, ratio in self._ratios().items():
             if isinstance(ratio, Mapping) and (not ratio or not set(ratio) <= set(LEVELS)):
                 raise ValueError(f"{name} must map levels among {LEVELS} to ratios, not {ratio!r}")
@@ -183,10 +183,6 @@ class ToMeConfig:
             object.__setattr__(self, name, value)
 
     def _check_combinations(self) -> None:
-        if self.blocks_per_run != "all" and not is_whole(self.blocks_per_run, 1):
-            raise ValueError(
-                f"blocks_per_run must be 'all' or a whole number of at least 1, not {self.blocks_per_run!r}"
-            )
         if self.blocks_per_run != 1 and (self.layers != "block" or self.gate != "off"):
             raise ValueError(
                 f"blocks_per_run={self.blocks_per_run!r} needs layers='block', and goes without a gate, which "

@@ -1,17 +1,18 @@
 """Answers the one question of each layer: what is to be done with these tokens here?"""
 
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tomesd_plus.host.models import attends_over_frames
+from tomesd_plus.host.models import attends_over_frames, downsample_of
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.matching import MergePlan
 from tomesd_plus.merging.answers import AlreadyMerged, Answer, KeptOutputs, Leave, Merge, Reason, Why
 from tomesd_plus.merging.config import Layer, ToMeConfig
 from tomesd_plus.merging.generation import Call, Current, LayerRecord
+from tomesd_plus.merging.wrapping import why_replaced
 
 Role = Layer | Literal["block", "more_attention"]
 """What a layer is to its block; more attention is a second one among the same tokens, by the first one's plan."""
@@ -178,3 +179,32 @@ class Decider:
             call.ran.add(level.downsample)
             if removed:
                 call.record.steps[-1].removed[level.downsample] = removed / tokens
+
+    def replaced(self, attentions: Iterable[Any]) -> dict[str, Reason]:
+        """The self-attention layers, by name, whose processor of ours was replaced, and by what.
+
+        Args:
+            attentions: The layers that were given one.
+        """
+        return {
+            self.prefix + self.names[attention]: why_replaced(attention.processor)
+            for attention in attentions
+            if not hasattr(attention.processor, "attachment") and not getattr(attention, "is_cross_attention", False)
+        }
+
+    def note_replaced(self, model: nn.Module, call: Call, attentions: Iterable[Any]) -> None:
+        """Note :meth:`replaced` layers at the end of a call, for nobody has asked about them in it."""
+        levels = {level.downsample: level for level in call.levels.values()}
+        for name, reason in self.replaced(attentions).items():
+            own_name = name.removeprefix(self.prefix)
+            downsample = next(iter(levels)) if len(levels) == 1 else downsample_of(model, own_name)
+            skipped = call.skips is not None and (call.skips(own_name) or downsample == call.attention_level)
+            if call.record is None or (call.cached and skipped):
+                continue
+            record = call.record.layers.setdefault(name, LayerRecord(name))
+            record.left_alone, record.downsample = reason, downsample
+            record.calls += 1
+            if downsample in levels:
+                level = levels[downsample]
+                record.tokens += level.height * level.width
+                call.ran.add(level.downsample)

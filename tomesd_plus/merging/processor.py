@@ -5,11 +5,13 @@ from typing import Any, cast
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from tomesd_plus.host.attention import attention, register_processor
-from tomesd_plus.host.first_call import FirstCalls
-from tomesd_plus.merging.answers import AlreadyMerged, Leave, Reason, Why
+from tomesd_plus.host.attention import attention, is_of_pipeline, register_processor
+from tomesd_plus.host.first_call import FirstCalls, taken_off
+from tomesd_plus.merging.answers import AlreadyMerged, Leave
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.config import ToMeConfig
+from tomesd_plus.merging.telling import tell_of_passing_by
+from tomesd_plus.merging.wrapping import why_not_understood
 
 
 class ToMeProcessor:
@@ -79,7 +81,7 @@ class ToMeProcessor:
         attachment, config = self.attachment, self.attachment.config
         if attachment.decider.call() is None or not attachment.decider.serves(attn):
             attachment.came_back(attn)
-        obstacle = _obstacle(attn, hidden_states, encoder_hidden_states, attention_mask, config)
+        obstacle = why_not_understood(attn, hidden_states, encoder_hidden_states, attention_mask, config)
         answer = attachment.decider.ask(attn, "self_attention", hidden_states, obstacle)
         if isinstance(answer, Leave):
             output = self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
@@ -119,6 +121,15 @@ class ToMeProcessor:
         return self.inner(
             attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
         )
+
+    def __del__(self) -> None:
+        attachment = getattr(self, "attachment", None)  # none if the arguments were refused
+        taken = None if attachment is None or attachment.stays else taken_off()
+        if attachment is not None and taken is not None:
+            if attachment.attached:
+                attachment.taken_by_pipeline = taken[1]
+            else:
+                _waiting.dropped(*taken)
 
     def __reduce__(self) -> Any:
         base = type(self) if self._settings is None else type(self).__base__
@@ -184,7 +195,7 @@ def _carries_unattached(model: nn.Module) -> bool:
     return not all(processor.attachment.attached for processor in _processors_on(model))
 
 
-_waiting = FirstCalls(_carries_unattached, attach_to, _begin_call)
+_waiting = FirstCalls(_carries_unattached, attach_to, _begin_call, tell_of_passing_by)
 
 
 def _adopt(model: nn.Module, attachment: Attachment) -> None:
@@ -202,8 +213,9 @@ def _adopt(model: nn.Module, attachment: Attachment) -> None:
         if not processor.attachment.attached:
             processor.attachment = owner
     attentions = [layer for layer in layers if cast(ToMeProcessor, layer.processor).attachment is owner]
-    if owner is attachment:
-        attachment.attach(model, attentions)
+    if owner is attachment:  # where a pipeline's own are in place for its call, ours will be put back
+        lent = [m for m in model.modules() if is_of_pipeline(getattr(m, "processor", None))]
+        attachment.attach(model, attentions if attachment.stays else [*attentions, *lent])
         for each in before:
             if not each.serves_any():
                 each.lose(model)  # its processors were replaced by these
@@ -227,23 +239,3 @@ def _is_plain(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | N
         and not attn.residual_connection
         and not attn.norm_cross
     )
-
-
-def _obstacle(
-    attn: Attention,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None,
-    attention_mask: Tensor | None,
-    config: ToMeConfig,
-) -> Reason | None:
-    """Why a self-attention call is not understood, and so left alone; ``None`` if it is."""
-    found = {
-        Why.not_tokens: hidden_states.ndim != 3,
-        Why.other_states: encoder_hidden_states is not None,
-        Why.mask: attention_mask is not None,
-        Why.normalizes: attn.group_norm is not None or attn.spatial_norm is not None,
-        Why.residual: attn.residual_connection,
-        Why.text_too: attn.added_kv_proj_dim is not None,
-        Why.fused: attn.fused_projections and config.sides != "both",
-    }
-    return next((Reason(why) for why, true in found.items() if true), None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tomesd_plus.host.transient import Transient
+from tomesd_plus.merging.answers import Why
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.gate import Decision
 from tomesd_plus.merging.generation import LayerRecord, Level, Record, StepRecord
@@ -109,8 +110,18 @@ class TokenMergingReport:
         return "\n".join([*lines, f"Tokens removed: {levels or 'none'}.{kept}"])
 
 
+def is_replaced(layer: LayerRecord) -> bool:
+    """True for a layer that is left alone because somebody has replaced its processor."""
+    return layer.left_alone is not None and layer.left_alone.why is Why.replaced
+
+
 def why_nothing_merged(
-    record: Record, levels: Iterable[Level], config: ToMeConfig, noise_level: float, ran: Set[int]
+    record: Record,
+    levels: Iterable[Level],
+    config: ToMeConfig,
+    noise_level: float,
+    ran: Set[int],
+    beside_unet: bool = False,
 ) -> str | None:
     """Tell why nothing was merged and what to set, unless something was, or nothing was to be.
 
@@ -120,9 +131,11 @@ def why_nothing_merged(
         config: What was to be merged.
         noise_level: Of the step.
         ran: The levels, by downsample, at which a layer has run in it: a feature cache skips some.
+        beside_unet: Of a ControlNet beside a UNet, which need not have the levels that the UNet has.
     """
     layers = list(record.layers.values())
-    if not layers or any(layer.removed for layer in layers):
+    asked = [layer for layer in layers if layer.calls and not is_replaced(layer)]
+    if not asked or any(layer.removed for layer in layers):
         return None
     present = [level for level in levels if level.ratio is not None]
     adaptive = {level.downsample for level in present if isinstance(level.ratio, AdaptiveRatio)}
@@ -134,6 +147,8 @@ def why_nothing_merged(
         return None
     if not found or set(found) & wanted:
         return "; ".join(sorted({layer.reason for layer in layers if layer.reason}))
+    if beside_unet:
+        return None
     to_do = "give ratio one of them" if isinstance(config.ratio, Mapping) else f"set max_downsample={found[0]}"
     sdxl = " (SDXL has none at full resolution)" if found[0] == 2 else ""
     return f"this model has self-attention at levels {found} only; {to_do}{sdxl}"

@@ -14,10 +14,10 @@ from tomesd_plus.host.transformers import TransformerReader, blocks_of, matches_
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment
 from tomesd_plus.merging.config import ToMeConfig
-from tomesd_plus.merging.generation import LayerRecord, Record
 from tomesd_plus.merging.joint import JointToMeProcessor, TransformerProcessor
 from tomesd_plus.merging.planner import Planner
 from tomesd_plus.merging.transformer_blocks import TransformerBlockHooks, merges_as_pair
+from tomesd_plus.merging.wrapping import left_alone
 
 BLOCKS_PER_STAGE = 4
 """How many consecutive blocks share a plan, with ``plan_per="stage"``."""
@@ -82,8 +82,11 @@ def merge_transformer(pipe: Any, model: nn.Module, config: ToMeConfig, excluded:
         blocks=TransformerBlockHooks,
     )
     if not merging:
-        warnings.warn("Token merging does nothing to transformer: no attention layer can be merged.", stacklevel=4)
-        attachment.record.value = Record({name: LayerRecord(name, left_alone=why) for name, why in excluded.items()})
+        words = "; ".join(sorted({str(why) for why in excluded.values()}))
+        warnings.warn(
+            f"Token merging does nothing to transformer: no attention layer can be merged: {words}.", stacklevel=4
+        )
+        attachment.record.value = left_alone(excluded)
         return attachment
     for layer in merging:
         kind = TransformerProcessor if plain else JointToMeProcessor
