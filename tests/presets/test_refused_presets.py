@@ -1,8 +1,10 @@
 """Presets by name where they were worse than fewer steps, or not tried."""
 
 import copy
+import csv
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,14 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, U
 
 from tomesd_plus import PRESETS, apply_preset, preset, remove_feature_cache, remove_preset, remove_token_merging
 from tomesd_plus.presets import tested
+
+
+def test_what_is_refused_is_what_the_table_has_below_fewer_steps():
+    with (Path(__file__).parents[2] / "results" / "presets.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    misses = {(row["preset"], row["solver"], int(row["steps"])) for row in rows if row["below"]}
+    assert misses == tested.MISSES and {row["solver"] for row in rows} == tested.SOLVERS
+    assert {int(row["steps"]) for row in rows} == set(tested.STEPS) and len(rows) == 90
 
 
 @pytest.fixture

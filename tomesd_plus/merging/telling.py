@@ -47,7 +47,7 @@ class Telling:
             )
 
     def judge(self, record: Record, so_far: bool = False) -> None:
-        """Tell what has not happened in a generation that is over, or `so_far`; of compiled layers nothing is known."""
+        """Tell what has not happened in a generation, so far or in all; of compiled layers nothing is known."""
         merged = any(layer.removed for layer in record.layers.values())
         if not record.judged and (merged or record.why_nothing):
             record.judged = merged or not so_far
