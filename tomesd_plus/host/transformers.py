@@ -32,7 +32,7 @@ def transformer_of(pipe: Any) -> nn.Module | None:
     model = unwrapped(getattr(pipe, "transformer", pipe))
     if hasattr(pipe, "unet") or not isinstance(model, nn.Module):
         return None
-    if any(isinstance(model, kind) and type(model).forward is kind.forward for kind in KNOWN):
+    if is_known_transformer(model):
         return model
     if type(model).__module__.startswith("diffusers.models.transformers.") or hasattr(pipe, "transformer"):
         raise TypeError(
@@ -40,6 +40,11 @@ def transformer_of(pipe: Any) -> nn.Module | None:
             f"{type(model).__name__}: its blocks are not known here"
         )
     return None
+
+
+def is_known_transformer(model: Any) -> bool:
+    """True for a transformer of :data:`KNOWN`, or of a class below it that is called and runs like it."""
+    return any(isinstance(model, kind) and type(model).forward is kind.forward for kind in KNOWN)
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,7 +78,7 @@ class _Place(ThreadLocal):
 
 
 class TransformerReader:
-    """Reads a transformer's calls; copies and pickles, but a copy does not know the pipeline.
+    """Reads the calls of one transformer, or of one ControlNet beside it; copies and pickles, without the pipeline.
 
     Args:
         pipe: The pipeline whose scheduler tells Flux's steps, or the transformer by itself.
@@ -89,16 +94,17 @@ class TransformerReader:
         """Read a call.
 
         Args:
-            model: A transformer of :data:`KNOWN`, or the same compiled.
+            model: A transformer of :data:`KNOWN` or its ControlNet, or the same compiled.
             args, kwargs: As a forward pre-hook with keyword arguments is given them.
         """
         inner = unwrapped(model)
-        given = _Arguments(positions(type(inner)), args, kwargs)
+        places = positions(type(inner))
+        given = _Arguments(places, args, kwargs)
         hidden_states, timestep, text = (
             given[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")
         )
         between = _between_blocks(inner, given)
-        if not isinstance(inner, FluxTransformer2DModel):
+        if "img_ids" not in places:  # all but Flux
             patch = inner.config.patch_size
             rows, columns = (side // patch for side in hidden_states.shape[-2:])
             return Reading(hidden_states[..., :rows, :columns], timestep, text, text.shape[1], between=between)
