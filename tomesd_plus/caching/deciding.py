@@ -52,7 +52,7 @@ class Deciding:
         complete = kept is not None and self.complete(kept)
         last = output.step if output is not None else kept.step if kept is not None and complete and not skip else None
         if last is None:
-            return WhyFull.first_step if step.new_generation else WhyFull.nothing_kept
+            return WhyFull.first_step if step.number == 0 else WhyFull.nothing_kept
         if not step.same_size(last):
             return WhyFull.other_size
         if output is not None and as_dict not in (None, output.as_dict):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tomesd_plus.caching.cache import feature_cache_on
+from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.host.models import owners_of_hooks
 from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.promise import Promise
@@ -64,6 +64,7 @@ class Attachment:
         self._lost_on: Transient[weakref.ref[nn.Module]] = Transient()  # the model whose processors were replaced
         self._keeping: dict[nn.Module, KeptOutputs] = {}  # the layers that may keep an output
         self._promise = Promise("Token merging has merged nothing" + (f" in {name.rstrip('.')}" if name else ""))
+        self._of_cached_steps = Promise("Token merging does not follow the feature cache")
         self._warned = False
         self._replaced = False  # all processors were
 
@@ -171,6 +172,7 @@ class Attachment:
         if cache is None:
             settle(None)
         else:
+            self._of_cached_steps.judge(self._why_no_cached_steps(cache))
             call.skips, call.attention_level = cache.skips, cache.attention_level
             cache.when_decided(settle)
 
@@ -270,6 +272,15 @@ class Attachment:
                 "Nothing is merged here.",
                 stacklevel=2,
             )
+
+    def _why_no_cached_steps(self, cache: FeatureCache) -> str | None:
+        """Why options that are of cached steps do nothing beside a cache, with the mend."""
+        if cache.config.skips_layers or not self.config.of_cached_steps:
+            return None
+        return (
+            f"{' and '.join(self.config.of_cached_steps)} need cached steps, and this cache's steps run in full or not "
+            'at all. Leave them out, or cache layers too: a branch, or C in the plan'
+        )
 
     def _note_if_nothing_merged(self, call: Call, record: Record) -> None:
         # A full step is not to merge, and the gate has a good reason.

@@ -40,11 +40,16 @@ class TransformerPlanner(Planner):
 
 
 def check_transformer(model: nn.Module, config: ToMeConfig) -> None:
-    """Raise ValueError if a configuration merges nothing in a transformer's blocks."""
-    if not isinstance(model, PixArtTransformer2DModel) and tuple(config.layers) == ("cross_attention",):
+    """Raise ValueError if a configuration asks for what a transformer does not have."""
+    if not isinstance(model, PixArtTransformer2DModel) and "cross_attention" in config.layers:
         raise ValueError(
             f"the blocks of {type(model).__name__} attend to text and image at once: give layers 'self_attention', "
             "'mlp' or both, or 'block'"
+        )
+    if config.of_cached_steps:
+        raise ValueError(
+            f"{' and '.join(config.of_cached_steps)} need cached steps, which run the outer layers of a UNet: the "
+            "steps of a transformer run in full, or not at all"
         )
 
 

@@ -38,8 +38,9 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
     """Switch on token merging and a feature cache as a preset has them.
 
     Args:
-        pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself; for a preset
-            that merges nothing and caches no layers, one with any denoiser.
+        pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself. A preset that
+            caches no layers is taken by transformers of PixArt, Stable Diffusion 3 and Flux too, and one that also
+            merges nothing by any denoiser; those by name cache layers.
         chosen: One of :data:`PRESETS`, ``"quality"``, ``"balanced"`` or ``"fast"``; a :class:`Preset`, as ``tune``
             gives it; or the path of a file that :meth:`Preset.save` has written.
 
@@ -47,7 +48,7 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
         Reports that follow the pipeline as it runs.
 
     Raises:
-        TypeError: ``pipe`` has no such model.
+        TypeError: ``pipe`` has no such model, or the preset caches layers that it does not have.
         ValueError: There is no such preset, its file is wrong, or merging or a cache is on already; then nothing is
             changed.
 
@@ -60,16 +61,14 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
         2
     """
     found = preset_from(chosen)
-    denoiser_of(pipe)  # refuses what has none
+    _check_layers(pipe, found)
     config = found.merging_for(pipe)
-    merging = (
-        None if config is None else apply_token_merging(unet_of(pipe), config)
-    )  # a ControlNet has no cached steps
+    merging = None if config is None else apply_token_merging(_merged_part(pipe), config)
     try:
         cache = None if found.cache is None else apply_feature_cache(pipe, found.cache)
     except BaseException:
         if merging is not None:
-            remove_token_merging(unet_of(pipe))
+            remove_token_merging(_merged_part(pipe))
         raise
     _warn_of_another(pipe, found)
     return PresetReport(merging, cache)
@@ -93,7 +92,7 @@ def preset(pipe: Any, chosen: str | Path | Preset) -> Iterator[PresetReport]:
         yield reports
     finally:
         if reports.merging is not None:
-            remove_token_merging(unet_of(pipe))
+            remove_token_merging(_merged_part(pipe))
         if reports.cache is not None:
             remove_feature_cache(pipe)
 
@@ -117,6 +116,23 @@ def preset_from(chosen: str | Path | Preset) -> Preset:
         return Preset.load(path)
     except OSError as error:
         raise ValueError(f"cannot read the preset {chosen}: {error.strerror or error}") from error
+
+
+def _merged_part(pipe: Any) -> Any:
+    """What a preset merges in: the UNet alone, for a ControlNet has no cached steps; of a transformer the pipeline."""
+    return unet_of(pipe) if transformer_of(pipe) is None else pipe
+
+
+def _check_layers(pipe: Any, found: Preset) -> None:
+    """Refuse a preset that caches layers where there are none to cache, with what works instead."""
+    denoiser = unwrapped(denoiser_of(pipe))
+    if found.cache is None or not found.cache.skips_layers or hasattr(pipe, "unet") or called_with_sample(denoiser):
+        return
+    raise TypeError(
+        f"this preset caches layers of a UNet ({found.description}), and {type(denoiser).__name__} is a transformer: "
+        "let tune find a preset of full and skipped steps for it, or use apply_feature_cache(pipe, branch='nothing') "
+        "and apply_token_merging"
+    )
 
 
 def _warn_of_another(pipe: Any, found: Preset) -> None:
