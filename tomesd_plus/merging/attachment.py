@@ -278,8 +278,8 @@ class Attachment:
         if cache.config.skips_layers or not self.config.of_cached_steps:
             return None
         return (
-            f"{' and '.join(self.config.of_cached_steps)} need cached steps, and this cache's steps run in full or not "
-            'at all. Leave them out, or cache layers too: a branch, or C in the plan'
+            f"{' and '.join(self.config.of_cached_steps)} need cached steps, and this cache's steps run in full or "
+            "not at all. Leave them out, or cache layers too: a branch, or C in the plan"
         )
 
     def _note_if_nothing_merged(self, call: Call, record: Record) -> None:

@@ -11,7 +11,9 @@ from tomesd_plus.caching import FeatureCacheReport, apply_feature_cache, remove_
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.models import denoiser_of, unet_of, unwrapped
 from tomesd_plus.host.names import model_name, scheduler_name
-from tomesd_plus.merging.apply import apply_token_merging, is_merging, remove_token_merging
+from tomesd_plus.host.transformers import is_known_transformer
+from tomesd_plus.merging.apply import apply_token_merging, is_merging, merged_models, remove_token_merging
+from tomesd_plus.merging.attachment import attachments_on
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets.data import Preset
 from tomesd_plus.presets.named import PRESETS, preset_by_name
@@ -76,12 +78,13 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset) -> PresetReport:
 
 def remove_preset(pipe: Any) -> None:
     """Undo :func:`apply_preset`: token merging and the feature cache go, whoever has switched them on."""
-    denoiser = denoiser_of(pipe)
-    cached = feature_cache_on(denoiser) is not None
+    cached = feature_cache_on(denoiser_of(pipe)) is not None
     if cached:
         remove_feature_cache(pipe)
-    if not cached or (hasattr(denoiser, "set_attn_processor") and is_merging(unwrapped(denoiser))):
+    if _merges(pipe):
         remove_token_merging(pipe)
+    elif not cached:
+        warnings.warn("a preset is not applied, so there is nothing to remove", stacklevel=2)
 
 
 @contextmanager
@@ -118,21 +121,32 @@ def preset_from(chosen: str | Path | Preset) -> Preset:
         raise ValueError(f"cannot read the preset {chosen}: {error.strerror or error}") from error
 
 
+def _merges(pipe: Any) -> bool:
+    try:
+        models = merged_models(pipe).values()
+    except TypeError:  # a transformer in which tokens cannot be merged
+        return False
+    return any(is_merging(model) or attachments_on(model) for model in models)
+
+
 def _merged_part(pipe: Any) -> Any:
     """What a preset merges in: the UNet alone, for a ControlNet has no cached steps; of a transformer the pipeline."""
-    return unet_of(pipe) if transformer_of(pipe) is None else pipe
+    return pipe if is_known_transformer(unwrapped(denoiser_of(pipe))) else unet_of(pipe)
 
 
 def _check_layers(pipe: Any, found: Preset) -> None:
     """Refuse a preset that caches layers where there are none to cache, with what works instead."""
     denoiser = unwrapped(denoiser_of(pipe))
-    if found.cache is None or not found.cache.skips_layers or hasattr(pipe, "unet") or called_with_sample(denoiser):
+    if found.cache is None or not found.cache.skips_layers:
         return
-    raise TypeError(
-        f"this preset caches layers of a UNet ({found.description}), and {type(denoiser).__name__} is a transformer: "
-        "let tune find a preset of full and skipped steps for it, or use apply_feature_cache(pipe, branch='nothing') "
-        "and apply_token_merging"
-    )
+    try:
+        unet_of(pipe)
+    except TypeError:
+        raise TypeError(
+            f"this preset caches layers of a UNet of Stable Diffusion, and {type(denoiser).__name__} is none: let "
+            "tune find one of full and skipped steps for this pipeline, or use apply_feature_cache(pipe, "
+            "branch='nothing')"
+        ) from None
 
 
 def _warn_of_another(pipe: Any, found: Preset) -> None:
