@@ -35,6 +35,7 @@ def case(request):
 def test_what_is_recorded_is_what_the_scheduler_is_given(case):
     make, options, calls = case
     options = options | ({"negative_prompt": ["a dog"] * 2} if "negative_prompt" in options else {})
+    options = options | ({"image": PICTURE.expand(2, -1, -1, -1)} if "image" in options else {})
     pipe, given = make(), []
     step = type(pipe.scheduler).step
 
