@@ -75,3 +75,24 @@ def test_a_tuned_preset_is_found_applied_and_taken_off(case, tmp_path):
         progress=False, **options,
     )  # fmt: skip
     assert again == chosen
+
+
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd35", "flux"])
+def test_tokens_are_merged_where_that_is_the_closest_at_the_speed(name):
+    make, options, _ = CASES[name]
+    costs = {"cached": 1.0, "skipped": 1.0, "full_merged": 0.5}  # as if skipping saved nothing
+    pipe, call = make(), {"num_inference_steps": 4, "max_generations": 5, "progress": False, **options}
+    chosen = tune(pipe, ["a cat", "a"], speedup=1.9, costs=costs, **call)
+    assert chosen.cache is None and chosen.merging.schedules and chosen.measured.speedup == 2
+    report = apply_preset(pipe, chosen)
+    generate(pipe, num_inference_steps=4, **options)
+    assert all(step.removed for step in report.merging.steps)
+
+
+def test_what_merging_costs_is_measured():
+    chosen = tune(make_pipeline("sd35"), ["a"], speedup=1.1, num_inference_steps=4, max_generations=5, progress=False,
+                  **SMALL)  # fmt: skip
+    assert "full_merged" in chosen.measured.costs and "cached_merged" not in chosen.measured.costs
+    unknown = tune(make_pipeline("chroma"), ["a"], speedup=1.1, num_inference_steps=4, max_generations=5,
+                   progress=False, **SMALL, negative_prompt="a dog")  # fmt: skip
+    assert "full_merged" not in unknown.measured.costs
