@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = ROOT / "tests" / "pipelines", ROOT / "docs" / "pipelines.md"
-WAYS = ("merging", "bare", "cache", "preset", "drop-in")
+WAYS = ("merging", "bare", "cache", "skipping", "preset", "drop-in")
 HOSTS = ("diffusers", "transformers", "torch", "peft")
 HEAD = """\
 # Which pipelines and add-ons work
@@ -25,6 +25,7 @@ picture on the first and the second call, but for the drop-in, which draws anew,
 - **merging**: `apply_token_merging(pipe, ratio=0.5)`;
 - **bare**: `pipe.unet.set_attn_processor(ToMeProcessor(ratio=0.5))`;
 - **cache**: `apply_feature_cache(pipe, interval=2)`;
+- **skipping**: `apply_feature_cache(pipe, interval=2, branch="nothing")`;
 - **preset**: `apply_preset(pipe, "fast")`, with `force=True` as there are few steps;
 - **drop-in**: `tomesd_plus.tomesd.apply_patch(pipe, ratio=0.5)`.
 

@@ -1,7 +1,7 @@
 """The presets by name beside fewer steps in the same time, over solvers and numbers of steps.
 
-``python examples/preset_table.py CAPTIONS`` makes ``presets.csv``: about half an hour on a core for eight captions;
-with names of solvers after it, their rows anew. A cell where a preset is below fewer steps is one of
+``python examples/preset_table.py CAPTIONS`` makes ``presets.csv`` and ``presets.md``: about half an hour on a core for
+eight captions; with names of solvers after it, their rows anew. A cell where a preset is below fewer steps is one of
 :data:`tomesd_plus.presets.tested.MISSES`. Costs of steps are Stable Diffusion 1.5's, 512 × 512 (``cpu.csv``,
 ``cache-steps.csv``); pictures are the embedded pipeline's.
 """
@@ -63,4 +63,16 @@ with table.open("w", newline="") as file:
     writer.writerow(["solver", "steps", "preset", "what ran", "speed-up", "PSNR dB", "fewer steps", "PSNR dB of these",
                      "below", "captions"])  # fmt: skip
     writer.writerows(rows)
+head = " | ".join(f"{name}, dB (fewer steps)" for name in PRESETS)
+lines = [f"| solver | steps | {head} |", "|---|--:|" + "--:|" * len(PRESETS)]
+for at in range(0, len(rows), len(PRESETS)):
+    cells = " | ".join(
+        f"{row[4]}×: {row[5]} ({row[7]}){' **below**' if row[8] else ''}" for row in rows[at : at + len(PRESETS)]
+    )
+    lines.append(f"| {rows[at][0]} | {rows[at][1]} | {cells} |")
+lines = [
+    f"PSNR in dB to the untouched pictures, {rows[0][9]} captions that no preset was chosen on, and in brackets what "
+    "fewer steps of the solver have in the same time, on the line between the two next numbers of steps.", "", *lines,
+]  # fmt: skip
+table.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 print(torch.__version__)

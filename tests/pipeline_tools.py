@@ -71,6 +71,11 @@ WAYS = {
         remove_feature_cache,
         lambda pipe, report: report.cached > 0,
     ),
+    "skipping": Way(
+        lambda pipe, level, ratio: apply_feature_cache(pipe, interval=2 if ratio else 1, branch="nothing"),
+        remove_feature_cache,
+        lambda pipe, report: report.skipped > 0,
+    ),
     "bare": Way(
         lambda pipe, level, ratio: pipe.unet.set_attn_processor(ToMeProcessor(ratio=ratio, max_downsample=level)),
         remove_token_merging,

@@ -29,7 +29,7 @@ WRITES = {
     "vision_threads.py": ["vision-threads.csv"],
     "vision_saliency.py": [],  # needs a package and pictures of its own, and says so
     "tune_methods.py": ["tune-methods.csv"],
-    "preset_table.py": ["presets.csv"],
+    "preset_table.py": ["presets.csv", "presets.md"],
     "front.py": ["front.csv", *(f"front-dpm++2m-{each}.json" for each in ("2", "2.5", "3", "4"))],
 }
 SLOW = (

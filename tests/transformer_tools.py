@@ -1,4 +1,4 @@
-"""Tiny random pipelines of PixArt, Stable Diffusion 3 and Flux: made once, copied for each test."""
+"""Tiny random pipelines of PixArt, Stable Diffusion 3 and Flux, and of a transformer that is not known: made once."""
 
 import copy
 from typing import Any
@@ -7,14 +7,22 @@ import torch
 from conftest import _text_config, _tokenizer
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer
@@ -43,6 +51,13 @@ def make_transformer(family: str, **overrides: Any) -> Any:
         if family == "sd35":
             options |= {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
         return SD3Transformer2DModel(**options | overrides).eval()
+    if family == "chroma":
+        options = heads | {
+            "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": T5_WIDTH,
+            "axes_dims_rope": (4, 6, 6), "approximator_num_channels": 64, "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        }  # fmt: skip
+        return ChromaTransformer2DModel(**options | overrides).eval()
     options = heads | {
         "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": T5_WIDTH,
         "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6),
@@ -84,6 +99,11 @@ def _make(family: str) -> Any:
             tokenizer=t5_tokenizer, text_encoder=t5, vae=vae, transformer=transformer,
             scheduler=DPMSolverMultistepScheduler(),
         )  # fmt: skip
+    if family == "chroma":
+        return ChromaPipeline(
+            tokenizer=t5_tokenizer, text_encoder=t5, vae=vae, transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )  # fmt: skip
     tokenizer = _tokenizer()
     config = _text_config(tokenizer)
     parts = {"tokenizer": tokenizer, "vae": vae, "transformer": transformer}
@@ -109,6 +129,40 @@ def make_pipeline(family: str) -> Any:
         _made[family] = _make(family)
         _made[family].set_progress_bar_config(disable=True)
     return copy.deepcopy(_made[family])
+
+
+def made_of(kind: type, family: str, **more: Any) -> Any:
+    """A pipeline of another class, of a family's parts and of more."""
+    pipe = kind(**make_pipeline(family).components, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_image_to_image(family: str) -> Any:
+    """A family's pipeline that begins with a picture."""
+    return made_of(FluxImg2ImgPipeline if family == "flux" else StableDiffusion3Img2ImgPipeline, family)
+
+
+def make_controlled(family: str) -> Any:
+    """A family's pipeline with a ControlNet that does something."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16}
+    if family == "flux":
+        net = FluxControlNetModel(
+            **heads, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=T5_WIDTH,
+            pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        layers = [net.controlnet_x_embedder, *net.controlnet_blocks, *net.controlnet_single_blocks]
+    else:
+        net = SD3ControlNetModel.from_transformer(
+            make_transformer(family), num_layers=1, num_extra_conditioning_channels=0,
+            load_weights_from_transformer=False,
+        )  # fmt: skip
+        layers = [net.pos_embed_input.proj, *net.controlnet_blocks]
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, std=0.5)  # zero as built, so that it would change nothing
+    kind = FluxControlNetPipeline if family == "flux" else StableDiffusion3ControlNetPipeline
+    return made_of(kind, family, controlnet=net.eval())
 
 
 def generate(pipe: Any, seed: int = 0, prompt: str | list[str] = "a cat", **options: Any) -> torch.Tensor:

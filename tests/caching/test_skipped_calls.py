@@ -1,6 +1,7 @@
 """Whole calls that are skipped: which, what stands in for their output, on which models, and beside what else."""
 
 import copy
+import warnings
 from collections import Counter
 
 import accelerate
@@ -434,6 +435,33 @@ def test_merging_beside_skipped_steps(pipe):
     assert kinds(cached) == "FcscFsc"
     assert [bool(step.removed) for step in report.steps] == [kind == "c" for kind in kinds(cached)]
     assert torch.equal(generate(pipe, num_inference_steps=7), first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"full_steps": "cache"},
+        {"plan_every": "cache"},
+        {"cached_ratio": 0.7},
+        {"full_steps": "cache", "cached_ratio": 0},
+    ],
+)
+@pytest.mark.parametrize("merging_first", [True, False])
+def test_options_of_cached_steps_beside_a_cache_without_any_say_so_once(pipe, options, merging_first):
+    if merging_first:
+        apply_token_merging(pipe, ratio=0.5, **options)
+    apply_feature_cache(pipe, plan="FFSF")
+    if not merging_first:
+        apply_token_merging(pipe, ratio=0.5, **options)
+    with pytest.warns(UserWarning, match="does not follow the feature cache") as told:
+        generate(pipe)
+        generate(pipe)
+    assert len(told) == 1 and all(name in str(told[0].message) for name in options)
+    remove_feature_cache(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_feature_cache(pipe, plan="FFSC")
+        generate(pipe)
 
 
 def every_module(unet):

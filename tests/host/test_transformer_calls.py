@@ -111,6 +111,29 @@ def test_another_threads_pipeline_may_have_another_scheduler(monkeypatch):
     assert read(reader, pipe.transformer, pipe.scheduler.timesteps[1]).timestep.storage_offset() == 1
 
 
+@pytest.mark.parametrize("on_host", [True, False])
+def test_both_calls_of_a_step_are_at_one_timestep_though_another_threads_scheduler_goes_on(monkeypatch, on_host):
+    pipe, latents, text = Pipe(), torch.zeros(1, 16, 16), torch.zeros(1, 7, 32)
+    monkeypatch.setattr(transformers, "_on_host", lambda timestep: on_host)
+    reader, other = TransformerReader(pipe), FlowMatchEulerDiscreteScheduler()
+    monkeypatch.setattr(TransformerReader, "_first_thread", lambda reader: on_host)
+    other.set_timesteps(9)
+
+    def step(t, meanwhile):
+        found = []
+        for between in (lambda: None, meanwhile):
+            between()
+            given = {"hidden_states": latents, "encoder_hidden_states": text, "img_ids": ids(4, 4)}
+            found.append(reader(pipe.transformer, (), given | {"timestep": t.expand(1) / 1000}).timestep)
+        assert torch.is_tensor(found[0]) == torch.is_tensor(found[1]) and float(found[0]) == float(found[1])
+        assert float(found[0]) == pytest.approx(float(t))
+
+    step(other.timesteps[0], lambda: [pipe.step(t) for t in pipe.scheduler.timesteps[:2]])
+    step(other.timesteps[1], lambda: pipe.scheduler.set_timesteps(6))
+    pipe.step(pipe.scheduler.timesteps[0])
+    step(other.timesteps[0], lambda: pipe.scheduler.set_timesteps(6))
+
+
 def test_copies_and_models_alone_read_values():
     pipe = Pipe()
     for reader in (

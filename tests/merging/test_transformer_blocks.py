@@ -24,7 +24,7 @@ def image_of(output):
         {"layers": ["self_attention", "mlp"], "full_steps": 2},
         {"layers": ["self_attention", "mlp"], "sides": "keys_values"},
         {"layers": ["self_attention", "mlp"], "metric": "block_input"},
-        {"layers": ["self_attention", "cross_attention", "mlp"], "gate": "remeasure"},
+        {"layers": ["self_attention", "mlp"], "gate": "remeasure"},
         {"layers": "block"},
         {"layers": "block", "full_steps": 2},
         {"layers": "block", "blocks_per_run": 2},

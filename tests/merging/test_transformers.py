@@ -87,9 +87,9 @@ def make_pipeline_like(pipe):
 def test_grids_come_from_the_call_and_not_from_a_square_root(family):
     pipe = make_pipeline(family)
     report = apply_token_merging(pipe, ratio=0.5)
-    generate(pipe, height=24 if family.startswith("pixart") else 40, width=104)
-    rows, columns = report.merge_map().shape
-    assert columns == 26 and rows * 26 == sum(report.merge_map().shape[:1]) * 26
+    height = 24 if family.startswith("pixart") else 40
+    generate(pipe, height=height, width=104)  # the VAE halves a side, and so does a patch
+    assert report.merge_map().shape == (height // 4, 26)
     assert report.removed == {1: 0.5}
 
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from math import lcm
 from typing import Any
+
+from diffusers import PixArtTransformer2DModel
 
 from tomesd_plus.benchmark.ideal import fewer_tokens
 from tomesd_plus.benchmark.ideal_transformers import fewer_image_tokens
 from tomesd_plus.evaluation.configurations import Configuration, parse_configuration
 from tomesd_plus.evaluation.errors import EvaluationError
 from tomesd_plus.evaluation.switches import TOMESD_PACKAGE
+from tomesd_plus.host.models import unwrapped
 from tomesd_plus.merging.config import LAYERS, ToMeConfig
 from tomesd_plus.presets import PRESETS
 
@@ -132,7 +135,8 @@ class Setting:
                 else fewer_image_tokens(transformer, config, *latent_size)
             )
         else:
-            on = self.configuration(finest).switched_on(pipe) if self.switches else nullcontext()
+            own = replace(self, switches=_without_what_is_joint(self.switches, getattr(pipe, "transformer", None)))
+            on = own.configuration(finest).switched_on(pipe) if self.switches else nullcontext()
         with on as report:
             yield report
 
@@ -209,3 +213,12 @@ def _layers(options: dict[str, Any]) -> str:
     block = "block" if config.blocks_per_run == 1 else f"run of {config.blocks_per_run} blocks"
     name = block if config.layers == "block" else " + ".join(words[layer] for layer in config.layers)
     return name + (f", cells {options['cell_size']}" if "cell_size" in options else "")
+
+
+def _without_what_is_joint(switches: Any, transformer: Any) -> Any:
+    """Switches without cross-attention, for a transformer that attends to text in self-attention."""
+    merge = switches.get("merge", {})
+    joint = transformer is not None and not isinstance(unwrapped(transformer), PixArtTransformer2DModel)
+    if not joint or "cross_attention" not in merge.get("layers", ()):
+        return switches
+    return switches | {"merge": merge | {"layers": [each for each in merge["layers"] if each != "cross_attention"]}}

@@ -9,8 +9,8 @@ from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.layers import skipped_layers
 from tomesd_plus.caching.report import FeatureCacheReport
+from tomesd_plus.host.denoisers import noise_levels_of, reader_of
 from tomesd_plus.host.models import controlnets_of, denoiser_of, unet_of
-from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.schedules import IntervalSchedule
 
 
@@ -66,9 +66,9 @@ def apply_feature_cache(
     denoiser = _unet(pipe) if config.skips_layers else denoiser_of(pipe)
     if feature_cache_on(denoiser) is not None:
         raise ValueError("a feature cache is already applied: call remove_feature_cache first")
-    cache = FeatureCache(config, NoiseLevels(pipe, config.follows_noise_level))
+    cache = FeatureCache(config, noise_levels_of(pipe, config.follows_noise_level), reader_of(pipe))
     try:
-        cache.attach(denoiser, controlnets_of(pipe))
+        cache.attach(denoiser, {net: reader_of(pipe) for net in controlnets_of(pipe)})
     except BaseException:
         cache.detach(denoiser)
         raise

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,13 @@ from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Gene
 from tomesd_plus.caching.layers import Run, SkippableForward, Skipped, Take, make_skippable, skipped_layers
 from tomesd_plus.caching.outputs import Output, forecast, kept_with, map_tensors
 from tomesd_plus.caching.verdict import why_nothing_cached
-from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.attention import keeps_attention_maps
+from tomesd_plus.host.denoisers import Read
 from tomesd_plus.host.forwards import take_forwards_off
 from tomesd_plus.host.models import finest_level, unwrapped
 from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.promise import Promise
+from tomesd_plus.host.reading import Reading, read_unet
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
 from tomesd_plus.host.under_way import is_under_way
@@ -38,10 +39,14 @@ class FeatureCache:
     Args:
         config: When a step is full, and what the others run.
         noise_levels: Tells the noise level of a timestep.
+        read: Reads a call of the denoiser; a UNet's by default.
     """
 
-    def __init__(self, config: FeatureCacheConfig, noise_levels: NoiseLevels | None = None) -> None:
+    def __init__(
+        self, config: FeatureCacheConfig, noise_levels: NoiseLevels | None = None, read: Read = read_unet
+    ) -> None:
         self.config = config
+        self.read = read
         self.noise_levels = noise_levels or NoiseLevels(needed=config.follows_noise_level)
         self.deciding = Deciding(config)
         self.skipped: tuple[str, ...] = ()
@@ -61,12 +66,12 @@ class FeatureCache:
         """True while the hooks are on a UNet."""
         return bool(self._handles)
 
-    def attach(self, unet: nn.Module, controlnets: Iterable[nn.Module] = ()) -> None:
+    def attach(self, unet: nn.Module, controlnets: Mapping[nn.Module, Read] | None = None) -> None:
         """Make a denoiser, or its inner layers, skippable and put hooks on it.
 
         Args:
             unet: The UNet, or a transformer of which whole calls are skipped.
-            controlnets: Those that feed it.
+            controlnets: Those that feed it, each with what reads its calls.
         """
         skipped = self._skipped_layers(unet)
         self.skipped, self.boundary = tuple(skipped.layers), skipped.boundary
@@ -78,8 +83,8 @@ class FeatureCache:
         if self.config.skips_calls:
             make_call_skippable(unet, self.ask_call)
             self._controlnets.value = []
-            for net in controlnets:
-                calls = ControlNetCalls(self.will_skip, self.leave_blank, self.is_attached)
+            for net, read in (controlnets or {}).items():
+                calls = ControlNetCalls(read, self.will_skip, self.leave_blank, self.is_attached)
                 self._controlnets.value.append((weakref.ref(net), calls))
                 calls.attach(net)
         # Before all others: token merging asks for the step's kind in its own.
@@ -148,7 +153,8 @@ class FeatureCache:
         current.as_dict = wants_dict(unet, args, kwargs)
         generation = current.generation or self.new_generation()
         generation.record.failed |= interrupted
-        step = generation.tracker.observe(*call_of(unet, args, kwargs))
+        reading = self.read(unet, args, kwargs)
+        step = generation.tracker.observe(reading.sample, reading.timestep, reading.text)
         if step.new_generation:
             if not generation.tracker.branches_alike:
                 self._judge(generation.record)
@@ -267,10 +273,10 @@ class FeatureCache:
         """What the denoiser's call under way returns in place of running; ``None``: it runs."""
         return self._current.given
 
-    def will_skip(self, sample: Tensor, timestep: Any, text: Any) -> tuple[Step, bool]:
+    def will_skip(self, reading: Reading) -> tuple[Step, bool]:
         """The step that the denoiser's next call will be, and whether it will be skipped."""
         generation = self._current.generation or self.new_generation()
-        step = copy.copy(generation.tracker).observe(sample, timestep, text)
+        step = copy.copy(generation.tracker).observe(reading.sample, reading.timestep, reading.text)
         return step, not step.new_generation and self.deciding.chosen(generation, step, None)[0] == "skipped"
 
     def leave_blank(self, step: Step) -> None:

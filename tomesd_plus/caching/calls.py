@@ -6,9 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tomesd_plus.caching.outputs import map_tensors
-from tomesd_plus.host.arguments import argument, call_of, positions
+from tomesd_plus.host.arguments import argument, positions
+from tomesd_plus.host.denoisers import Read
 from tomesd_plus.host.forwards import forwards_on, take_forwards_off
 from tomesd_plus.host.models import unwrapped
+from tomesd_plus.host.reading import Reading
 from tomesd_plus.host.step import Step, outside_graphs
 from tomesd_plus.host.transient import ThreadLocal
 
@@ -67,17 +69,20 @@ class ControlNetCalls:
     Its bound methods are the hooks on the ControlNet. What it returns then is memory that nobody wrote to.
 
     Args:
-        will_skip: ``(sample, timestep)``: the step, and whether the denoiser's call at it will be skipped.
+        read: Reads the ControlNet's calls.
+        will_skip: ``(reading)``: the step, and whether the denoiser's call at it will be skipped.
         blank: Is told, before a call is skipped, of which step.
         works: False once nothing is to be skipped any more.
     """
 
     def __init__(
         self,
-        will_skip: Callable[[Tensor, Any, Any], tuple[Step, bool]],
+        read: Read,
+        will_skip: Callable[[Reading], tuple[Step, bool]],
         blank: Callable[[Step], None],
         works: Callable[[], bool],
     ) -> None:
+        self._read = read
         self._will_skip = will_skip
         self._blank = blank
         self._works = works
@@ -106,7 +111,7 @@ class ControlNetCalls:
         if kwargs is None or not self._works():
             return
         there = make_call_skippable(net, self.ask)  # offloading may have put the old forward back
-        step, skip = self._will_skip(*call_of(net, args, kwargs))
+        step, skip = self._will_skip(self._read(net, args, kwargs))
         current.step = step, wants_dict(net, args, kwargs)
         before, as_dict, shapes = current.shapes.get(step.call, (step, None, None))
         if skip and there and as_dict == current.step[1] and step.same_size(before):

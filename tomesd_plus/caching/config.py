@@ -106,7 +106,9 @@ class FeatureCacheConfig:
 
     @property
     def follows_noise_level(self) -> bool:
-        """True if which steps are full depends on the noise level."""
+        """True if what a step runs depends on the noise level."""
+        if self.plan is not None:
+            return self.plan.noise_levels is not None
         return self.full_steps is None and isinstance(self.interval, IntervalSchedule)
 
     def interval_at(self, noise_level: float) -> int:

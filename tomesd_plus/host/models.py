@@ -56,7 +56,13 @@ def controlnets_of(pipe: Any) -> list[nn.Module]:
 def models_of(pipe: Any) -> dict[str, nn.Module]:
     """The UNet and ControlNets of a pipeline, or the model itself, by name."""
     if not hasattr(pipe, "unet"):
-        return {"model": unet_of(pipe)}
+        try:
+            return {"model": unet_of(pipe)}
+        except TypeError:
+            raise TypeError(
+                "expected a diffusers pipeline with a UNet (SD 1.x, 2.x, SDXL) or a transformer (PixArt, SD3, Flux), "
+                f"or such a model, not {type(pipe).__name__}"
+            ) from None
     models = {"unet": unet_of(pipe)}
     for index, net in enumerate(controlnets_of(pipe)):
         models[f"controlnet{index or ''}"] = net

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
@@ -32,7 +32,7 @@ def transformer_of(pipe: Any) -> nn.Module | None:
     model = unwrapped(getattr(pipe, "transformer", pipe))
     if hasattr(pipe, "unet") or not isinstance(model, nn.Module):
         return None
-    if any(isinstance(model, kind) and type(model).forward is kind.forward for kind in KNOWN):
+    if is_known_transformer(model):
         return model
     if type(model).__module__.startswith("diffusers.models.transformers.") or hasattr(pipe, "transformer"):
         raise TypeError(
@@ -40,6 +40,11 @@ def transformer_of(pipe: Any) -> nn.Module | None:
             f"{type(model).__name__}: its blocks are not known here"
         )
     return None
+
+
+def is_known_transformer(model: Any) -> bool:
+    """True for a transformer of :data:`KNOWN`, or of a class below it that is called and runs like it."""
+    return any(isinstance(model, kind) and type(model).forward is kind.forward for kind in KNOWN)
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -70,10 +75,18 @@ class _Place(ThreadLocal):
         self.at: tuple[int, int | None] | None = None  # which timesteps, and the scheduler's step
         self.calls = 0  # that have stood there
         self.trusted = False  # the generation's first timestep was the scheduler's
+        self.number: float | None = None  # the value that was read last
+        self.given: Tensor | float | None = None  # the timestep that was made of it
+        self.latents: tuple[Tensor, int | None] | None = None  # of that call, with their version
+
+    def is_branch(self, number: float, latents: tuple[Tensor, int | None]) -> bool:
+        """True if a call is of the last one's step, as those of guidance's branches are."""
+        before = self.latents
+        return number == self.number and before is not None and before[0] is latents[0] and before[1] == latents[1]
 
 
 class TransformerReader:
-    """Reads a transformer's calls; copies and pickles, but a copy does not know the pipeline.
+    """Reads the calls of one transformer, or of one ControlNet beside it; copies and pickles, without the pipeline.
 
     Args:
         pipe: The pipeline whose scheduler tells Flux's steps, or the transformer by itself.
@@ -89,43 +102,45 @@ class TransformerReader:
         """Read a call.
 
         Args:
-            model: A transformer of :data:`KNOWN`, or the same compiled.
+            model: A transformer of :data:`KNOWN` or its ControlNet, or the same compiled.
             args, kwargs: As a forward pre-hook with keyword arguments is given them.
         """
         inner = unwrapped(model)
-        given = _Arguments(positions(type(inner)), args, kwargs)
+        places = positions(type(inner))
+        given = _Arguments(places, args, kwargs)
         hidden_states, timestep, text = (
             given[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")
         )
-        between = _between_blocks(inner, given)
-        if not isinstance(inner, FluxTransformer2DModel):
+        between, length = _between_blocks(inner, given), 0 if text is None else text.shape[1]
+        if "img_ids" not in places:  # all but Flux
             patch = inner.config.patch_size
             rows, columns = (side // patch for side in hidden_states.shape[-2:])
-            return Reading(hidden_states[..., :rows, :columns], timestep, text, text.shape[1], between=between)
+            return Reading(hidden_states[..., :rows, :columns], timestep, text, length, between=between)
         size, ids = self._grid(given["img_ids"]), given["img_ids"]
         if size is None or size[0] * size[1] != hidden_states.shape[1]:
             why = f"the position ids of its {ids.shape[-2]} tokens are not those of one grid, row by row"
             size, between = (1, hidden_states.shape[1]), why
             grid = hidden_states[:, :, :1].transpose(1, 2).unflatten(-1, size)
-            return Reading(grid, self._timestep(timestep), text, text.shape[1], obstacle=why, between=why)
+            return Reading(grid, self._timestep(timestep, hidden_states), text, length, obstacle=why, between=why)
         grid = hidden_states[:, :, :1].transpose(1, 2).unflatten(-1, size)  # (batch, 1, rows, columns), a view
-        return Reading(grid, self._timestep(timestep), text, text.shape[1], between=between)
+        return Reading(grid, self._timestep(timestep, hidden_states), text, length, between=between)
 
     def _grid(self, ids: Tensor) -> tuple[int, int] | None:
         """Rows and columns, read once for all calls that are given the same ids."""
-        version = None if ids.is_inference() else ids._version
+        version = _version(ids)
         held = self._ids
         if held.tensor is not ids or held.version != version:
             held.tensor, held.version, held.grid = ids, version, grid_of(ids)
         return held.grid
 
-    def _timestep(self, timestep: Tensor | float) -> Tensor | float:
+    def _timestep(self, timestep: Tensor | float, latents: Tensor) -> Tensor | float:
         """The scheduler's own timestep of this step, a view, or the call's as a number on the scheduler's scale.
 
         Flux is given a new tensor at each call, whose value a GPU would have to be waited for. The scheduler says
         where it stands, and its timesteps are copied to the host once a generation. Once a generation, too, the value
         is read, to see that it is this scheduler's; and where so many calls stand at one place that it cannot be, or
-        another thread is under way, whose pipeline may have another scheduler.
+        another thread is under way, whose pipeline may have another scheduler. If that has gone on between two calls
+        of a step, they still get one timestep.
         """
         scheduler: Any = getattr(None if self._pipe.value is None else self._pipe.value(), "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -136,12 +151,18 @@ class TransformerReader:
         place.calls = place.calls + 1 if place.at == at else 1
         place.at = at
         index = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
-        if index >= len(timesteps):
-            return FLUX_SCALE * _number(timestep)
-        if _on_host(timestep) or step is None or place.calls > TRUSTED_CALLS or not self._first_thread():
-            close = _close(float(timesteps[index]), FLUX_SCALE * _number(timestep))
-            place.trusted = close if step is None else place.trusted and close
-        return timesteps[index] if place.trusted else FLUX_SCALE * _number(timestep)
+        ended, first = index >= len(timesteps), self._first_thread()
+        if not (ended or _on_host(timestep) or step is None or place.calls > TRUSTED_CALLS or not first):
+            return timesteps[index] if place.trusted else FLUX_SCALE * _number(timestep)
+        number = FLUX_SCALE * _number(timestep)
+        close = not ended and _close(float(timesteps[index]), number)
+        trusted = close if step is None else place.trusted and close
+        version = _version(latents)
+        if trusted != place.trusted and place.is_branch(number, (latents, version)):
+            return cast(Tensor | float, place.given)
+        place.trusted, place.number, place.latents = trusted, number, (latents, version)
+        place.given = timesteps[index] if trusted else number
+        return place.given
 
     def _first_thread(self) -> bool:
         """True in the thread that reads calls first, of those alive."""
@@ -201,6 +222,10 @@ def _between_blocks(model: nn.Module, given: _Arguments) -> str | None:
     if getattr(model, "is_cache_enabled", False):
         return "a cache of diffusers decides which blocks run"
     return None
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _number(timestep: Tensor | float) -> float:

@@ -172,6 +172,7 @@ class Attachment:
         if cache is None:
             settle(None)
         else:
+            self.telling.beside(cache)
             call.skips, call.attention_level = cache.skips, cache.attention_level
             cache.when_decided(settle)
 

@@ -227,6 +227,16 @@ class ToMeConfig:
         return self.full_steps.every if isinstance(self.full_steps, FullSteps) else None
 
     @property
+    def of_cached_steps(self) -> tuple[str, ...]:
+        """The options, by name, that do something on a feature cache's cached steps only."""
+        asked = {
+            'full_steps="cache"': self.full_every == "cache",
+            "cached_ratio": self.cached_ratio is not None,
+            'plan_every="cache"': self.plan_every == "cache",
+        }
+        return tuple(name for name, is_asked in asked.items() if is_asked)
+
+    @property
     def max_ratio(self) -> float:
         """What the cells allow: each keeps one token."""
         return 1 - 1 / math.prod(self.cell_size)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tomesd_plus.caching.cache import FeatureCache
 from tomesd_plus.host.attention import is_of_pipeline
 from tomesd_plus.host.promise import Promise
 from tomesd_plus.merging.config import ToMeConfig
@@ -34,8 +35,19 @@ class Telling:
         self._beside_unet = name.startswith("controlnet")
         self._anywhere = Promise(f"Token merging has merged nothing{where}")
         self._everywhere = Promise(f"Token merging leaves layers alone{where}")
+        self._of_cached_steps = Promise(f"Token merging does not follow the feature cache{where}")
         self._wanted: set[int] = set()  # the levels that are merged by the configuration, by downsample
         self._served_another = False
+
+    def beside(self, cache: FeatureCache) -> None:
+        """A call is a feature cache's: tell if options that are of cached steps do nothing beside it."""
+        options, reason = self._config.of_cached_steps, None
+        if options and not cache.config.skips_layers:
+            reason = (
+                f"{' and '.join(options)} need cached steps, and this cache's steps run in full or not at all. Leave "
+                "them out, or cache layers too: a branch, or C in the plan"
+            )
+        self._of_cached_steps.judge(reason)
 
     def note(self, call: Call, record: Record) -> None:
         """A call is over: note if nothing was merged that should have been."""
@@ -47,7 +59,7 @@ class Telling:
             )
 
     def judge(self, record: Record, so_far: bool = False) -> None:
-        """Tell what has not happened in a generation that is over, or `so_far`; of compiled layers nothing is known."""
+        """Tell what has not happened in a generation, so far or in all; of compiled layers nothing is known."""
         merged = any(layer.removed for layer in record.layers.values())
         if not record.judged and (merged or record.why_nothing):
             record.judged = merged or not so_far

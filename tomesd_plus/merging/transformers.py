@@ -8,9 +8,9 @@ from typing import Any
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
+from tomesd_plus.host.denoisers import noise_levels_of, reader_of
 from tomesd_plus.host.joint_attention import is_known
-from tomesd_plus.host.noise_level import NoiseLevels
-from tomesd_plus.host.transformers import TransformerReader, blocks_of, matches_flows
+from tomesd_plus.host.transformers import blocks_of
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment
 from tomesd_plus.merging.config import ToMeConfig
@@ -40,11 +40,16 @@ class TransformerPlanner(Planner):
 
 
 def check_transformer(model: nn.Module, config: ToMeConfig) -> None:
-    """Raise ValueError if a configuration merges nothing in a transformer's blocks."""
-    if not isinstance(model, PixArtTransformer2DModel) and tuple(config.layers) == ("cross_attention",):
+    """Raise ValueError if a configuration asks for what a transformer does not have."""
+    if not isinstance(model, PixArtTransformer2DModel) and "cross_attention" in config.layers:
         raise ValueError(
             f"the blocks of {type(model).__name__} attend to text and image at once: give layers 'self_attention', "
             "'mlp' or both, or 'block'"
+        )
+    if config.of_cached_steps:
+        raise ValueError(
+            f"{' and '.join(config.of_cached_steps)} need cached steps, which run the outer layers of a UNet: the "
+            "steps of a transformer run in full, or not at all"
         )
 
 
@@ -74,11 +79,11 @@ def merge_transformer(pipe: Any, model: nn.Module, config: ToMeConfig, excluded:
             excluded[f"{name}.proj_mlp"] = Reason(Why.beside)
     attachment = Attachment(
         config,
-        NoiseLevels(pipe, config.follows_noise_level, flow=matches_flows(model)),
+        noise_levels_of(pipe, config.follows_noise_level),
         excluded=excluded,
         plans=TransformerPlanner(config),
         stays=True,
-        read=TransformerReader(pipe),
+        read=reader_of(pipe),
         blocks=TransformerBlockHooks,
     )
     if not merging:

@@ -11,7 +11,9 @@ from tomesd_plus.caching import FeatureCacheReport, apply_feature_cache, remove_
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.models import denoiser_of, unet_of, unwrapped
 from tomesd_plus.host.names import model_name, scheduler_name
-from tomesd_plus.merging.apply import apply_token_merging, is_merging, remove_token_merging
+from tomesd_plus.host.transformers import is_known_transformer
+from tomesd_plus.merging.apply import apply_token_merging, is_merging, merged_models, remove_token_merging
+from tomesd_plus.merging.attachment import attachments_on
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets.data import Preset
 from tomesd_plus.presets.named import PRESETS, preset_by_name
@@ -39,8 +41,9 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False)
     """Switch on token merging and a feature cache as a preset has them.
 
     Args:
-        pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself; for a preset
-            that merges nothing and caches no layers, one with any denoiser.
+        pipe: A diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL, or the UNet itself. A preset that
+            caches no layers is taken by transformers of PixArt, Stable Diffusion 3 and Flux too, and one that also
+            merges nothing by any denoiser; those by name cache layers.
         chosen: One of :data:`PRESETS`, ``"quality"``, ``"balanced"`` or ``"fast"``; a :class:`Preset`, as ``tune``
             gives it; or the path of a file that :meth:`Preset.save` has written.
         force: Keep a preset by name also where it is refused: with solvers and numbers of steps at which fewer steps
@@ -52,7 +55,7 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False)
         Reports that follow the pipeline as it runs.
 
     Raises:
-        TypeError: ``pipe`` has no such model.
+        TypeError: ``pipe`` has no such model, or the preset caches layers that it does not have.
         ValueError: There is no such preset, its file is wrong, or merging or a cache is on already; then nothing is
             changed.
 
@@ -65,16 +68,14 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False)
         4
     """
     found = preset_from(chosen)
-    denoiser_of(pipe)  # refuses what has none
+    _check_layers(pipe, found)
     config = found.merging_for(pipe)
-    merging = (
-        None if config is None else apply_token_merging(unet_of(pipe), config)
-    )  # a ControlNet has no cached steps
+    merging = None if config is None else apply_token_merging(_merged_part(pipe), config)
     try:
         cache = None if found.cache is None else apply_feature_cache(pipe, found.cache)
     except BaseException:
         if merging is not None:
-            remove_token_merging(unet_of(pipe))
+            remove_token_merging(_merged_part(pipe))
         raise
     _warn_of_another(pipe, found)
     if isinstance(chosen, str) and chosen in PRESETS and not force:
@@ -94,8 +95,10 @@ def remove_preset(pipe: Any) -> None:
         cache.check_removable()  # before anything goes
     for refusal in refusals_on(denoiser):
         refusal.detach()
-    if cache is None or (hasattr(denoiser, "set_attn_processor") and is_merging(unwrapped(denoiser))):
+    if _merges(pipe):
         remove_token_merging(pipe)
+    elif cache is None:
+        warnings.warn("a preset is not applied, so there is nothing to remove", stacklevel=2)
     if cache is not None:
         remove_feature_cache(pipe)
 
@@ -110,7 +113,7 @@ def preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False) -> It
         for refusal in refusals_on(denoiser_of(pipe)):
             refusal.detach()
         if reports.merging is not None:
-            remove_token_merging(unet_of(pipe))
+            remove_token_merging(_merged_part(pipe))
         if reports.cache is not None:
             remove_feature_cache(pipe)
 
@@ -134,6 +137,34 @@ def preset_from(chosen: str | Path | Preset) -> Preset:
         return Preset.load(path)
     except OSError as error:
         raise ValueError(f"cannot read the preset {str(chosen)[:200]}: {error.strerror or error}") from error
+
+
+def _merges(pipe: Any) -> bool:
+    try:
+        models = merged_models(pipe).values()
+    except TypeError:  # a transformer in which tokens cannot be merged
+        return False
+    return any(is_merging(model) or attachments_on(model) for model in models)
+
+
+def _merged_part(pipe: Any) -> Any:
+    """What a preset merges in: the UNet alone, for a ControlNet has no cached steps; of a transformer the pipeline."""
+    return pipe if is_known_transformer(unwrapped(denoiser_of(pipe))) else unet_of(pipe)
+
+
+def _check_layers(pipe: Any, found: Preset) -> None:
+    """Refuse a preset that caches layers where there are none to cache, with what works instead."""
+    denoiser = unwrapped(denoiser_of(pipe))
+    if found.cache is None or not found.cache.skips_layers:
+        return
+    try:
+        unet_of(pipe)
+    except TypeError:
+        raise TypeError(
+            f"this preset caches layers of a UNet of Stable Diffusion, and {type(denoiser).__name__} is none: let "
+            "tune find one of full and skipped steps for this pipeline, or use apply_feature_cache(pipe, "
+            "branch='nothing')"
+        ) from None
 
 
 def _warn_of_another(pipe: Any, found: Preset) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tomesd_plus.caching import FeatureCacheConfig
 from tomesd_plus.host.models import finest_level, unet_of
+from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.presets.files import decoded, encoded, read, write
 from tomesd_plus.schedules.checks import is_whole
@@ -130,8 +131,12 @@ class Preset:
             raise ValueError(f"steps must be a whole number of at least 1, not {self.steps!r}")
 
     def merging_for(self, pipe: Any) -> ToMeConfig | None:
-        """The merging for a pipeline or UNet."""
-        if self.merging is None or self.merging_inside is None:
+        """The merging for a pipeline, UNet or transformer.
+
+        Raises:
+            TypeError: There is merging, and it has no model in which tokens can be merged.
+        """
+        if self.merging is None or self.merging_inside is None or transformer_of(pipe) is not None:
             return self.merging
         finest = finest_level(unet_of(pipe))
         return self.merging if finest == 1 else replace(self.merging_inside, max_downsample=finest)

@@ -25,7 +25,13 @@ SOLVERS = {
     "UniPCMultistepScheduler",
 }
 """Those that were tried."""
-MISSES: frozenset[tuple[str, str, int]] = frozenset()
+MISSES = frozenset(
+    {
+        ("balanced", "DPMSolverMultistepScheduler, Karras", 50),
+        ("fast", "DDIMScheduler", 15),
+        ("fast", "EulerDiscreteScheduler", 15),
+    }
+)
 """Preset, solver and steps where fewer steps in the same time are closer: rows of ``results/presets.csv``."""
 
 

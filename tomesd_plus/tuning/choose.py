@@ -102,7 +102,8 @@ def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free
     patterns: dict[Plan, float] = {}
     mergings = ["none"]
     mergings += ["cached"] if trials.costs.cached_merged is not None else []
-    mergings += ["all"] if None not in (trials.costs.cached_merged, trials.costs.full_merged) else []
+    can_merge = trials.costs.full_merged is not None
+    mergings += ["all"] if can_merge and (trials.costs.cached_merged is not None or not trials.caches) else []
     for steps in [trials.task.steps, *(_free_steps(trials, speedup) if free else [])]:
         errors, calls = trials.errors(steps, gains, weights), trials.recording(steps).calls
         base = float((trials.error(trials.untouched(steps)) * weights).sum())

@@ -9,6 +9,7 @@ from torch import nn
 
 from tomesd_plus.host.clock import now
 from tomesd_plus.host.models import denoiser_of, finest_level, unwrapped
+from tomesd_plus.host.transformers import is_known_transformer
 from tomesd_plus.tuning.pictures import Task, switched_on
 from tomesd_plus.tuning.plans import Costs, Plan
 
@@ -25,7 +26,7 @@ def measured_costs(task: Task, prompts: Sequence[tuple[int, str]], caches: bool)
     """
     pattern = "FFCS" if caches else "FFS"
     plans = [Plan(("F" + pattern * ROUNDS)[: max(4, task.steps)])]
-    if caches and finest_level(unwrapped(denoiser_of(task.pipe))) == 1:
+    if merges_on_steps(task.pipe, caches):
         plans.append(Plan(plans[0].letters, merging="all"))
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for plan in plans:
@@ -40,6 +41,12 @@ def measured_costs(task: Task, prompts: Sequence[tuple[int, str]], caches: bool)
         cached_merged=shares.get(("all", "C")),
         full_merged=shares.get(("all", "F")),
     )
+
+
+def merges_on_steps(pipe: Any, caches: bool) -> bool:
+    """True if plans may merge: around the layers that a UNet's cached steps run and skip, or in a transformer."""
+    model = unwrapped(denoiser_of(pipe))
+    return finest_level(model) == 1 if caches else is_known_transformer(model)
 
 
 def _seconds(task: Task, prompts: Sequence[tuple[int, str]], plan: Plan) -> list[float]:

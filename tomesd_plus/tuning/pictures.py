@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tomesd_plus.caching import FeatureCacheConfig
+from tomesd_plus.host.models import denoiser_of, unwrapped
+from tomesd_plus.host.transformers import is_known_transformer
+from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.presets import Preset, preset
 from tomesd_plus.presets.named import ON_ALL_STEPS, UNDER_A_CACHE
 from tomesd_plus.schedules import StepPlan
-from tomesd_plus.tuning.plans import Plan
+from tomesd_plus.tuning.plans import Merging, Plan
 
 BEST_PSNR = 100.0
 """In dB, where pictures are the same or nearly so."""
@@ -71,26 +74,35 @@ def psnr_of(error: Tensor) -> float:
     return float((-10 * error.clamp(min=10 ** (-BEST_PSNR / 10)).log10()).mean())
 
 
-def preset_of(plan: Plan, levels: Sequence[float] | None, description: str = "") -> Preset:
-    """A plan as a preset, without what was measured of it.
+def merging_of(pipe: Any, merging: Merging) -> ToMeConfig | None:
+    """What a kind of merging is on a pipeline: transformers have no cached steps, so they merge on all that run."""
+    if merging == "none":
+        return None
+    if is_known_transformer(unwrapped(denoiser_of(pipe))):
+        return ToMeConfig(ratio=0.5)
+    return UNDER_A_CACHE if merging == "cached" else ON_ALL_STEPS
+
+
+def preset_of(pipe: Any, plan: Plan, levels: Sequence[float] | None, description: str = "") -> Preset:
+    """A plan as a preset for a pipeline, without what was measured of it.
 
     Args:
+        pipe: The pipeline.
         plan: The plan.
         levels: Noise levels of its steps, by which it is carried over to others; ``None``: it goes by numbers.
         description: Which steps run in full, in a line.
     """
-    merging = {"none": None, "cached": UNDER_A_CACHE, "all": ON_ALL_STEPS}[plan.merging]
     cache = None
     if set(plan.letters) != {"F"}:
         steps = StepPlan(plan.letters, None if levels is None else tuple(levels))
         cache = FeatureCacheConfig(plan=steps, forecast=plan.forecast, order=plan.order)
-    return Preset(description, merging, cache, merging_inside=None, steps=plan.steps)
+    return Preset(description, merging_of(pipe, plan.merging), cache, merging_inside=None, steps=plan.steps)
 
 
 @contextmanager
 def switched_on(pipe: Any, plan: Plan) -> Iterator[None]:
     """A plan inside a ``with`` block."""
-    with preset(pipe, replace(preset_of(plan, None), measured=None)):
+    with preset(pipe, preset_of(pipe, plan, None)):
         yield
 
 

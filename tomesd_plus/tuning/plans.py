@@ -6,7 +6,8 @@ from math import isfinite
 from typing import Literal, cast
 
 Merging = Literal["none", "cached", "all"]
-"""Merge nothing; three quarters of the tokens on cached steps; and half of them on full steps too."""
+"""Merge nothing; three quarters of the tokens on cached steps; and half of them on full steps too, or on these alone
+where there are no cached ones."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Costs:
         cached: Its outer layers run.
         skipped: Nothing runs.
         cached_merged: A cached step that merges three quarters of its tokens; ``None``: never chosen.
-        full_merged: A full step that merges half of the tokens in the layers which cached steps skip; likewise.
+        full_merged: A full step that merges half of the tokens in the layers which cached steps skip, or in a
+            transformer in all; likewise.
     """
 
     cached: float

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tomesd_plus.caching import FeatureCacheConfig, feature_cache
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
-from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.clock import now
+from tomesd_plus.host.denoisers import noise_levels_of, reader_of
 from tomesd_plus.host.models import denoiser_of
-from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.solver import solver_steps
 from tomesd_plus.host.step import Step, StepTracker
 from tomesd_plus.tuning.pictures import Task
 
@@ -27,7 +27,7 @@ class Recording:
         levels: The noise level of each step.
         calls: How often the denoiser is called at each step.
         size: Of the latents: height and width.
-        outputs: The guided output at each step, (steps, prompts, values).
+        outputs: What the scheduler was given at each step, which is the guided output, (steps, prompts, values).
         features: What cached steps would take, likewise; ``None`` if the model has no layers to skip.
         sensitivity: Squared error of the output of a cached step for each squared error of what it takes.
         seconds: Of the generations, and of the denoiser's calls in them.
@@ -68,6 +68,11 @@ def record(task: Task, prompts: Sequence[tuple[int, str]], steps: int, caches: b
                 stack.enter_context(feature_cache(task.pipe, FeatureCacheConfig(interval=1)))  # all in full
             recorder.attach(stack)
             pictures = task.pictures(batch, steps)
+        if len(recorder.outputs) != len(recorder.steps):
+            raise ValueError(
+                f"the denoiser ran at {len(recorder.steps)} steps and the scheduler at {len(recorder.outputs)}: what "
+                "each step gives cannot be told in this pipeline"
+            )
         parts.append((pictures, recorder))
     seconds = now(_device(denoiser)) - start
     recorders = [recorder for _, recorder in parts]
@@ -86,13 +91,14 @@ def record(task: Task, prompts: Sequence[tuple[int, str]], steps: int, caches: b
 
 
 class _Recorder:
-    """Hooks on a denoiser that keep what its calls give, of one batch."""
+    """Hooks on a denoiser and its scheduler that keep what each step gives, of one batch."""
 
     def __init__(self, denoiser: nn.Module, count: int, task: Task) -> None:
         self.denoiser = denoiser
         self.count = count
         self.task = task
-        self.tracker = StepTracker(NoiseLevels(task.pipe))
+        self.read = reader_of(task.pipe)
+        self.tracker = StepTracker(noise_levels_of(task.pipe))
         self.cache: FeatureCache | None = None
         self.steps: list[Step] = []
         self.calls: list[int] = []
@@ -111,25 +117,30 @@ class _Recorder:
             self.denoiser.register_forward_hook(self._after, with_kwargs=True),
         ):
             stack.callback(handle.remove)
+        stack.enter_context(solver_steps(self.task.pipe, self._take))
+
+    def _take(self, model_output: Tensor, sample: Tensor) -> None:
+        """A scheduler's step, which is given what guidance has made of the calls, however many there were."""
+        if model_output.shape[1] == 2 * sample.shape[1]:  # the second half is a learned variance
+            model_output = model_output.chunk(2, dim=1)[0]
+        self._keep(self.outputs, self._by_prompt(model_output))
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._started = now(_device(model))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.seconds += now(_device(model)) - self._started
-        step = self.tracker.observe(*call_of(model, args, kwargs))
-        given = self._guided(_first(output))
-        if step.number < len(self.steps):  # once more at a step: the latest counts
+        reading = self.read(model, args, kwargs)
+        step = self.tracker.observe(reading.sample, reading.timestep, reading.text)
+        if step.number < len(self.steps):
             self.calls[step.number] += 1
-            self.outputs[step.number] = given
         else:
             self.steps.append(step)
             self.calls.append(1)
-            self.outputs.append(given)
         if self.cache is None or self.cache.record.value is None:
             return
         left = dict(self.cache.record.value.features[step.call].outputs)
-        taken = self._guided(left[self.cache.boundary[0]])
+        taken, given = self._guided(left[self.cache.boundary[0]]), self._guided(_first(output))
         sensitivity = torch.zeros(self.count)
         if self._left:
             with self.cache.taking(self._left), torch.no_grad():
@@ -137,20 +148,26 @@ class _Recorder:
             change = (taken - self._guided(self._left[self.cache.boundary[0]])).square().mean(1)
             sensitivity = (cached - given).square().mean(1) / change.clamp(min=1e-20)
         for kept, new in ((self.features, taken), (self.sensitivity, sensitivity)):
-            if step.number < len(kept):
-                kept[step.number] = new
-            else:
-                kept.append(new)
+            self._keep(kept, new)
         self._left = left
+
+    def _keep(self, kept: list[Tensor], new: Tensor) -> None:
+        """Of the step under way; once more at a step, the latest counts."""
+        del kept[len(self.steps) - 1 :]
+        kept.append(new)
 
     def _guided(self, value: Any) -> Tensor:
         """What guidance makes of the two halves of a batch, (prompts, values); other batches as they are."""
-        tensor = _first(value).detach().float().cpu()
+        tensor = _first(value)
         scale = self.task.guidance_scale
         scale = getattr(self.task.pipe, "guidance_scale", None) if scale is None else scale
         if len(tensor) == 2 * self.count and isinstance(scale, (int, float)):
             without, given = tensor.chunk(2)
             tensor = without + scale * (given - without)
+        return self._by_prompt(tensor)
+
+    def _by_prompt(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().float().cpu()
         if len(tensor) % self.count:
             raise ValueError(f"a call of {len(tensor)} samples is no multiple of {self.count} prompts")
         return tensor.unflatten(0, (-1, self.count)).transpose(0, 1).flatten(1)

@@ -1,32 +1,28 @@
 """Choose what runs at which step, on the user's own model."""
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
-from math import isfinite
 from typing import Any, Literal, overload
 
 import torch
 
 from tomesd_plus.caching.apply import cached_steps_possible
 from tomesd_plus.caching.cache import feature_cache_on
-from tomesd_plus.host.models import denoiser_of, finest_level, unwrapped
+from tomesd_plus.host.models import denoiser_of, unwrapped
 from tomesd_plus.host.names import device_name, model_name, scheduler_name
 from tomesd_plus.merging.apply import is_merging
 from tomesd_plus.presets import Measured, Preset, Row
-from tomesd_plus.schedules.checks import is_whole
+from tomesd_plus.tuning.arguments import checked, default_steps
 from tomesd_plus.tuning.choose import best_of, best_within, budget_of, choose, fastest_within, fewer_steps
-from tomesd_plus.tuning.costs import measured_costs
+from tomesd_plus.tuning.costs import measured_costs, merges_on_steps
 from tomesd_plus.tuning.pictures import Task, preset_of, psnr_of, quiet, squared_error, switched_on
 from tomesd_plus.tuning.plans import Costs, Plan, even_plans
 from tomesd_plus.tuning.progress import Bar
 from tomesd_plus.tuning.trials import Trials
 from tomesd_plus.version import __version__
-
-RESERVED = {"prompt", "generator", "output_type", "num_inference_steps", "guidance_scale", "return_dict"}
 
 
 @overload
@@ -96,7 +92,7 @@ def tune(
         >>> preset.measured.speedup >= 1.3
         True
     """
-    wanted = _checked(prompts, speedup, psnr, num_inference_steps, seed, steps, max_generations, batch_size, call)
+    wanted = checked(prompts, speedup, psnr, num_inference_steps, seed, steps, max_generations, batch_size, call)
     denoiser = denoiser_of(pipe)
     if feature_cache_on(denoiser) is not None or (
         hasattr(denoiser, "set_attn_processor") and is_merging(unwrapped(denoiser))
@@ -105,7 +101,7 @@ def tune(
     held = [(number, prompt) for number, prompt in enumerate(prompts) if number % 4 == min(3, len(prompts) - 1)]
     held = held if len(prompts) > 1 else []
     chosen_on = [pair for pair in enumerate(prompts) if pair not in held]
-    count = _default_steps(pipe) if num_inference_steps is None else num_inference_steps
+    count = default_steps(pipe) if num_inference_steps is None else num_inference_steps
     task = Task(pipe, count, guidance_scale, seed, batch_size, dict(call))
     caches = cached_steps_possible(pipe)
     with ExitStack() as stack:
@@ -113,7 +109,7 @@ def tune(
         bar = stack.enter_context(Bar(max_generations, progress))
         given = None if costs is None else Costs.of(costs)
         found = measured_costs(task, chosen_on[:1], caches) if given is None else given
-        if not caches or finest_level(unwrapped(denoiser)) != 1:
+        if not merges_on_steps(pipe, caches):
             found = replace(found, cached_merged=None, full_merged=None)
         trials = Trials(task, chosen_on, found, max_generations, caches, bar.advance)
         plans: dict[float, Plan | None] = {}
@@ -200,7 +196,9 @@ def _measured(
         generations=round(trials.spent),
         beside=rows,
     )
-    return replace(preset_of(plan, levels.levels if levels.falling else None, description), measured=figures)
+    return replace(
+        preset_of(task.pipe, plan, levels.levels if levels.falling else None, description), measured=figures
+    )
 
 
 def _held_out(trials: Trials, plans: list[Plan], held: list[tuple[int, str]]) -> dict[Plan, float]:
@@ -212,50 +210,3 @@ def _held_out(trials: Trials, plans: list[Plan], held: list[tuple[int, str]]) ->
         with switched_on(trials.task.pipe, plan):
             found[plan] = psnr_of(squared_error(trials.task.pictures(held, plan.steps), references))
     return found
-
-
-def _checked(
-    prompts: Any,
-    speedup: Any,
-    psnr: Any,
-    steps: Any,
-    seed: Any,
-    kind: Any,
-    most: Any,
-    batch: Any,
-    call: dict[str, Any],
-) -> list[float]:
-    """The speed-ups that are wanted; raises ValueError in words where an argument is wrong."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise ValueError(f"prompts must be a list of at least one text, not {prompts!r}")
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts must be texts")
-    if (speedup is None) == (psnr is None):
-        raise ValueError("give either speedup or psnr")
-    if psnr is not None and not (_is_number(psnr) and 0 < psnr < 100):
-        raise ValueError(f"psnr must be a number of dB between 0 and 100, not {psnr!r}")
-    wanted = [] if speedup is None else list(speedup) if isinstance(speedup, Sequence) else [speedup]
-    if psnr is None and (not wanted or not all(_is_number(each) and each > 1 for each in wanted)):
-        raise ValueError(f"speedup must be a number larger than 1, or several, not {speedup!r}")
-    for name, value, least in (("num_inference_steps", steps, 2), ("seed", seed, 0), ("batch_size", batch, 1)):
-        if not (is_whole(value, least) or (name == "num_inference_steps" and value is None)):
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    if kind not in ("kept", "free"):
-        raise ValueError(f"steps must be 'kept' or 'free', not {kind!r}")
-    if not _is_number(most) or most < 5:
-        raise ValueError(f"max_generations must be a number of at least 5, not {most!r}")
-    if reserved := sorted(RESERVED & set(call)):
-        raise ValueError(f"tune sets {', '.join(reserved)} itself: give prompts, seed and its own arguments")
-    return wanted
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-
-
-def _default_steps(pipe: Any) -> int:
-    """The number of steps that a pipeline's call has by default."""
-    given = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    if given is None or not isinstance(given.default, int):
-        raise ValueError("give num_inference_steps: this pipeline has no default")
-    return given.default
