@@ -75,3 +75,11 @@ class Deciding:
     def complete(self, kept: Features) -> bool:
         """False if the step that left it has failed on its way."""
         return kept.outputs.keys() == self.skipped
+
+    def full_before(self, kept: Features | None, step: Step) -> Features | None:
+        """What the last full step before a full one left, where it makes a trend."""
+        if kept is not None and kept.step.number == step.number:
+            kept = kept.before
+        if not self.config.forecast or kept is None or not self.complete(kept) or not step.same_size(kept.step):
+            return None
+        return Features(kept.step, kept.outputs)
