@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 INSTALL ?= -e '.[dev]'
 
-.PHONY: demo app test test-slow test-oldest test-pruna pruna-tests pruna-results screenshots architecture pipelines lint types format install clean
+.PHONY: demo app test test-slow test-oldest test-pruna pruna-tests pruna-results pruna-speed screenshots architecture pipelines lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
@@ -37,7 +37,7 @@ pruna-results:  ## results/pruna.csv anew, in the same environment
 	$(MAKE) pruna-speed $(PRUNA)
 
 pruna-speed: $(INSTALLED)
-	cd results && OMP_NUM_THREADS=1 ../$(BIN)/python -m examples.pruna_speed 8 9
+	cd results && PYTHONPATH=.. PRUNA_METRICS_ENABLED=false OMP_NUM_THREADS=1 ../$(BIN)/python -m examples.pruna_speed 6 7
 
 screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 	$(BIN)/python -m gradio_app.screenshots docs

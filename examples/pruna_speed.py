@@ -7,6 +7,10 @@ A time is what the thread has run, which other work on the machine disturbs litt
 text encoder and decoder with it, against the untouched pipeline's in the same round.
 """
 
+# isort: off
+import examples.pruna_torchvision  # noqa: F401  # before all that asks for torchvision
+
+# isort: on
 import copy
 import csv
 import statistics

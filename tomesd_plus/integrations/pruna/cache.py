@@ -35,7 +35,7 @@ class TomeCache(TomesdPlus):
         "DeepCache": "https://arxiv.org/abs/2312.00858",
         "TaylorSeer": "https://arxiv.org/abs/2503.06923",
     }
-    compatible_before: ClassVar[Iterable[str]] = ["qkv_diffusers", "torchao", "tome_sd"]
+    compatible_before: ClassVar[Iterable[str]] = ["qkv_diffusers", "torchao", "torch_dynamic", "tome_sd"]
     compatible_after: ClassVar[Iterable[str]] = ["torch_compile"]
 
     def get_hyperparameters(self) -> list[Any]:

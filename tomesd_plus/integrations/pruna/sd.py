@@ -33,7 +33,7 @@ class TomeSD(TomesdPlus):
         "Paper": "https://arxiv.org/abs/2303.17604",
         "GitHub": "https://github.com/dbolya/tomesd",
     }
-    compatible_before: ClassVar[Iterable[str]] = ["qkv_diffusers", "torchao", "deepcache"]
+    compatible_before: ClassVar[Iterable[str]] = ["qkv_diffusers", "torchao", "torch_dynamic", "deepcache"]
     compatible_after: ClassVar[Iterable[str]] = ["tome_cache", "torch_compile"]
 
     def get_hyperparameters(self) -> list[Any]:
