@@ -90,12 +90,12 @@ def test_contradictions_of_a_tower():
 
 def test_smashing_twice_says_how_to_take_it_off():
     pipe = smashed(make_pipeline("sd"), ["tome_sd"])
-    with pytest.raises(ValueError, match=r"tome_sd: token merging is on .* remove_token_merging"):
+    with pytest.raises(ValueError, match=r"tome_sd: token merging is on .*remove_token_merging"):
         smashed(pipe, ["tome_sd"])
-    with pytest.raises(ValueError, match=r"tome_cache: token merging is on .* remove_token_merging"):
+    with pytest.raises(ValueError, match=r"tome_cache: token merging is on .*remove_token_merging"):
         smashed(pipe, {"tome_cache": {"preset": "fast"}})
     smashed(pipe, ["tome_cache"])  # beside it
-    with pytest.raises(ValueError, match=r"tome_cache: a feature cache is on .* remove_feature_cache"):
+    with pytest.raises(ValueError, match=r"tome_cache: a feature cache is on .*remove_feature_cache"):
         smashed(pipe, ["tome_cache"])
     remove_feature_cache(pipe)
     remove_token_merging(pipe)

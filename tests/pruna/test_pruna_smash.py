@@ -136,7 +136,7 @@ def test_other_pipelines(kind, tmp_path):
     assert merging_report(pipe).removed[level] > 0.3
     assert torch.equal(picture, generate(pipe)) and not torch.equal(picture, generate(make_pipeline(kind)))
     loaded = saved_and_loaded(make_pipeline(kind), ["tome_sd", "tome_cache"], tmp_path)
-    assert torch.equal(picture, generate(loaded))
+    assert torch.allclose(picture, generate(loaded), atol=1e-5)  # SDXL loads with other last bits, smashed or not
 
 
 def test_a_unet_by_itself(tmp_path):

@@ -45,16 +45,17 @@ def test_a_pipeline(tmp_path):
         SmashConfig({"tome_vision": {"r": 8}}, device="cpu"),
     )
     picture = Image.effect_noise((32, 32), 80).convert("RGB")
-    labels = model(picture)
+    scores = [each["score"] for each in model(picture)]
     model.save_pretrained(tmp_path)
     loaded = pruna_tools.PrunaModel.from_pretrained(tmp_path)
-    assert loaded(picture) == labels
+    assert [each["score"] for each in loaded(picture)] == pytest.approx(scores, abs=1e-6)
     untouched = pipeline("image-classification", model=make_vit(), image_processor=processor)
-    assert untouched(picture) != labels
+    assert [each["score"] for each in untouched(picture)] != pytest.approx(scores, abs=1e-3)
 
 
 def test_a_tower_inside_a_model():
     model = smashed(CLIPModel.from_pretrained(TINY_CLIP), {"tome_vision": {"r": 4}})
     with torch.no_grad():
         model.get_image_features(pixel_values=torch.rand(1, 3, 64, 64))
-    assert "4" in str(merging_report(model))
+    report = str(merging_report(model))
+    assert "65     61" in report and "61     57" in report
