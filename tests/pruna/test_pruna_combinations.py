@@ -71,7 +71,7 @@ def test_they_go_together(other, ours, tmp_path, no_code_generation):
     assert not torch.equal(first, alone)
     assert torch.equal(first, outputs(together))
     assert torch.equal(first, outputs(saved_and_loaded(make(ours), [other, ours], tmp_path)))
-    if ours == "tome_sd":
+    if ours == "tome_sd" and other != "torch_compile":  # compiled layers leave no notes
         assert merging_report(together).removed[1] > 0.3
 
 
