@@ -97,7 +97,7 @@ def test_a_preset_is_saved_with_the_model(given, tmp_path):
         chosen = other["tome_cache_preset"]
         assert chosen["preset"]["description"] == "tuned"
     expected = make_pipeline("sd")
-    apply_preset(expected, preset)
+    apply_preset(expected, preset, force=True)
     configured = SmashConfig({"tome_cache": {"preset": chosen}}, device="cpu")
     file.unlink()  # it is not needed any more
     model = smash(make_pipeline("sd"), configured)

@@ -37,6 +37,8 @@ class Deciding:
             return None
         if plan.noise_levels is None:
             return plan.at_number(step.number, step.last)
+        if step.last and plan.letters[-1] == "F":
+            return "F"  # at other numbers of steps the last one's noise level may be another
         letter = plan.at_level(generation.before(step), step.noise_level)
         kept, outputs = generation.record.features.get(step.call), generation.record.outputs.get(step.call)
         ran = outputs[-1].step.number if outputs else step.number
