@@ -113,7 +113,8 @@ class TowerReport:
         Args:
             picture: What the model was given as one sample: a PIL picture, or (3, height, width) or (height, width, 3)
                 in any range, for example a row of ``pixel_values``.
-            layer, tower: As in :meth:`source_map`.
+            layer: As in :meth:`source_map`.
+            tower: As there.
             sample: Of the batch.
 
         Returns:
