@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo app test test-slow test-oldest screenshots architecture pipelines lint types format install clean
+.PHONY: demo app test test-slow test-oldest docs release-check screenshots architecture pictures pipelines tables lint types \
+	format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
@@ -23,6 +24,18 @@ test-slow: $(INSTALLED)  ## the tests marked slow
 
 test-oldest:  ## the tests but the slow ones, with the oldest supported versions
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+docs: $(INSTALLED)  ## the site, into site/; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release-check: $(INSTALLED)  ## wheel and sdist: built, checked, installed in a fresh environment, run outside the clone
+	PYTHON=$(BIN)/python .ci/release-check
+
+pictures: $(INSTALLED)  ## docs/pictures/ anew, two minutes of a core
+	$(BIN)/python docs/draw_pictures.py
+
+tables: $(INSTALLED)  ## the tables of presets in README and docs/figures.md, from results/presets.csv
+	$(BIN)/python docs/draw_tables.py
 
 screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 	$(BIN)/python -m gradio_app.screenshots docs
@@ -55,4 +68,4 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
