@@ -119,6 +119,9 @@ class TowerReport:
 
         Returns:
             A picture of about the same size, at least eight pixels a patch.
+
+        Raises:
+            ValueError: As in :meth:`source_map`, or the batch had no such sample.
         """
         groups = self.source_map(layer, tower)
         if isinstance(sample, bool) or not -len(groups) <= sample < len(groups):
