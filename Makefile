@@ -6,7 +6,8 @@ INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 INSTALL ?= -e '.[dev]'
 
-.PHONY: demo app test test-slow test-oldest test-pruna pruna-tests pruna-results pruna-speed screenshots architecture pipelines lint types format install clean
+.PHONY: demo app test test-slow test-oldest test-pruna pruna-tests pruna-results pruna-speed docs release-check \
+	screenshots architecture pictures pipelines tables lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
 	$(BIN)/tomesd-plus compare --out compare.png
@@ -39,6 +40,18 @@ pruna-results:  ## results/pruna.csv anew, in the same environment
 pruna-speed: $(INSTALLED)
 	cd results && PYTHONPATH=.. PRUNA_METRICS_ENABLED=false OMP_NUM_THREADS=1 ../$(BIN)/python -m examples.pruna_speed 6 7
 
+docs: $(INSTALLED)  ## the site, into site/; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release-check: $(INSTALLED)  ## wheel and sdist: built, checked, installed in a fresh environment, run outside the clone
+	PYTHON=$(BIN)/python .ci/release-check
+
+pictures: $(INSTALLED)  ## docs/pictures/ anew, two minutes of a core
+	$(BIN)/python docs/draw_pictures.py
+
+tables: $(INSTALLED)  ## the tables of presets in README and docs/figures.md, from results/presets.csv
+	$(BIN)/python docs/draw_tables.py
+
 screenshots: $(INSTALLED)  ## docs/app-*.png anew, with a browser
 	$(BIN)/python -m gradio_app.screenshots docs
 
@@ -70,4 +83,4 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-pruna build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-pruna build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
