@@ -81,7 +81,11 @@ def measure(solver: str, count: int, tuned_on: int, generations: float, batch: i
         rows.append(row(wanted, "tuned", _plan(chosen)))
         rows.append(row(wanted, "fewer steps", untouched(int(steps / wanted + 1e-9))))
         even = even_plans(steps, steps / wanted, COSTS, [1] * steps, True)
-        rows += [row(wanted, "even cache" if "C" in plan.letters else "even skip", plan) for plan in even]
+        rows += [
+            row(wanted, "even cache" if "C" in plan.letters else "even skip", plan)
+            for plan in even
+            if (plan.forecast, plan.order) == (1.0, 1)
+        ]
     if takes_timesteps(pipe) and not options:  # of another solver's noise levels they would not be
         with ays_timesteps(pipe):
             rows.append(row(2.0, "fewer steps", untouched(AYS_STEPS), "Align Your Steps"))

@@ -268,4 +268,5 @@ def test_compiled_layers_are_unknown_not_merged():
         for timestep in (900, 500):
             unet(**INPUTS, timestep=timestep)
     assert said(lambda: str(report)) == []
+    assert report.merged is None and "2 calls of the model" in str(report) and "unknown" in str(report)
     torch.compiler.reset()

@@ -1,6 +1,5 @@
 """Say that a generation begins, where no pipeline tells."""
 
-import warnings
 from types import TracebackType
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
 from tomesd_plus.host.models import denoiser_of, models_of, unwrapped
+from tomesd_plus.host.say import warn
 from tomesd_plus.merging.attachment import Attachment, attachments_on
 from tomesd_plus.merging.processor import attach_to
 
@@ -63,7 +63,7 @@ class generation:
             cache = feature_cache_on(model)
             owners += [*attachments_on(model), *([] if cache is None else [cache])]
         if not owners:
-            warnings.warn("nothing is switched on here whose generation could begin", stacklevel=2)
+            warn("nothing is switched on here whose generation could begin", stacklevel=2)
         self._outside = {
             owner: owner.swap_generation(self._held.pop(owner, None) or owner.explicit_state()) for owner in owners
         }

@@ -49,9 +49,12 @@ def apply_patch(
         ratio: Share of tokens to remove, at least 0. Cells of ``sx × sy`` allow at most 1 − 1/(sx·sy); more is cut
             silently.
         max_downsample: Merge where the latents are downsampled by at most this.
-        sx, sy: Width and height of the cells that hold one destination each.
+        sx: Width of the cells that hold one destination each, in tokens.
+        sy: Their height.
         use_rand: Draw destinations at random; never done at odd batch sizes.
-        merge_attn, merge_crossattn, merge_mlp: Around which layers of a block to merge.
+        merge_attn: Merge around self-attention.
+        merge_crossattn: Merge around cross-attention, by the same plan.
+        merge_mlp: Merge around the MLP, by the same plan.
 
     Returns:
         ``model``.

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from cache_tools import TEXT, kinds, noise
-from conftest import make_unet
+from conftest import generate, make_pipeline, make_unet
 from diffusers import DDIMScheduler
 
 from tomesd_plus import apply_feature_cache, apply_token_merging
@@ -263,3 +263,32 @@ def test_pieces_of_a_batchs_timesteps_are_read_by_value(cut):
             sample = sample - 0.1 * torch.cat(pieces)
     assert {step.index for step in report.steps} == {None}
     assert [round(step.noise_level * 999) for step in report.steps][-2:] == [300, 300]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["value", "view"])
+def test_beyond_a_jump_other_latents_are_another_pictures_whatever_the_text(form):
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    first, later = (999, 500) if form == "value" else (scheduler.timesteps[0], scheduler.timesteps[5])
+    unet = make_unet()
+    report = apply_feature_cache(unet, interval=3)
+    unet(noise(seed=1), first, TEXT)
+    picture = unet(noise(seed=2), later, TEXT.clone()).sample
+    assert kinds(report) == "F" and torch.equal(picture, make_unet()(noise(seed=2), later, TEXT).sample)
+
+
+@pytest.mark.parametrize("strengths", [(0.1, 0.2, 0.3), (0.3, 0.2, 0.1), (0.5, 0.4)])
+@pytest.mark.parametrize("options", [{"interval": 3}, {"interval": 2, "branch": "nothing"}])
+def test_a_sweep_of_strengths_is_a_generation_each(options, strengths):
+    """The next one may begin a step before or after the place where this one began, with latents that are alike."""
+    pipe, call = make_pipeline("img2img"), {"num_inference_steps": 10, "image": torch.rand(1, 3, 32, 32)}
+    expected = []
+    for strength in strengths:
+        fresh = make_pipeline("img2img")
+        apply_feature_cache(fresh, **options)
+        expected.append(generate(fresh, strength=strength, **call))
+    report = apply_feature_cache(pipe, **options)
+    for strength, picture in zip(strengths, expected, strict=True):
+        assert torch.equal(generate(pipe, strength=strength, **call), picture)
+        assert len(report.steps) == round(10 * strength)

@@ -89,6 +89,16 @@ def test_nothing_is_left_in_the_process():
     assert count() == before
 
 
+def test_a_copy_that_has_its_model_keeps_no_hook_in_the_process():
+    before = len(torch_module._global_forward_pre_hooks)
+    unet = make_unet()
+    apply_token_merging(unet, ratio=0.5)
+    twin = copy.deepcopy(unet)
+    torch.nn.Identity()(torch.zeros(1))
+    assert len(torch_module._global_forward_pre_hooks) == before
+    assert torch.equal(twin(**INPUTS, timestep=700).sample, unet(**INPUTS, timestep=700).sample)
+
+
 def test_the_hooks_go_when_the_processor_is_replaced():
     unet = make_unet()
     plain = unet(**INPUTS, timestep=700).sample
@@ -230,7 +240,9 @@ def test_more_merging_is_further_away():
 
 def test_processors_that_wait_share_one_hook_and_leave_when_they_have_their_model(pipe, monkeypatch):
     own = processor_module
-    waiting = FirstCalls(own._carries_unattached, own.attach_to, own._begin_call, own.tell_of_passing_by)
+    waiting = FirstCalls(
+        own._carries_unattached, own.attach_to, own._begin_call, own.tell_of_passing_by, processor_module._has_model
+    )
     monkeypatch.setattr(processor_module, "_waiting", waiting)  # others wait with another
 
     def hooks_of_all():

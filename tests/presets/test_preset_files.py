@@ -7,7 +7,7 @@ import pytest
 import torch
 from cache_tools import kinds
 from conftest import generate, hooks, make_pipeline
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +74,16 @@ def test_it_is_carried_over_to_other_steps_without_a_word(pipe):
         assert kinds(report.cache) == pattern
 
 
+def test_carried_over_the_last_step_stays_full(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler.set_timesteps(8)
+    levels = tuple((pipe.scheduler.timesteps / 999).tolist())
+    report = apply_feature_cache(pipe, plan=StepPlan("FSCFSCSF", levels), forecast=1.0)
+    for steps in (5, 7, 8, 11, 20):
+        generate(pipe, num_inference_steps=steps)
+        assert kinds(report)[-1] == "F" and report.full < steps
+
+
 def test_another_scheduler_or_model_is_told_once(pipe):
     here = replace(MEASURED, model=model_name(pipe.unet), scheduler=scheduler_name(pipe.scheduler))
     with preset(pipe, replace(PLAN, measured=here)):
@@ -127,6 +137,9 @@ MEASURED_DATA = encoded(MEASURED)
         (GOOD | {"preset": 3}, "holds no preset but a int"), (cache(command="x"), "has no command"),
         (cache(plan={"kind": "StepPlan", "letters": "F" * 1500}), "1000 steps at most"),
         (cache(plan={"kind": "StepPlan", "letters": "FAB"}), "letters F, C and S"),
+        (cache(plan={"kind": "StepPlan", "letters": "F", "noise_levels": [10**400]}), "StepPlan"),
+        (cache(plan={"kind": "StepPlan", "letters": "F", "repeats": 1}), "repeats must be"),
+        (cache(plan={"kind": "StepPlan", "letters": "F", "repeats": True, "noise_levels": [0.5]}), "no noise levels"),
         (cache(interval=-1), "interval must be"), (cache(forecast="1"), "forecast must be"),
         (cache(full_steps=list(range(3000))), "longer than"), (cache(interval=[[[[[[[[[[1]]]]]]]]]]), "nested deeper"),
         (cache(plan={"kind": "mapping", "entries": [[1, 2, 3]]}), "pair"), (cache(full_steps=3), "FeatureCacheConfig"),

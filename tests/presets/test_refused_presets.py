@@ -9,9 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import generate, hooks, make_pipeline
-from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 
-from tomesd_plus import PRESETS, apply_preset, preset, remove_feature_cache, remove_preset, remove_token_merging
+from tomesd_plus import (
+    PRESETS,
+    apply_feature_cache,
+    apply_preset,
+    preset,
+    remove_feature_cache,
+    remove_preset,
+    remove_token_merging,
+)
 from tomesd_plus.presets import tested
 
 
@@ -97,3 +112,44 @@ def test_a_solver_that_was_not_tried_is_told_once():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the presets by name")
         generate(pipe, num_inference_steps=12)
+
+
+@pytest.mark.usefixtures("misses")
+def test_it_goes_with_its_own_cache():
+    pipe = with_scheduler(EulerDiscreteScheduler)
+    apply_preset(pipe, "fast")
+    remove_feature_cache(pipe)
+    remove_token_merging(pipe)
+    apply_feature_cache(pipe, interval=2)
+    generate(pipe, num_inference_steps=6)
+    remove_feature_cache(pipe)
+    apply_preset(pipe, "fast", force=True)
+    generate(pipe, num_inference_steps=15)
+
+
+@pytest.mark.usefixtures("misses")
+def test_another_pipelines_scheduler_is_not_judged():
+    pipe = with_scheduler(EulerDiscreteScheduler)
+    apply_preset(pipe, "fast")
+    other = StableDiffusionPipeline(**pipe.components | {"scheduler": DDIMScheduler()}, requires_safety_checker=False)
+    generate(other, num_inference_steps=15)
+    with pytest.raises(ValueError, match="Call tune"):
+        generate(pipe, num_inference_steps=15)
+
+
+def test_image_to_image_takes_a_part_of_the_steps():
+    pipe = make_pipeline("img2img")
+    options = {"image": torch.rand(1, 3, 32, 32), "num_inference_steps": 20}
+    apply_preset(pipe, "quality")
+    generate(pipe, strength=0.6, **options)
+    with pytest.raises(ValueError, match="with 4 there is next to nothing"):
+        generate(pipe, strength=0.2, **options)
+
+
+def test_heun_with_a_controlnet_has_its_last_step_in_full():
+    pipe = make_pipeline("controlnet")
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    report = apply_preset(pipe, "fast", force=True)
+    generate(pipe, num_inference_steps=10)
+    last = [step.kind for step in report.cache.steps][-1]
+    assert last == "full" and report.cache.skipped

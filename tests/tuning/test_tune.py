@@ -1,14 +1,16 @@
 """Tuning: what it finds, that it finds it again, and that it leaves nothing behind."""
 
+import warnings
+
 import pytest
 import torch
 from cache_tools import kinds
 from conftest import generate, hooks, make_pipeline
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 from tomesd_plus import Preset, apply_feature_cache, apply_preset, load_tiny_pipeline, preset, tune
 from tomesd_plus.tiny import held_out_captions
-from tomesd_plus.tuning import trials
+from tomesd_plus.tuning import costs, trials
 from tomesd_plus.tuning.pictures import Task, psnr_of, squared_error, switched_on
 from tomesd_plus.tuning.plans import Costs, Plan, even_plans, neighbours
 
@@ -164,3 +166,66 @@ def test_plans_next_to_a_plan():
     found = {plan.letters for plan in neighbours(Plan("FCS"), True)}
     assert found == {"FFS", "FSS", "FCF", "FCC", "FSC"}
     assert {plan.letters for plan in neighbours(Plan("FSS"), False)} == {"FFS", "FSF"}
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, HeunDiscreteScheduler])
+def test_each_calls_cost_is_of_what_it_has_run(kind):
+    pipe = make_pipeline("sd")
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    calls = costs._calls(Task(pipe, 6, 1.0, 0, 1, SMALL), [(0, "a")], Plan("FFCSFF"))
+    ran = iter(calls)
+    with switched_on(pipe, Plan("FFCSFF")) as report:
+        generate(pipe, num_inference_steps=6, guidance_scale=1.0, **SMALL)
+        assert [letter for letter, _ in ran] == list(kinds(report.cache).upper()) and len(calls) > 6
+
+
+def test_a_unets_merging_is_never_charged_where_nothing_is_merged(dpm):
+    given = {"cached": 0.5, "cached_merged": 0.45, "full_merged": 0.6}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        chosen = tune(dpm, PROMPTS[:2], speedup=1.3, **CALL | {"costs": given}, **SMALL)
+    assert chosen.merging is None or "C" in chosen.cache.plan.letters
+    report = apply_preset(dpm, chosen)
+    generate(dpm, num_inference_steps=6)
+    if chosen.merging is not None:
+        assert any(step.removed for step in report.merging.steps)
+
+
+@pytest.mark.filterwarnings("ignore:.* steps are closer than what tune has found")
+def test_fewer_steps_are_counted_by_their_calls():
+    pipe = make_pipeline("sd")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    chosen = tune(pipe, PROMPTS[:1], speedup=2, **CALL | {"num_inference_steps": 12}, **SMALL)
+    fewer = [row for row in chosen.measured.beside if row.name.endswith("steps")]
+    assert fewer[0].speedup >= 2 and fewer[0].name == "5 steps"
+
+
+def test_what_every_call_is_given(dpm):
+    chosen = tune(dpm, PROMPTS, speedup=1.3, negative_prompt="a dog", **CALL, **SMALL)
+    assert chosen.measured.held_out == 1
+    image = make_pipeline("img2img")
+    options = {"image": torch.rand(1, 3, 32, 32), "strength": 0.3, "progress": False, "max_generations": 5}
+    chosen = tune(image, PROMPTS[:1], speedup=1.2, num_inference_steps=20, **options)
+    assert len(chosen.cache.plan.letters) == 6 and chosen.steps == 20
+
+
+def test_a_budget_of_fidelity_has_rows_beside_it(dpm):
+    assert tune(dpm, PROMPTS[:1], psnr=40, **CALL, **SMALL).measured.beside
+
+
+def test_speeds_that_no_plan_has_are_told(dpm):
+    with pytest.warns(UserWarning, match="no plan of 6 steps is 50 times as fast"):
+        found = tune(dpm, PROMPTS[:1], speedup=[1.2, 50, 1.2], **CALL | {"costs": {"cached": 0.5, "skipped": 0.5}},
+                     **SMALL)  # fmt: skip
+    assert len(found) == 2 and found[0] == found[1]
+
+
+def test_interrupted_among_the_prompts_kept_aside(dpm, monkeypatch):
+    def interrupt(trials, plans, held):
+        if held:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr("tomesd_plus.tuning.tune._held_out", interrupt)
+    chosen = tune(dpm, PROMPTS[:2], speedup=1.2, **CALL, **SMALL)
+    assert chosen.measured.speedup >= 1.2 and chosen.measured.held_out_psnr is None

@@ -1,6 +1,5 @@
 """Apply and remove a feature cache."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from tomesd_plus.caching.layers import skipped_layers
 from tomesd_plus.caching.report import FeatureCacheReport
 from tomesd_plus.host.denoisers import noise_levels_of, reader_of
 from tomesd_plus.host.models import controlnets_of, denoiser_of, unet_of
+from tomesd_plus.host.say import warn
 from tomesd_plus.schedules import IntervalSchedule
 
 
@@ -84,7 +84,7 @@ def remove_feature_cache(pipe: Any) -> None:
     denoiser = denoiser_of(pipe)
     cache = feature_cache_on(denoiser)
     if cache is None:
-        warnings.warn("no feature cache is applied, so there is nothing to remove", stacklevel=2)
+        warn("no feature cache is applied, so there is nothing to remove", stacklevel=2)
         return
     cache.check_removable()
     cache.detach(denoiser)

@@ -16,13 +16,12 @@ from tomesd_plus.caching.forecast import Features
 from tomesd_plus.caching.generation import CacheRecord, CacheStep, Current, Generation, Kind, WhyFull
 from tomesd_plus.caching.layers import Run, SkippableForward, Skipped, Take, make_skippable, skipped_layers
 from tomesd_plus.caching.outputs import Output, forecast, kept_with, map_tensors
-from tomesd_plus.caching.verdict import why_nothing_cached
+from tomesd_plus.caching.verdict import Verdict
 from tomesd_plus.host.attention import keeps_attention_maps
 from tomesd_plus.host.denoisers import Read
 from tomesd_plus.host.forwards import take_forwards_off
 from tomesd_plus.host.models import finest_level, unwrapped
 from tomesd_plus.host.noise_level import NoiseLevels
-from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.reading import Reading, read_unet
 from tomesd_plus.host.step import Step, StepTracker, outside_graphs, refuse_tracing
 from tomesd_plus.host.transient import Transient
@@ -54,8 +53,7 @@ class FeatureCache:
         self.record: Transient[CacheRecord] = Transient()  # of the latest generation, in any thread
         self._current = Current()
         self._handles: list[Any] = []
-        self._promise = Promise("A feature cache has cached nothing")
-        self._lone_calls = 0  # generations of one call, one after the other
+        self._verdict = Verdict(config)
         self._controlnets: Transient[list[tuple[weakref.ref[nn.Module], ControlNetCalls]]] = Transient()
         self.attention_level: int | None = None  # the downsample at which self-attention alone is skipped
 
@@ -157,7 +155,7 @@ class FeatureCache:
         step = generation.tracker.observe(reading.sample, reading.timestep, reading.text)
         if step.new_generation:
             if not generation.tracker.branches_alike:
-                self._judge(generation.record)
+                self._verdict.judge(generation.record)
             generation = Generation(generation.tracker, maps_are_read=self._maps_are_read(unet))
         if step.ambiguous:
             generation.record.forget()
@@ -211,29 +209,13 @@ class FeatureCache:
         if generation is not None and step is not None and output is None:
             generation.record.failed = True
         elif generation is not None and step is not None and step.last:
-            self._judge(generation.record, finished=True)
+            self._verdict.judge(generation.record, finished=True)
 
     def settle(self) -> None:
         """The report is read: judge the latest generation so far, unless its last scheduled step is still to come."""
         record = self.record.value
         if record is not None and len(record.steps) > 1 and (record.steps[-1].index is None or record.late):
-            self._judge(record, so_far=True)
-
-    def _judge(self, record: CacheRecord, finished: bool = False, so_far: bool = False) -> None:
-        """Tell the user if a generation took nothing from the cache, though it should have."""
-        if record.judged or not record.steps:
-            return
-        lone = len(record.steps) == 1 and record.steps[0].index is None
-        self._lone_calls = self._lone_calls + 1 if lone else 0
-        wanted = self.config.interval != 1 or self.config.plan is not None or self.config.full_steps is not None
-        caught = any(not step.full for step in record.steps)
-        ends_early = not (finished or record.late) and (so_far or record.steps[-1].index is not None)
-        why_not = why_nothing_cached(record, record.failed or ends_early) if wanted and not caught else None
-        if lone and self._lone_calls < 2:
-            return  # it may have been tried only
-        if why_not is not None or caught:
-            record.judged = caught or not so_far
-            self._promise.judge(why_not)
+            self._verdict.judge(record, so_far=True)
 
     def _maps_are_read(self, unet: nn.Module) -> bool:
         """True if a host reads the attention maps of layers that cached steps would not run."""
@@ -318,7 +300,7 @@ class FeatureCache:
         current, features, ahead = self._current, generation.record.features, 0.0
         current.kind, current.outputs = kind, {}
         if kind == "full":
-            features[step.call] = Features(step, before=self._full_before(features.get(step.call), step))
+            features[step.call] = Features(step, before=self.deciding.full_before(features.get(step.call), step))
             current.outputs = features[step.call].outputs
         elif kind == "cached":
             kept = features[step.call]
@@ -330,19 +312,6 @@ class FeatureCache:
         generation.record.steps.append(CacheStep(step.index, step.noise_level, reason, change, ahead, skipped))
         for tell in current.waiting:
             tell(kind != "full")
-
-    def _full_before(self, kept: Features | None, step: Step) -> Features | None:
-        """What the last full step before a full one left, where it makes a trend."""
-        if kept is not None and kept.step.number == step.number:
-            kept = kept.before
-        if (
-            not self.config.forecast
-            or kept is None
-            or not self.deciding.complete(kept)
-            or not step.same_size(kept.step)
-        ):
-            return None
-        return Features(kept.step, kept.outputs)
 
 
 def feature_cache_on(unet: nn.Module) -> FeatureCache | None:

@@ -37,6 +37,8 @@ class Deciding:
             return None
         if plan.noise_levels is None:
             return plan.at_number(step.number, step.last)
+        if step.last and plan.letters[-1] == "F":
+            return "F"  # at other numbers of steps the last one's noise level may be another
         letter = plan.at_level(generation.before(step), step.noise_level)
         kept, outputs = generation.record.features.get(step.call), generation.record.outputs.get(step.call)
         ran = outputs[-1].step.number if outputs else step.number
@@ -75,3 +77,11 @@ class Deciding:
     def complete(self, kept: Features) -> bool:
         """False if the step that left it has failed on its way."""
         return kept.outputs.keys() == self.skipped
+
+    def full_before(self, kept: Features | None, step: Step) -> Features | None:
+        """What the last full step before a full one left, where it makes a trend."""
+        if kept is not None and kept.step.number == step.number:
+            kept = kept.before
+        if not self.config.forecast or kept is None or not self.complete(kept) or not step.same_size(kept.step):
+            return None
+        return Features(kept.step, kept.outputs)

@@ -2,7 +2,9 @@
 
 from collections import Counter
 
+from tomesd_plus.caching.config import FeatureCacheConfig
 from tomesd_plus.caching.generation import CacheRecord, WhyFull
+from tomesd_plus.host.promise import Promise
 from tomesd_plus.host.step import MOST_CALLS
 
 ASKED_FOR = {WhyFull.first_step, WhyFull.listed, WhyFull.interval}
@@ -18,6 +20,40 @@ MENDS = {
     WhyFull.changed: "every step changed by more than the threshold: raise it",
     WhyFull.attention_maps: "the pipeline reads attention maps of layers that cached steps would leave out",
 }
+
+
+class Verdict:
+    """Judges generation by generation whether anything was cached, and tells the user if not.
+
+    Args:
+        config: What was asked for.
+    """
+
+    def __init__(self, config: FeatureCacheConfig) -> None:
+        self._promise = Promise("A feature cache has cached nothing")
+        self._wanted = config.interval != 1 or config.plan is not None or config.full_steps is not None
+        self._lone_calls = 0  # generations of one call, one after the other
+
+    def judge(self, record: CacheRecord, finished: bool = False, so_far: bool = False) -> None:
+        """Tell if a generation took nothing from the cache, though it should have.
+
+        Args:
+            record: Of the generation.
+            finished: Its last scheduled step is over.
+            so_far: It may go on, so that this is not the last word.
+        """
+        if record.judged or not record.steps:
+            return
+        lone = len(record.steps) == 1 and record.steps[0].index is None
+        self._lone_calls = self._lone_calls + 1 if lone else 0
+        caught = any(not step.full for step in record.steps)
+        ends_early = not (finished or record.late) and (so_far or record.steps[-1].index is not None)
+        why_not = why_nothing_cached(record, record.failed or ends_early) if self._wanted and not caught else None
+        if lone and self._lone_calls < 2:
+            return  # it may have been tried only
+        if why_not is not None or caught:
+            record.judged = caught or not so_far
+            self._promise.judge(why_not)
 
 
 def why_nothing_cached(record: CacheRecord, more_may_come: bool) -> str | None:

@@ -65,7 +65,7 @@ def tune_command(
     from tomesd_plus.tuning import tune
 
     call: dict[str, Any] = {} if sampling.height is None else {"height": sampling.height, "width": sampling.width}
-    goal: dict[str, Any] = {"psnr": psnr} if psnr is not None else {"speedup": sorted(speedup or [2.0, 2.5, 3.0])}
+    goal: dict[str, Any] = {"psnr": psnr} if psnr is not None else {"speedup": sorted(set(speedup or [2.0, 2.5, 3.0]))}
     found = run(
         lambda: tune(
             pipe, chosen, num_inference_steps=steps, guidance_scale=sampling.guidance_scale, seed=seed,

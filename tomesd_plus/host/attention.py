@@ -54,7 +54,7 @@ _OF_PIPELINES = (
 
 
 def is_of_pipeline(processor: Any) -> bool:
-    """True for a processor that the host's pipelines put in place for their own calls: PAG, SAG, LEDITS++, …"""
+    """True for a processor that the host's pipelines put in place for their own calls, such as PAG or LEDITS++."""
     return isinstance(processor, _OF_PIPELINES) or type(processor).__module__.startswith("diffusers.pipelines.")
 
 

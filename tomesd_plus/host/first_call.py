@@ -49,6 +49,7 @@ class FirstCalls:
         pass_by: ``(model, by_pipeline)``: a model is called that carries none. If one was taken off it, whether a
             pipeline did that; ``None`` if some wait, and whether this is their model is not known. Returns True if it
             had something to tell, which is done once while nothing changes.
+        has_model: True of an object that need not wait.
 
     Raises:
         TypeError: At the call of a transformer that carries one: its calls cannot be read so.
@@ -60,20 +61,24 @@ class FirstCalls:
         meet: Callable[[nn.Module], bool],
         begin: Callable[[nn.Module, Tensor, Tensor | None], None],
         pass_by: Callable[[nn.Module, bool | None], bool],
+        has_model: Callable[[Any], bool],
     ) -> None:
         self.waiting: weakref.WeakSet[Any] = weakref.WeakSet()
         self._taken: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # by a pipeline?
         self._told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models at which pass_by had something to tell
         self.lock = threading.RLock()
         self._carries, self._meet, self._begin, self._pass_by = carries, meet, begin, pass_by
+        self._has_model = has_model
         self._readings: weakref.WeakKeyDictionary[threading.Thread, _Reading] = weakref.WeakKeyDictionary()
         self._handle: Any = None
+        self._fresh = False  # some have come since it was seen whether they have their model
 
     def add(self, waiting: Any) -> None:
         """Wait for the model of an object, for as long as somebody holds it."""
         with self.lock:
             self._told.clear()
             self.waiting.add(waiting)
+            self._fresh = True
             self._come()
 
     def dropped(self, layer: nn.Module, by_pipeline: bool) -> None:
@@ -84,6 +89,8 @@ class FirstCalls:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         compiling = torch.compiler.is_compiling()
+        if not compiling and self._fresh:
+            self._let_go()
         if _first_layers(module) is not None:
             if not compiling or self._carries(module):
                 self._start(module)
@@ -95,6 +102,14 @@ class FirstCalls:
                 )
         elif self._readings or not (compiling or self.waiting or self._taken):
             self._go_on(module, args)
+
+    def _let_go(self) -> None:
+        """Those of a copied model have it already, which could not be told while it was being copied."""
+        with self.lock:
+            self._fresh = False
+            for each in [each for each in self.waiting if self._has_model(each)]:
+                self.waiting.discard(each)
+            self._leave_if_done()
 
     @outside_graphs
     def _start(self, model: nn.Module) -> None:

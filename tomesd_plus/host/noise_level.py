@@ -2,7 +2,6 @@
 
 import bisect
 import math
-import warnings
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tomesd_plus.host.say import warn
 from tomesd_plus.host.transient import Transient
 
 CLEAR = 20.0
@@ -95,7 +95,7 @@ class NoiseLevels:
             return
         self._told = True
         whose = "no scheduler is known" if self.scheduler is None else "the scheduler has none like it"
-        warnings.warn(
+        warn(
             f"The noise level of timestep {timestep:g} cannot be known: it is none of training, and {whose}. What "
             "depends on it follows the place in the schedule instead. Apply to the pipeline that calls the model.",
             stacklevel=2,
@@ -112,7 +112,9 @@ def scheduler_noise_levels(scheduler: Any, timesteps: Sequence[float]) -> list[f
     last = _train_timesteps(scheduler) - 1
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     found = getattr(scheduler, "sigmas", None)
-    sigmas = [float(sigma) for sigma in found] if found is not None and len(found) - len(timesteps) in (0, 1) else None
+    sigmas = None
+    if found is not None and len(found) - len(timesteps) in (0, 1):
+        sigmas = found.tolist() if isinstance(found, Tensor) else [float(sigma) for sigma in found]
     if sigmas is not None and is_flow(scheduler):
         return sigmas[: len(timesteps)]
     training = all(0 <= timestep <= last for timestep in timesteps)

@@ -1,6 +1,6 @@
 """Whether what was asked for happens: said once if not, and again when it stops later."""
 
-import warnings
+from tomesd_plus.host.say import warn
 
 
 class Promise:
@@ -22,4 +22,4 @@ class Promise:
         """
         before, self._kept = self._kept, why_not is None  # first: a warning may be raised as an error
         if before and why_not is not None:
-            warnings.warn(f"{self.broken}: {why_not}.", stacklevel=2)
+            warn(f"{self.broken}: {why_not}.", stacklevel=2)

@@ -18,6 +18,8 @@ MOST_CALLS = 4
 
 NEARER = 0.2
 """By so much a cosine must be larger for latents to follow on the one call rather than on the other."""
+UNLIKE = 0.2
+"""Cosine below which latents beyond a jump are another picture's, whatever the text."""
 
 _WHY_OUTSIDE = "token merging and caching choose at each step what runs: remove them before an export"
 
@@ -52,7 +54,7 @@ def refuse_tracing(what: str, *tensors: Any) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a UNet.
+    """One call of a denoiser or ControlNet.
 
     Args:
         index: Place in the scheduler's timesteps; ``None`` if the caller passed a timestep of its own.
@@ -103,10 +105,11 @@ class StepTracker:
     the storage is copied to the host once per generation. Of timesteps that a caller makes by itself the values tell.
     A generation goes through either in one direction, down or up, as in DDIM inversion.
 
-    What a call is of, where its place does not tell, its latents and text do. With one call a step nothing is read
-    from a device for that but at a generation's first step backwards, and at a jump. A further call at one place is
-    a guidance branch if it has the very tensor of the call before. Else, from the second step on, its latents must
-    have the values that those had, unless calls of earlier steps differed likewise, as tiles and views do; other
+    What a call is of, where its place does not tell, its latents and text do. With one call a step in a
+    scheduler's timesteps nothing is read from a device for that but at a generation's first step backwards, and at a
+    jump: to latents that are nearly at right angles to those before it, no generation jumps. A further call at one
+    place is a guidance branch if it has the very tensor of the call before. Else, from the second step on, its latents
+    must have the values that those had, unless calls of earlier steps differed likewise, as tiles and views do; other
     latents are those of another generation, which begins where this one has stopped. At a generation's first place,
     where nothing tells how often its steps call, it is a further call too; if the second step then follows on the
     latter rather than on the former, another generation begins there.
@@ -127,6 +130,7 @@ class StepTracker:
         self._schedule: Schedule | None = None
         self._place: Place | None = None
         self._direction: int | None = None  # 1 along the schedule or down in timesteps, -1 against; None till it shows
+        self._gap: float | None = None  # how far the latest place lies from the one before it
         self._calls: tuple[SeenCall, ...] = ()  # those at the latest place; at most MOST_CALLS are held
         self._calls_before: tuple[SeenCall, ...] = ()  # those at the place before it
         self._repeats = False  # the generation began at the place where the one before had stopped
@@ -155,7 +159,7 @@ class StepTracker:
         if new or before is None:
             self._begin(sample, text, once_more=before is not None and not ahead and not place.renewed)
         elif ahead:
-            self._direction = 1 if ahead > 0 else -1
+            self._direction, self._gap = 1 if ahead > 0 else -1, abs(ahead)
             self._number, self._call = self._number + (place.value != before.value), 0
             self._calls, self._calls_before = (), self._calls
         else:
@@ -174,7 +178,7 @@ class StepTracker:
         self._repeats = once_more
         self._exactly = once_more and same_text(text, self._calls[0].text) and self._calls[0].latents.equals(sample)
         self._number = self._call = 0
-        self._ambiguous, self._direction = False, None
+        self._ambiguous, self._direction, self._gap = False, None, None
         self._largest = -math.inf
         self._calls = self._calls_before = ()
 
@@ -188,8 +192,9 @@ class StepTracker:
         return None if place.index is None or self._schedule is None else len(self._schedule.values)
 
     def _is_last(self, place: Place) -> bool:
-        length = self._length(place)
-        return length is not None and place.index == (0 if self._direction == -1 else length - 1)
+        if place.index is None or self._schedule is None:
+            return False
+        return place.value == self._schedule.values[0 if self._direction == -1 else -1]  # Heun's calls are both
 
     def _see(self, sample: Tensor, text: Any) -> None:
         if not self.explicit and self._call < MOST_CALLS:
@@ -202,7 +207,8 @@ class StepTracker:
     ) -> bool:
         ahead = _ahead(before, place)
         if place.renewed and not (
-            before.renewed
+            not self._is_schedulers()
+            and before.renewed
             and abs(ahead) == 1
             and self._goes_on(schedule, before)
             and self._calls[0].goes_on(sample, text)
@@ -221,8 +227,16 @@ class StepTracker:
             return True
         latest = self._calls[0]
         if place.index is None or before.index is None:
-            return not same_text(text, latest.text) and not latest.latents.is_like(sample)
-        return abs(ahead) > 1 and not same_text(text, latest.text)
+            other = not same_text(text, latest.text) and not latest.latents.is_like(sample)
+            jumps = self._gap is None or abs(ahead) > 2 * self._gap
+        else:
+            other, jumps = abs(ahead) > 1 and not same_text(text, latest.text), abs(ahead) > 1
+        return other or (jumps and latest.latents.likeness(sample) < UNLIKE)
+
+    def _is_schedulers(self) -> bool:
+        """True if the schedule is the pipeline's scheduler's own, which is made anew for each generation only."""
+        timesteps = getattr(self.noise_levels.scheduler, "timesteps", None)
+        return self._schedule is not None and isinstance(timesteps, Tensor) and self._schedule.holds(timesteps)
 
     def _goes_on(self, schedule: Schedule | None, before: Place) -> bool:
         """True if the schedule, made anew as by a copy at each step, has what the one before had."""

@@ -1,6 +1,5 @@
 """Apply and remove token merging: the one place where a pipeline's models are changed."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from tomesd_plus.host.models import attends_over_frames, models_of
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.say import warn
 from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment, attachments_on
@@ -43,7 +43,7 @@ def apply_token_merging(
     return merge_with(pipe, lambda name, excluded: Attachment(config, noise_levels, name, excluded, stays=True))
 
 
-def remove_token_merging(pipe: Any, warn: bool = True) -> None:
+def remove_token_merging(pipe: Any, warns: bool = True) -> None:
     """:func:`tomesd_plus.remove_token_merging` for diffusion, which need not warn if merging is off."""
     found = False
     for model in merged_models(pipe).values():
@@ -58,8 +58,8 @@ def remove_token_merging(pipe: Any, warn: bool = True) -> None:
             if isinstance(processor, ToMeProcessor):
                 found = True
                 cast(Any, module).set_processor(processor.inner)
-    if warn and not found:
-        warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
+    if warns and not found:
+        warn("token merging is not applied, so there is nothing to remove", stacklevel=2)
 
 
 def merging_report(pipe: Any) -> TokenMergingReport:
@@ -155,6 +155,6 @@ def _tell_of_excluded(name: str, excluded: dict[str, Reason], nothing: bool) -> 
     words = "; ".join(sorted({str(why) for why in told.values()}))
     if nothing and (excluded or not name.startswith("controlnet")):
         message = f"Token merging does nothing to {name}: no self-attention layer can be merged"
-        warnings.warn(f"{message}: {words}." if words else f"{message}, for there is none.", stacklevel=4)
+        warn(f"{message}: {words}." if words else f"{message}, for there is none.", stacklevel=4)
     elif set_by_somebody:
-        warnings.warn(f"Token merging leaves {listed(list(told))} alone: {words}.", stacklevel=4)
+        warn(f"Token merging leaves {listed(list(told))} alone: {words}.", stacklevel=4)

@@ -195,7 +195,12 @@ def _carries_unattached(model: nn.Module) -> bool:
     return not all(processor.attachment.attached for processor in _processors_on(model))
 
 
-_waiting = FirstCalls(_carries_unattached, attach_to, _begin_call, tell_of_passing_by)
+def _has_model(processor: ToMeProcessor) -> bool:
+    attachment = getattr(processor, "attachment", None)  # none while it is being copied
+    return attachment is not None and attachment.attached
+
+
+_waiting = FirstCalls(_carries_unattached, attach_to, _begin_call, tell_of_passing_by, _has_model)
 
 
 def _adopt(model: nn.Module, attachment: Attachment) -> None:

@@ -90,11 +90,20 @@ class TokenMergingReport:
         return sum(record.kept_bytes for record in self._records)
 
     @property
-    def merged(self) -> bool:
-        """True if any token was merged."""
-        return any(layer.removed for layer in self.layers)
+    def merged(self) -> bool | None:
+        """True if any token was merged; ``None`` if that is unknown, because the layers are compiled."""
+        return None if self._is_unknown else any(layer.removed for layer in self.layers)
+
+    @property
+    def _is_unknown(self) -> bool:
+        return bool(self.steps) and not any(layer.calls or layer.left_alone for layer in self.layers)
 
     def __str__(self) -> str:
+        if self._is_unknown:
+            return (
+                f"Token merging: {len(self.steps)} calls of the model, whose compiled layers leave no notes: what was "
+                "merged is unknown."
+            )
         if not self.layers:
             return "Token merging: the model has not run yet."
         lines = [f"{'layer':<72} {'level':>5} {'calls':>5} {'removed':>8}  left alone because"]

@@ -1,6 +1,5 @@
 """What the user is told of merging in one model: each time once, with the reason and what to do."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 from tomesd_plus.caching.cache import FeatureCache
 from tomesd_plus.host.attention import is_of_pipeline
 from tomesd_plus.host.promise import Promise
+from tomesd_plus.host.say import warn
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.merging.generation import Call, Record
 from tomesd_plus.merging.report import is_replaced, why_nothing_merged
@@ -90,7 +90,7 @@ class Telling:
             mend = f"Put the former ones back: apply_token_merging merges around none of these, for {words}"
         else:
             mend = "Apply it again to merge around these, or put the former ones back"
-        warnings.warn(
+        warn(
             "Token merging merges nothing any more: the attention processors were replaced by "
             f"{kinds(found)}. {mend}.",
             stacklevel=2,
@@ -100,13 +100,13 @@ class Telling:
         """The same where the processor was set by itself, which replaces those of all layers."""
         words = _why_surprising(processors, by_pipeline)
         if words is not None:
-            warnings.warn(f"Token merging merges nothing any more: {words}.", stacklevel=2)
+            warn(f"Token merging merges nothing any more: {words}.", stacklevel=2)
 
     def served_another(self) -> None:
         """A processor was called in another model than its own."""
         if not self._served_another:
             self._served_another = True
-            warnings.warn(
+            warn(
                 "A ToMeProcessor serves one model only, and this one serves another: give each model its own. "
                 "Nothing is merged here.",
                 stacklevel=2,
@@ -131,7 +131,7 @@ def tell_of_passing_by(model: nn.Module, by_pipeline: bool | None) -> bool:
     else:
         words = None
     if words is not None:
-        warnings.warn(f"Token merging merges nothing: {words}.", stacklevel=2)
+        warn(f"Token merging merges nothing: {words}.", stacklevel=2)
     return words is not None
 
 

@@ -1,7 +1,6 @@
 """Merging in transformers: which of their layers, and by whose plans."""
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from tomesd_plus.host.denoisers import noise_levels_of, reader_of
 from tomesd_plus.host.joint_attention import is_known
+from tomesd_plus.host.say import warn
 from tomesd_plus.host.transformers import blocks_of
 from tomesd_plus.merging.answers import Reason, Why
 from tomesd_plus.merging.attachment import Attachment
@@ -88,9 +88,7 @@ def merge_transformer(pipe: Any, model: nn.Module, config: ToMeConfig, excluded:
     )
     if not merging:
         words = "; ".join(sorted({str(why) for why in excluded.values()}))
-        warnings.warn(
-            f"Token merging does nothing to transformer: no attention layer can be merged: {words}.", stacklevel=4
-        )
+        warn(f"Token merging does nothing to transformer: no attention layer can be merged: {words}.", stacklevel=4)
         attachment.record.value = left_alone(excluded)
         return attachment
     for layer in merging:

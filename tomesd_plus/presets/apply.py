@@ -1,6 +1,5 @@
 """Switch presets on and off."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from tomesd_plus.caching import FeatureCacheReport, apply_feature_cache, remove_
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.models import denoiser_of, unet_of, unwrapped
 from tomesd_plus.host.names import model_name, scheduler_name
+from tomesd_plus.host.say import warn
 from tomesd_plus.host.transformers import is_known_transformer
 from tomesd_plus.merging.apply import apply_token_merging, is_merging, merged_models, remove_token_merging
 from tomesd_plus.merging.attachment import attachments_on
@@ -78,8 +78,9 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False)
             remove_token_merging(_merged_part(pipe))
         raise
     _warn_of_another(pipe, found)
-    if isinstance(chosen, str) and chosen in PRESETS and not force:
-        Refusal(chosen, pipe).attach(denoiser_of(pipe))
+    own = feature_cache_on(denoiser_of(pipe))
+    if isinstance(chosen, str) and chosen in PRESETS and not force and own is not None:
+        Refusal(chosen, pipe, own).attach(denoiser_of(pipe))
     return PresetReport(merging, cache)
 
 
@@ -98,7 +99,7 @@ def remove_preset(pipe: Any) -> None:
     if _merges(pipe):
         remove_token_merging(pipe)
     elif cache is None:
-        warnings.warn("a preset is not applied, so there is nothing to remove", stacklevel=2)
+        warn("a preset is not applied, so there is nothing to remove", stacklevel=2)
     if cache is not None:
         remove_feature_cache(pipe)
 
@@ -112,10 +113,12 @@ def preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False) -> It
     finally:
         for refusal in refusals_on(denoiser_of(pipe)):
             refusal.detach()
-        if reports.merging is not None:
-            remove_token_merging(_merged_part(pipe))
-        if reports.cache is not None:
-            remove_feature_cache(pipe)
+        try:
+            if reports.merging is not None:
+                remove_token_merging(_merged_part(pipe))
+        finally:
+            if reports.cache is not None:
+                remove_feature_cache(pipe)
 
 
 def preset_from(chosen: str | Path | Preset) -> Preset:
@@ -177,7 +180,7 @@ def _warn_of_another(pipe: Any, found: Preset) -> None:
         pairs.append(("scheduler", scheduler_name(scheduler), found.measured.scheduler))
     others = [f"{what} ({there}; here: {here})" for what, here, there in pairs if here != there]
     if others:
-        warnings.warn(
+        warn(
             f"this preset was chosen on another {' and '.join(others)}: what it costs in fidelity here is not known. "
             "Call tune on this pipeline for one of its own.",
             stacklevel=3,

@@ -107,6 +107,9 @@ class Preset:
             to other numbers.
         measured: Where it was chosen; ``None`` for those by name, whose figures are in ``results/``.
 
+    Raises:
+        ValueError: A value is of another type, or outside its range.
+
     Example:
         >>> from tomesd_plus import FeatureCacheConfig, Preset
         >>> Preset("every second step", None, FeatureCacheConfig(interval=2, forecast=1.0)).cache.interval

@@ -84,7 +84,7 @@ def decoded(data: Any, kinds: dict[str, type[Any]], where: str, depth: int = 0) 
     values = {key: decoded(each, kinds, where, depth + 1) for key, each in data.items() if key != "kind"}
     try:
         return known[kind](**values)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{where}: {kind}: {error}") from error
 
 

@@ -1,14 +1,15 @@
 """Where the presets by name were compared with fewer steps, and where they are refused."""
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
-from tomesd_plus.caching.cache import feature_cache_on
+from tomesd_plus.caching.cache import FeatureCache, feature_cache_on
+from tomesd_plus.host.arguments import call_of
 from tomesd_plus.host.models import owners_of_hooks
 from tomesd_plus.host.names import solver_name
 from tomesd_plus.host.noise_level import NoiseLevels
+from tomesd_plus.host.say import warn
 from tomesd_plus.host.step import outside_graphs
 from tomesd_plus.host.transient import Transient
 
@@ -35,17 +36,24 @@ MISSES = frozenset(
 """Preset, solver and steps where fewer steps in the same time are closer: rows of ``results/presets.csv``."""
 
 
-def why_not(name: str, solver: str, steps: int) -> str | None:
+def why_not(name: str, solver: str, steps: int, taken: int | None = None) -> str | None:
     """Why a preset is refused with a solver at a number of steps, with what to do; ``None`` if it is not.
+
+    Args:
+        name: The preset's.
+        solver: As :func:`~tomesd_plus.host.names.solver_name` says.
+        steps: Of the scheduler.
+        taken: How many of them a generation takes: image-to-image takes a part. All by default.
 
     Example:
         >>> why_not("fast", "DDIMScheduler", 4)[:66]
         "the preset 'fast' is for 9 steps and more: with 4 there is next to"
     """
     force = ", or insist with force=True"
-    if steps <= FEW:
+    taken = steps if taken is None else taken
+    if taken <= FEW:
         return (
-            f"the preset {name!r} is for {FEW + 1} steps and more: with {steps} there is next to nothing to take from "
+            f"the preset {name!r} is for {FEW + 1} steps and more: with {taken} there is next to nothing to take from "
             f"the step before. Merge alone, by apply_token_merging(pipe, ratio=0.5){force}"
         )
     nearest = min(STEPS, key=lambda each: abs(each - steps))
@@ -62,51 +70,61 @@ class Refusal:
 
     Args:
         name: The preset's.
-        pipe: The pipeline; its scheduler may be changed at any time.
+        pipe: The pipeline; its scheduler may be changed at any time. Calls whose timesteps are not its own, as those
+            of another pipeline with the same denoiser, are let pass.
+        cache: The preset's; without it nothing is refused any more.
     """
 
-    def __init__(self, name: str, pipe: Any) -> None:
+    def __init__(self, name: str, pipe: Any, cache: FeatureCache) -> None:
         self.name = name
         self._levels = NoiseLevels(pipe, needed=False)
+        self._cache = cache
         self._passed: Transient[Tensor] = Transient()  # timesteps that were found right
         self._told: set[str] = set()
         self._handle: Any = None
 
     def attach(self, denoiser: nn.Module) -> None:
         """Put the hook on, before all others."""
-        self._handle = denoiser.register_forward_pre_hook(self.begin_call, prepend=True)
+        self._handle = denoiser.register_forward_pre_hook(self.begin_call, prepend=True, with_kwargs=True)
 
     def detach(self) -> None:
         """Take it off."""
         self._handle.remove()
 
     @outside_graphs
-    def begin_call(self, denoiser: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call.
 
         Raises:
             ValueError: The preset is refused here.
         """
-        if feature_cache_on(denoiser) is None:  # it was removed by its own name
+        if feature_cache_on(denoiser) is not self._cache:  # it was removed by its own name
             self.detach()
             return
         scheduler = self._levels.scheduler
-        timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, Tensor) or timesteps is self._passed.value:
+        timesteps, timestep = getattr(scheduler, "timesteps", None), call_of(denoiser, args, kwargs)[1]
+        if not isinstance(timesteps, Tensor) or timesteps is self._passed.value or not _is_part(timestep, timesteps):
             return
-        solver = solver_name(scheduler)
+        solver, left = solver_name(scheduler), 1 - timestep.storage_offset() / len(timesteps)
         steps = getattr(scheduler, "num_inference_steps", None) or len(timesteps)
-        reason = why_not(self.name, solver, steps)
+        reason = why_not(self.name, solver, steps, round(steps * left))
         if reason is not None:
             raise ValueError(reason)
         self._passed.value = timesteps
         if solver not in SOLVERS | self._told:
             self._told.add(solver)
-            warnings.warn(
+            warn(
                 f"the presets by name were not tried with {solver}: see with `tomesd-plus compare` if fewer steps are "
-                "closer here, or call tune, which finds what suits this pipeline.",
-                stacklevel=2,
+                "closer here, or call tune, which finds what suits this pipeline."
             )
+
+
+def _is_part(timestep: Any, timesteps: Tensor) -> bool:
+    """True for a view into a scheduler's timesteps."""
+    return (
+        isinstance(timestep, Tensor)
+        and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+    )
 
 
 def refusals_on(denoiser: nn.Module) -> list[Refusal]:

@@ -15,6 +15,9 @@ class AdaptiveRatio:
         similarity: Cosine similarity, in [-1, 1], from which on a source counts as like its destination.
         ratios: The ratios to choose from, in [0, 1). The greatest is taken that is not above the share of tokens
             which are alike, averaged over the batch; none, if all are above it.
+
+    Raises:
+        ValueError: There are no ratios, or a value is outside its range.
     """
 
     similarity: float = 0.9

@@ -70,7 +70,11 @@ class StepPlan:
         return max(map(len, re.split(f"[{depths}]", self.letters)))
 
     def at_number(self, number: int, last: bool = False) -> Depth:
-        """The depth of a step, counted from 0; ``last`` if it is known to be the schedule's last one.
+        """The depth of a step.
+
+        Args:
+            number: Of the step, counted from 0.
+            last: Whether it is known to be the schedule's last one.
 
         Example:
             >>> plan = StepPlan("FSC", repeats=True)

@@ -59,7 +59,11 @@ class Schedule(ABC):
         return self.replaced(self.ratios[::-1])
 
     def quantized(self, count: int = 4) -> "StepsSchedule":
-        """The nearest schedule of ``count`` plateaus: few distinct token counts, so few recompilations."""
+        """The nearest schedule of ``count`` plateaus: few distinct token counts, so few recompilations.
+
+        Raises:
+            ValueError: ``count`` is below 1.
+        """
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")
         edges = [1 - i / count for i in range(count + 1)]
@@ -85,7 +89,14 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class ConstantSchedule(Schedule):
-    """The same ratio at every step: tomesd."""
+    """The same ratio at every step: tomesd.
+
+    Args:
+        ratio: In [0, 1).
+
+    Raises:
+        ValueError: It is outside its range.
+    """
 
     ratio: float = 0.5
 
@@ -105,7 +116,15 @@ class ConstantSchedule(Schedule):
 
 @dataclass(frozen=True)
 class LinearSchedule(Schedule):
-    """A straight line from the ratio at noise level 1 to the ratio at noise level 0."""
+    """A straight line from the ratio at noise level 1 to the ratio at noise level 0.
+
+    Args:
+        noisy: The ratio at noise level 1, in [0, 1).
+        clean: The ratio at noise level 0, in [0, 1).
+
+    Raises:
+        ValueError: A ratio is outside its range.
+    """
 
     noisy: float = 0.7
     clean: float = 0.3
@@ -126,7 +145,15 @@ class LinearSchedule(Schedule):
 
 @dataclass(frozen=True)
 class CosineSchedule(Schedule):
-    """Half a cosine between the two ends, flat near both; the shape that SDTM uses."""
+    """Half a cosine between the two ends, flat near both; the shape that SDTM uses.
+
+    Args:
+        noisy: The ratio at noise level 1, in [0, 1).
+        clean: The ratio at noise level 0, in [0, 1).
+
+    Raises:
+        ValueError: A ratio is outside its range.
+    """
 
     noisy: float = 0.7
     clean: float = 0.3
@@ -148,6 +175,12 @@ class CosineSchedule(Schedule):
 @dataclass(frozen=True)
 class StepsSchedule(Schedule):
     """Plateaus of equal length, from noisy to clean. Few distinct ratios are what ``torch.compile`` likes.
+
+    Args:
+        plateaus: Their ratios, each in [0, 1).
+
+    Raises:
+        ValueError: There is none, or a ratio is outside its range.
 
     Example:
         >>> [StepsSchedule((0.75, 0.5, 0.25))(level) for level in (1.0, 0.5, 0.0)]

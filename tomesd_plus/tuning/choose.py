@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tomesd_plus.tuning.errors import Errors
-from tomesd_plus.tuning.plans import Plan, even_plans, neighbours, repeated_plans
+from tomesd_plus.tuning.plans import Merging, Plan, even_plans, neighbours, repeated_plans
 from tomesd_plus.tuning.search import best_plans
 from tomesd_plus.tuning.trials import Trials, measured_gains
 
@@ -56,10 +56,26 @@ def budget_of(trials: Trials, speedup: float) -> float:
     return sum(trials.full.calls) / speedup
 
 
-def fewer_steps(trials: Trials, speedup: float) -> list[int]:
-    """How many steps alone are so fast: the most, and one more, which is slower and only told."""
-    count = int(trials.task.steps / speedup + 1e-9)
-    return [steps for steps in (count, count + 1) if 1 <= steps < trials.task.steps]
+def record_fewer_steps(trials: Trials, speedup: float) -> None:
+    """Record the most steps that alone are so fast, and one more, which is slower and only told.
+
+    Some solvers call more often than once a step, and image-to-image takes a part of the steps.
+    """
+    steps = int(trials.task.steps / speedup + 1e-9) + 1
+    if steps >= trials.task.steps:
+        steps = trials.task.steps - 1
+    while usable(trials, steps) and steps >= 1:
+        if trials.speedup(trials.untouched(steps)) >= speedup - 1e-6:
+            return
+        steps -= 1
+
+
+def fewer_steps(trials: Trials, speedup: float) -> list[Plan]:
+    """Of fewer steps that were recorded the closest that are so fast, then the next slower ones."""
+    others = [trials.untouched(steps) for steps in trials.recordings if steps != trials.task.steps]
+    fast = [plan for plan in others if trials.speedup(plan) >= speedup - 1e-6]
+    slow = [plan for plan in others if plan not in fast]
+    return [*sorted(fast, key=lambda plan: plan.steps)[-1:], *sorted(slow, key=lambda plan: plan.steps)[:1]]
 
 
 def simple_plans(trials: Trials, speedup: float, free: bool) -> list[Plan]:
@@ -68,9 +84,7 @@ def simple_plans(trials: Trials, speedup: float, free: bool) -> list[Plan]:
     made = trials.full
     plans = even_plans(len(made.levels), budget, trials.costs, made.calls, trials.caches)
     plans = [plan.called_with(trials.task.steps) for plan in plans]
-    for steps in fewer_steps(trials, speedup):
-        if usable(trials, steps):
-            trials.recording(steps)
+    record_fewer_steps(trials, speedup)
     if free:
         for steps in _free_steps(trials, speedup):
             calls = trials.recording(steps).calls
@@ -100,7 +114,7 @@ def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free
     budget = budget_of(trials, speedup)
     found: dict[Plan, float] = {}
     patterns: dict[Plan, float] = {}
-    mergings = ["none"]
+    mergings: list[Merging] = ["none"]
     mergings += ["cached"] if trials.costs.cached_merged is not None else []
     can_merge = trials.costs.full_merged is not None
     mergings += ["all"] if can_merge and (trials.costs.cached_merged is not None or not trials.caches) else []
@@ -111,8 +125,8 @@ def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free
             patterns[repeated.called_with(steps)] = base + errors.of(repeated)
         for merging in mergings:
             for forecast in FORECASTS[:2] if trials.caches and merging == "none" else FORECASTS[:1]:
-                plan = best_plans(errors, trials.costs, calls, [budget], forecast, merging=merging)[0]  # type: ignore[arg-type]
-                if plan is not None:
+                plan = best_plans(errors, trials.costs, calls, [budget], forecast, merging=merging)[0]
+                if plan is not None and not _idle(plan, trials.caches):
                     found.setdefault(plan.called_with(steps), base + errors.of(plan))
     likely = sorted(patterns, key=lambda plan: patterns[plan])[:REPEATED]
     return [*sorted(found, key=lambda plan: found[plan]), *likely]
@@ -162,13 +176,18 @@ def _likeliest(
     options += [replace(best, forecast=share) for share in FORECASTS] if "C" in best.letters else []
     options = [plan for plan in options if (plan.forecast, plan.order) not in varied]
     changed = [plan for plan in [*options, *neighbours(best, trials.caches)] if plan not in trials.tried]
-    allowed = [plan for plan in changed if trials.cost(plan) <= budget + 1e-9 and not _idle(plan)]
+    allowed = [plan for plan in changed if trials.cost(plan) <= budget + 1e-9 and not _idle(plan, trials.caches)]
     return min(allowed, key=lambda plan: (errors.of(plan), str(plan)), default=None)
 
 
-def _idle(plan: Plan) -> bool:
-    """True for a plan that says in another way what a plainer one says."""
-    return ("S" not in plan.letters and plan.order != 1) or ("C" not in plan.letters and plan.forecast != 1.0)
+def _idle(plan: Plan, caches: bool) -> bool:
+    """True for a plan that says in another way what a plainer one says; a UNet's merging follows its cached steps."""
+    cached = "C" in plan.letters
+    return (
+        ("S" not in plan.letters and plan.order != 1)
+        or (not cached and plan.forecast != 1.0)
+        or (caches and not cached and plan.merging != "none")
+    )
 
 
 def fastest_within(trials: Trials, psnr: float, free: bool) -> Plan | None:
@@ -192,6 +211,9 @@ def fastest_within(trials: Trials, psnr: float, free: bool) -> Plan | None:
         for plan in simple_plans(trials, speedup, free):
             trials.error(plan)
         better(trials, gains, weights, speedup, free, trials.spent + trials.left / 2)
+    best = best_within(trials, psnr, free)
+    for plan in [] if best is None else simple_plans(trials, trials.speedup(best), free):
+        trials.error(plan)  # to stand beside it
     return best_within(trials, psnr, free)
 
 

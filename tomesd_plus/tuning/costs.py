@@ -30,7 +30,7 @@ def measured_costs(task: Task, prompts: Sequence[tuple[int, str]], caches: bool)
         plans.append(Plan(plans[0].letters, merging="all"))
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for plan in plans:
-        for letter, each in zip(plan.letters, _seconds(task, prompts, plan)):
+        for letter, each in _calls(task, prompts, plan):
             seconds[plan.merging, letter].append(each)
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}
     full = medians["none", "F"]
@@ -49,8 +49,8 @@ def merges_on_steps(pipe: Any, caches: bool) -> bool:
     return finest_level(model) == 1 if caches else is_known_transformer(model)
 
 
-def _seconds(task: Task, prompts: Sequence[tuple[int, str]], plan: Plan) -> list[float]:
-    """Of each step's calls, after a run that warms up."""
+def _calls(task: Task, prompts: Sequence[tuple[int, str]], plan: Plan) -> list[tuple[str, float]]:
+    """What each call has run, as a letter, and how long, after a run that warms up."""
     times: list[float] = []
     started = 0.0
 
@@ -62,13 +62,14 @@ def _seconds(task: Task, prompts: Sequence[tuple[int, str]], plan: Plan) -> list
         times.append(now(next(model.parameters()).device) - started)
 
     denoiser = denoiser_of(task.pipe)
-    with switched_on(task.pipe, plan):
-        task.pictures(prompts[:1], 4)
+    with switched_on(task.pipe, plan) as report:
+        task.pictures(prompts[:1])
         handles = denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)
         try:
-            task.pictures(prompts[:1], plan.steps)
+            task.pictures(prompts[:1])
         finally:
             for handle in handles:
                 handle.remove()
-    per_step = max(1, len(times) // plan.steps)
-    return times[::per_step][: plan.steps]
+        assert report.cache is not None
+        kinds = [step.kind[0].upper() for step in report.cache.steps]
+    return list(zip(kinds, times, strict=True))

@@ -1,6 +1,6 @@
 """Generate the pictures of a set of prompts with a plan, and compare them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from tomesd_plus.caching import FeatureCacheConfig
 from tomesd_plus.host.models import denoiser_of, unwrapped
 from tomesd_plus.host.transformers import is_known_transformer
 from tomesd_plus.merging.config import ToMeConfig
-from tomesd_plus.presets import Preset, preset
+from tomesd_plus.presets import Preset, PresetReport, preset
 from tomesd_plus.presets.named import ON_ALL_STEPS, UNDER_A_CACHE
 from tomesd_plus.schedules import StepPlan
 from tomesd_plus.tuning.plans import Merging, Plan
@@ -47,12 +47,14 @@ class Task:
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
             options = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+            negative = {name: text for name, text in self.options.items() if name.startswith("negative_prompt")}
+            repeated = {name: [text] * len(batch) for name, text in negative.items() if isinstance(text, str)}
             result = self.pipe(
                 prompt=[prompt for _, prompt in batch],
                 num_inference_steps=self.steps if steps is None else steps,
                 generator=[torch.Generator().manual_seed(self.seed + number) for number, _ in batch],
                 output_type="pt",
-                **(options | self.options),
+                **(options | self.options | repeated),
             )
             images = torch.as_tensor(result[0]).detach().float().cpu()
             if len(images) != len(batch):
@@ -100,10 +102,10 @@ def preset_of(pipe: Any, plan: Plan, levels: Sequence[float] | None, description
 
 
 @contextmanager
-def switched_on(pipe: Any, plan: Plan) -> Iterator[None]:
-    """A plan inside a ``with`` block."""
-    with preset(pipe, preset_of(pipe, plan, None)):
-        yield
+def switched_on(pipe: Any, plan: Plan) -> Iterator[PresetReport]:
+    """A plan inside a ``with`` block; yields its reports."""
+    with preset(pipe, preset_of(pipe, plan, None)) as report:
+        yield report
 
 
 @contextmanager
@@ -122,7 +124,3 @@ def _put_back(pipe: Any, before: dict[str, Any] | None) -> None:
         vars(pipe).pop("_progress_bar_config", None)
     else:
         pipe._progress_bar_config = before
-
-
-OnWork = Callable[[float, str], None]
-"""Told of the work that was done, in untouched generations of all prompts, and what it was for."""

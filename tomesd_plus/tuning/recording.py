@@ -30,7 +30,7 @@ class Recording:
         outputs: What the scheduler was given at each step, which is the guided output, (steps, prompts, values).
         features: What cached steps would take, likewise; ``None`` if the model has no layers to skip.
         sensitivity: Squared error of the output of a cached step for each squared error of what it takes.
-        seconds: Of the generations, and of the denoiser's calls in them.
+        seconds: Of the generations, without what recording has added, and of the denoiser's calls in them.
     """
 
     pictures: Tensor
@@ -86,7 +86,10 @@ def record(task: Task, prompts: Sequence[tuple[int, str]], steps: int, caches: b
         torch.cat([torch.stack(recorder.outputs) for recorder in recorders], 1),
         torch.cat([torch.stack(each) for each in features], 1) if caches else None,
         torch.cat([torch.stack(recorder.sensitivity) for recorder in recorders], 1) if caches else None,
-        (seconds, sum(recorder.seconds for recorder in recorders)),
+        (
+            seconds - sum(recorder.recording_seconds for recorder in recorders),
+            sum(recorder.seconds for recorder in recorders),
+        ),
     )
 
 
@@ -105,7 +108,7 @@ class _Recorder:
         self.outputs: list[Tensor] = []  # a step: (prompts, values)
         self.features: list[Tensor] = []
         self.sensitivity: list[Tensor] = []  # a step: (prompts,)
-        self.seconds = 0.0
+        self.seconds = self.recording_seconds = 0.0
         self._started = 0.0
         self._left: dict[str, Any] = {}  # what the step before has left
 
@@ -129,7 +132,12 @@ class _Recorder:
         self._started = now(_device(model))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.seconds += now(_device(model)) - self._started
+        ended = now(_device(model))
+        self.seconds += ended - self._started
+        self._record(model, args, kwargs, output)
+        self.recording_seconds += now(_device(model)) - ended
+
+    def _record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         reading = self.read(model, args, kwargs)
         step = self.tracker.observe(reading.sample, reading.timestep, reading.text)
         if step.number < len(self.steps):

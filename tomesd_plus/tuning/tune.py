@@ -1,6 +1,5 @@
 """Choose what runs at which step, on the user's own model."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +12,7 @@ from tomesd_plus.caching.apply import cached_steps_possible
 from tomesd_plus.caching.cache import feature_cache_on
 from tomesd_plus.host.models import denoiser_of, unwrapped
 from tomesd_plus.host.names import device_name, model_name, scheduler_name
+from tomesd_plus.host.say import warn
 from tomesd_plus.merging.apply import is_merging
 from tomesd_plus.presets import Measured, Preset, Row
 from tomesd_plus.tuning.arguments import checked, default_steps
@@ -77,8 +77,9 @@ def tune(
         call: What else each call of the pipeline is given: ``image``, ``mask_image``, ``height``, …
 
     Returns:
-        A :class:`~tomesd_plus.Preset` with what was measured; a list of them where several speed-ups were asked for.
-        After Ctrl-C the best so far, without figures on prompts kept aside.
+        A :class:`~tomesd_plus.Preset` with what was measured; a list of them where several speed-ups were asked for,
+        without those that no plan has, of which a warning tells. After Ctrl-C the best so far, without figures on
+        prompts kept aside.
 
     Raises:
         ValueError: An argument is out of range, or no plan reaches the speed or the fidelity.
@@ -133,13 +134,24 @@ def tune(
         if not found_plans:
             goal = f"speedup={speedup}" if psnr is None else f"psnr={psnr}"
             raise ValueError(f"no plan of {count} steps has {goal}: ask for less, or give more max_generations")
-        presets = [
-            _measured(
-                trials, plan, each if psnr is None else trials.speedup(plan), held, given is None, steps == "free"
-            )
-            for each, plan in found_plans
-        ]
-        return presets if isinstance(speedup, Sequence) else presets[0]
+        missed = [f"{each:g}" for each in wanted if plans.get(each) is None]
+        if missed and interrupted is None:
+            warn(f"no plan of {count} steps is {', '.join(missed)} times as fast: ask for less, or steps='free'")
+
+        def measured(held: list[tuple[int, str]]) -> list[Preset]:
+            return [
+                _measured(trials, plan, trials.speedup(plan) if psnr else each, held, given is None, steps == "free")
+                for each, plan in found_plans
+            ]
+
+        try:
+            presets = measured(held)
+        except KeyboardInterrupt:  # while the figures on prompts kept aside are made
+            presets = measured([])
+        if not isinstance(speedup, Sequence):
+            return presets[0]
+        by_speed = dict(zip((each for each, _ in found_plans), presets, strict=True))
+        return [by_speed[each] for each in wanted if each in by_speed]
 
 
 def _measured(
@@ -147,7 +159,7 @@ def _measured(
 ) -> Preset:
     """A plan as a preset, with what was measured of it and of what stands beside it."""
     task, made = trials.task, trials.full
-    fewer = [trials.untouched(each) for each in fewer_steps(trials, wanted) if each in trials.recordings]
+    fewer = fewer_steps(trials, wanted)
     even = [
         each
         for each in even_plans(len(made.levels), budget_of(trials, wanted), trials.costs, made.calls, trials.caches)
@@ -155,11 +167,11 @@ def _measured(
     ]
     even = [each.called_with(task.steps) for each in even]
     beside = [*fewer, *([max(even, key=trials.psnr)] if even else [])]
-    best_fewer = fewer[0] if fewer else None
-    if not free and best_fewer is not None and trials.psnr(best_fewer) > trials.psnr(plan) + 0.05:
-        warnings.warn(
-            f"{best_fewer.steps} steps are closer than what tune has found at this speed: "
-            f"{trials.psnr(best_fewer):.1f} dB beside {trials.psnr(plan):.1f}. Let it choose with steps='free'.",
+    fast = [each for each in fewer if trials.speedup(each) >= wanted - 1e-6]
+    if not free and fast and trials.psnr(fast[0]) > trials.psnr(plan) + 0.05:
+        warn(
+            f"{fast[0].steps} steps are closer than what tune has found at this speed: "
+            f"{trials.psnr(fast[0]):.1f} dB beside {trials.psnr(plan):.1f}. Let it choose with steps='free'.",
             stacklevel=3,
         )
     aside = _held_out(trials, [plan, *beside], held)

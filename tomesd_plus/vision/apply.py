@@ -1,10 +1,10 @@
 """Apply and remove token merging in vision towers: the one place where a model is changed."""
 
-import warnings
 from typing import Any, cast
 
 from torch import nn
 
+from tomesd_plus.host.say import warn
 from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.attention import NAME, merging_config
 from tomesd_plus.vision.config import TowerConfig
@@ -50,7 +50,7 @@ def unmerge_towers(model_or_pipeline: Any) -> None:
             cast(Any, module).config = config.token_merging.config
     if not found:
         towers_of(model_or_pipeline)  # raises where there is nothing that could be merged
-        warnings.warn("token merging is not applied, so there is nothing to remove", stacklevel=3)
+        warn("token merging is not applied, so there is nothing to remove", stacklevel=3)
 
 
 def towers_report(model_or_pipeline: Any) -> TowerReport:

@@ -9,7 +9,6 @@ is what Bolya et al. compute ("Token Merging: Your ViT But Faster", https://arxi
 the norm, one after the MLP, one after the layer.
 """
 
-import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tomesd_plus.host.arguments import first
+from tomesd_plus.host.say import warn
 from tomesd_plus.vision.attachment import Attachment
 from tomesd_plus.vision.call import KEY, Call, LayerCall
 from tomesd_plus.vision.methods import METHODS
@@ -84,7 +84,7 @@ class BeforeLayer(Hook):
                 )
             if call.reason is not None and not self.attachment.warned:
                 self.attachment.warned = True
-                warnings.warn(f"Token merging does nothing in this call: {call.reason}.", stacklevel=2)
+                warn(f"Token merging does nothing in this call: {call.reason}.", stacklevel=2)
         if call.reason is not None:
             return args, kwargs
         before = call.sequences[self.index]

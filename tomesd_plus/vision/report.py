@@ -113,11 +113,15 @@ class TowerReport:
         Args:
             picture: What the model was given as one sample: a PIL picture, or (3, height, width) or (height, width, 3)
                 in any range, for example a row of ``pixel_values``.
-            layer, tower: As in :meth:`source_map`.
+            layer: As in :meth:`source_map`.
+            tower: As there.
             sample: Of the batch.
 
         Returns:
             A picture of about the same size, at least eight pixels a patch.
+
+        Raises:
+            ValueError: As in :meth:`source_map`, or the batch had no such sample.
         """
         groups = self.source_map(layer, tower)
         if isinstance(sample, bool) or not -len(groups) <= sample < len(groups):

@@ -1,0 +1,79 @@
+"""The README and the site: what must have its place, and what must be as it is drawn."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tomesd_plus
+
+ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)\s#]+)")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+
+
+def test_every_public_name_has_its_place():
+    shown = re.findall(r"^::: tomesd_plus\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(tomesd_plus.__all__)
+
+
+def test_the_readme_is_short_and_its_first_screen_tells_all():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    first = "\n".join(lines[:35])
+    assert "![" in first and "```python" in first and "|---|" in first and "does not pay" in first
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_every_example_is_listed():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    names = {path.name for path in (ROOT / "examples").glob("*.py")} - {"__init__.py"}
+    assert not [name for name in names if f"`{name}`" not in page and not name.startswith("pruna_")]
+
+
+def test_every_option_of_merging_and_caches_is_listed():
+    page = (ROOT / "docs" / "options.md").read_text()
+    fields = [*tomesd_plus.ToMeConfig.__dataclass_fields__, *tomesd_plus.FeatureCacheConfig.__dataclass_fields__]
+    assert "ratio" in fields and not [name for name in fields if f"| `{name}` |" not in page]
+
+
+def test_addresses_and_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["repository-code"] == project["urls"]["Source"] and citation["license"] == project["license"]
+    assert citation["version"] == tomesd_plus.__version__
+    assert all(url.startswith("https://") for url in project["urls"].values())
+
+
+def test_the_page_of_a_package_index_has_absolute_links():
+    text = (ROOT / "setup.py").read_text()
+    names = {"__file__": str(ROOT / "setup.py"), "setup": lambda **_: None}
+    exec(text.replace("from setuptools import setup\n", ""), names)
+    page = names["absolute"]("![a](docs/x.png) [b](docs/y.md) [c](https://z) [d](#e)")
+    source = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
+    tag = f"v{tomesd_plus.__version__}"
+    assert page == f"![a]({source}/raw/{tag}/docs/x.png) [b]({source}/blob/{tag}/docs/y.md) [c](https://z) [d](#e)"
+
+
+def test_tables_are_as_their_data_says():
+    spec = importlib.util.spec_from_file_location("draw_tables", ROOT / "docs" / "draw_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    row = {"solver": "DDIMScheduler", "steps": "25", "speed-up": "1.789", "PSNR dB": "50.06", "PSNR dB of these": "45"}
+    rows = [row | {"preset": "quality", "below": ""}, row | {"preset": "fast", "below": "miss"}]
+    drawn = tables.table(rows, [("DDIMScheduler", 25)])
+    assert drawn.splitlines()[-1] == "| DDIM, 25 | 1.79× | **50.1** | 45.0 | 1.79× | 50.1 | 45.0 |"
+    for name, wanted in tables.TABLES.items():
+        text = (ROOT / name).read_text()
+        assert tables.MARKED.search(text)
+        if tables.DATA.exists():
+            assert tables.filled(text, wanted) == text, "make tables"

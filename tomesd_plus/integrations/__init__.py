@@ -1,0 +1,1 @@
+"""Plug-ins for other libraries; each is a module to import by itself."""

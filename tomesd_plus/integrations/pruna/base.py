@@ -1,0 +1,98 @@
+"""What the algorithms have in common: how they refuse, and how they are saved and loaded."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from pruna.algorithms.base.pruna_base import PrunaAlgorithmBase
+from pruna.config.smash_config import SmashConfig, SmashConfigPrefixWrapper
+from pruna.engine.save import SAVE_FUNCTIONS
+from pruna.logging.logger import pruna_logger
+
+from tomesd_plus.dispatch import merging_report
+
+NEEDED = "import tomesd_plus.integrations.pruna before loading this model"
+"""What a KeyError says where a saved model is loaded without the plug-in.
+
+Pruna looks up by name, in order, what it is to apply again: so a name that says what to do stands first."""
+
+
+class TomesdPlus(PrunaAlgorithmBase):
+    """What the three algorithms have in common."""
+
+    save_fn = SAVE_FUNCTIONS.reapply
+    tokenizer_required: bool = False
+    processor_required: bool = False
+    dataset_required: bool = False
+    runs_on: ClassVar[list[str]] = ["cpu", "cuda", "mps"]
+
+    def model_check_fn(self, model: Any) -> bool:
+        """Check if the model has what the algorithm works on; the log says what it lacks.
+
+        Parameters
+        ----------
+        model : Any
+            The model to check.
+
+        Returns:
+        -------
+        bool
+            True if the model is a valid model for the algorithm, False otherwise.
+        """
+        try:
+            self._look_at(model)
+        except TypeError as error:
+            pruna_logger.error(f"{self.algorithm_name}: {error}.")
+            return False
+        return True
+
+    def apply(self, model: Any, smash_config: SmashConfig) -> Any:
+        """Apply the algorithm, and have a saved model name this plug-in where it is missing.
+
+        Parameters
+        ----------
+        model : Any
+            The model to apply the algorithm to.
+        smash_config : SmashConfig
+            The SmashConfig object containing the save and load functions.
+
+        Returns:
+        -------
+        Any
+            The model after the algorithm has been applied.
+        """
+        smash_config.reapply_after_load[NEEDED] = True
+        return super().apply(model, smash_config)
+
+    def _pre_smash_hook(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
+        """Refuse, before anything is changed, what hyperparameters say together, and a model that was smashed already.
+
+        Parameters
+        ----------
+        model : Any
+            The model to be smashed.
+        smash_config : SmashConfigPrefixWrapper
+            The hyperparameters.
+        """
+        try:
+            self._check(model, smash_config)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.algorithm_name}: {error}") from error
+
+    @abstractmethod
+    def _look_at(self, model: Any) -> None:
+        """Raise TypeError if the model has nothing to work on."""
+
+    @abstractmethod
+    def _check(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
+        """Raise TypeError or ValueError if the algorithm cannot be applied."""
+
+
+def refuse_merged(model: Any) -> None:
+    """Raise ValueError if merging is on already."""
+    try:
+        merging_report(model)
+    except ValueError:
+        return
+    raise ValueError(
+        "token merging is on in this model already: call tomesd_plus.remove_token_merging on it first, or load it anew"
+    )
