@@ -1,5 +1,6 @@
 """Tuning: what it finds, that it finds it again, and that it leaves nothing behind."""
 
+import sys
 import warnings
 
 import pytest
@@ -226,6 +227,6 @@ def test_interrupted_among_the_prompts_kept_aside(dpm, monkeypatch):
             raise KeyboardInterrupt
         return {}
 
-    monkeypatch.setattr("tomesd_plus.tuning.tune._held_out", interrupt)
+    monkeypatch.setattr(sys.modules["tomesd_plus.tuning.tune"], "_held_out", interrupt)  # the name is the function's
     chosen = tune(dpm, PROMPTS[:2], speedup=1.2, **CALL, **SMALL)
     assert chosen.measured.speedup >= 1.2 and chosen.measured.held_out_psnr is None

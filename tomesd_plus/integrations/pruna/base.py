@@ -26,14 +26,15 @@ class TomesdPlus(PrunaAlgorithmBase):
     runs_on: ClassVar[list[str]] = ["cpu", "cuda", "mps"]
 
     def model_check_fn(self, model: Any) -> bool:
-        """Check if the model has what the algorithm works on; the log says what it lacks.
+        """
+        Check if the model has what the algorithm works on; the log says what it lacks.
 
         Parameters
         ----------
         model : Any
             The model to check.
 
-        Returns:
+        Returns
         -------
         bool
             True if the model is a valid model for the algorithm, False otherwise.
@@ -46,7 +47,8 @@ class TomesdPlus(PrunaAlgorithmBase):
         return True
 
     def apply(self, model: Any, smash_config: SmashConfig) -> Any:
-        """Apply the algorithm, and have a saved model name this plug-in where it is missing.
+        """
+        Apply the algorithm, and have a saved model name this plug-in where it is missing.
 
         Parameters
         ----------
@@ -55,7 +57,7 @@ class TomesdPlus(PrunaAlgorithmBase):
         smash_config : SmashConfig
             The SmashConfig object containing the save and load functions.
 
-        Returns:
+        Returns
         -------
         Any
             The model after the algorithm has been applied.
@@ -64,7 +66,8 @@ class TomesdPlus(PrunaAlgorithmBase):
         return super().apply(model, smash_config)
 
     def _pre_smash_hook(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
-        """Refuse, before anything is changed, what hyperparameters say together, and a model that was smashed already.
+        """
+        Refuse, before anything is changed, what hyperparameters say together, and a model that was smashed already.
 
         Parameters
         ----------

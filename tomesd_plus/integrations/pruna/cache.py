@@ -22,7 +22,8 @@ OWN = {"interval": 3, "forecast": 0.85, "skip": "layers"}
 
 
 class TomeCache(TomesdPlus):
-    """Run the denoiser in full on some steps only, and on the others its outer layers, or nothing.
+    """
+    Run the denoiser in full on some steps only, and on the others its outer layers, or nothing.
 
     What is left out follows the trend of the last full steps. A preset says what runs at which step, and what merges
     there; its content is saved with the model.
@@ -38,9 +39,10 @@ class TomeCache(TomesdPlus):
     compatible_after: ClassVar[Iterable[str]] = ["torch_compile"]
 
     def get_hyperparameters(self) -> list[Any]:
-        """Get the hyperparameters for the algorithm.
+        """
+        Get the hyperparameters for the algorithm.
 
-        Returns:
+        Returns
         -------
         list
             The hyperparameters.
@@ -100,7 +102,8 @@ class TomeCache(TomesdPlus):
             )
 
     def _apply(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> Any:
-        """Put the cache on the denoiser, and merge tokens where a preset does.
+        """
+        Put the cache on the denoiser, and merge tokens where a preset does.
 
         Parameters
         ----------
@@ -109,7 +112,7 @@ class TomeCache(TomesdPlus):
         smash_config : SmashConfigPrefixWrapper
             The hyperparameters.
 
-        Returns:
+        Returns
         -------
         Any
             The same model.

@@ -20,7 +20,8 @@ ADAPTIVE_RATIOS = 3  # equal steps up to the reduction ratio
 
 
 class TomeSD(TomesdPlus):
-    """Merge tokens in Stable Diffusion's UNet, more of them at noisy steps than at clean ones.
+    """
+    Merge tokens in Stable Diffusion's UNet, more of them at noisy steps than at clean ones.
 
     Tokens that are alike are merged before self-attention and unmerged after it, so that attention, whose cost grows
     with the square of their number, runs on fewer.
@@ -36,9 +37,10 @@ class TomeSD(TomesdPlus):
     compatible_after: ClassVar[Iterable[str]] = ["tome_cache", "torch_compile"]
 
     def get_hyperparameters(self) -> list[Any]:
-        """Get the hyperparameters for the algorithm.
+        """
+        Get the hyperparameters for the algorithm.
 
-        Returns:
+        Returns
         -------
         list
             The hyperparameters.
@@ -111,7 +113,8 @@ class TomeSD(TomesdPlus):
         refuse_merged(model)
 
     def _apply(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> Any:
-        """Merge tokens in the UNet, and in ControlNets beside it.
+        """
+        Merge tokens in the UNet, and in ControlNets beside it.
 
         Parameters
         ----------
@@ -120,7 +123,7 @@ class TomeSD(TomesdPlus):
         smash_config : SmashConfigPrefixWrapper
             The hyperparameters.
 
-        Returns:
+        Returns
         -------
         Any
             The same model.

@@ -16,7 +16,8 @@ from tomesd_plus.vision.towers import towers_of
 
 
 class TomeVision(TomesdPlus):
-    """Merge tokens in transformers' vision towers: ViT, DeiT, CLIP, SigLIP, DINOv2 and DINOv3, bare or inside a model.
+    """
+    Merge tokens in transformers' vision towers: ViT, DeiT, CLIP, SigLIP, DINOv2 and DINOv3, bare or inside a model.
 
     Each layer merges the tokens that are most alike, so that the layers after it run on fewer. Outputs keep their
     shapes.
@@ -34,9 +35,10 @@ class TomeVision(TomesdPlus):
     compatible_after: ClassVar[Iterable[str]] = ["torch_compile"]
 
     def get_hyperparameters(self) -> list[Any]:
-        """Get the hyperparameters for the algorithm.
+        """
+        Get the hyperparameters for the algorithm.
 
-        Returns:
+        Returns
         -------
         list
             The hyperparameters.
@@ -94,7 +96,8 @@ class TomeVision(TomesdPlus):
         refuse_merged(model)
 
     def _apply(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> Any:
-        """Put hooks on the model's vision towers.
+        """
+        Put hooks on the model's vision towers.
 
         Parameters
         ----------
@@ -103,7 +106,7 @@ class TomeVision(TomesdPlus):
         smash_config : SmashConfigPrefixWrapper
             The hyperparameters.
 
-        Returns:
+        Returns
         -------
         Any
             The same model.
