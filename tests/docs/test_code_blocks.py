@@ -63,10 +63,15 @@ def tiny_classifier(task, model, **_options):
     return real_pipeline(task, model=ViTForImageClassification(config).eval(), image_processor=processor)
 
 
+def is_there(name):
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder of that name is no package
+
+
 def run(page, tmp_path, monkeypatch, with_slow):
     blocks = [code for code, slow in blocks_of(page, "python") if with_slow or not slow]
     for name in NEEDS:
-        if re.search(rf"^(from|import) {name}\b", "\n".join(blocks), re.MULTILINE) and not find_spec(name):
+        if re.search(rf"^(from|import) {name}\b", "\n".join(blocks), re.MULTILINE) and not is_there(name):
             pytest.skip(f"{name} is not installed")
     if is_too_old() and "image-classification" in "\n".join(blocks):
         pytest.skip("merging in vision towers needs a newer transformers")
