@@ -3,6 +3,7 @@
 import functools
 import re
 import shlex
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def quick_pipeline(*_args, most_steps=STEPS, **_options):
 
 
 def quick_tune(*args, **options):
-    return tune(*args, **options, max_generations=6, progress=False)
+    with warnings.catch_warnings():  # with so little work it may find less than fewer steps
+        warnings.filterwarnings("ignore", message=".* steps are closer than what tune has found")
+        return tune(*args, **options, max_generations=6, progress=False)
 
 
 def tiny_classifier(task, model, **_options):
@@ -78,6 +81,7 @@ def run(page, tmp_path, monkeypatch, with_slow):
     picture = Image.new("RGB", (64, 64), "orange")
     picture.save(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tomesd_plus.presets.tested.MISSES", frozenset())  # of numbers of steps that a test has not
     for kind in (DiffusionPipeline, AutoPipelineForText2Image):
         monkeypatch.setattr(kind, "from_pretrained", quick_pipeline)
     monkeypatch.setattr(tomesd_plus, "load_tiny_pipeline", quick_pipeline)
