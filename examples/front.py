@@ -137,7 +137,7 @@ def draw(path: Path) -> None:
         "|---|---|" + "--:|" * len(SPEEDUPS),
     ]
     for axes, solver in zip(figure.subplots(1, len(solvers), sharey=True, squeeze=False)[0], solvers):
-        own = [row for row in rows if row["solver"] == solver]
+        own = [row for row in rows if row["solver"] == solver and float(row["speed-up"]) > 1]
         best = best_of(own)
         for kind, colour in KINDS.items():
             points = sorted((float(row["speed-up"]), float(row["PSNR dB"])) for row in own if row["kind"] == kind)

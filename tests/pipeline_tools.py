@@ -84,7 +84,7 @@ WAYS = {
     "preset": Way(
         lambda pipe, level, ratio: apply_preset(pipe, "fast", force=True),
         remove_preset,
-        lambda pipe, report: report.merging.merged and report.cache.cached > 0,
+        lambda pipe, report: report.merging.merged and report.cache.cached + report.cache.skipped > 0,
         ratio=False,
     ),
     "drop-in": Way(

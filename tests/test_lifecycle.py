@@ -92,6 +92,7 @@ FEATURES = {
         remove_preset,
         lambda pipe: preset(pipe, "fast", force=True),
         caches=True,
+        absent="a preset is not applied, so there is nothing to remove",
     ),
     "drop-in": Feature(
         lambda pipe: tomesd.apply_patch(pipe, ratio=0.5, max_downsample=level_of(pipe), use_rand=False),

@@ -82,10 +82,10 @@ def test_presets_and_caches_are_compared(cli, folder):
 
 
 def test_generate_takes_presets_and_caches(cli, folder, tmp_path):
-    for out, options in {"fast": ["--preset", "fast"], "cache": ["--cache-interval", 2]}.items():
+    for out, options in {"quality": ["--preset", "quality"], "cache": ["--cache-interval", 2]}.items():
         result = cli("generate", "--model", folder, "--size", 32, "--steps", 9, *options, "--out", out, "a cat")
         assert result.exit_code == 0, result.output
-    pictures = [np.asarray(Image.open(next((tmp_path / out).iterdir()))) for out in ("fast", "cache")]
+    pictures = [np.asarray(Image.open(next((tmp_path / out).iterdir()))) for out in ("quality", "cache")]
     assert not np.array_equal(*pictures)
     result = cli("generate", "--model", folder, "--size", 32, "--steps", 8, "--preset", "fast", "a cat")
     assert result.exit_code == 2 and "is for 9 steps and more: with 8" in result.stderr

@@ -1,6 +1,7 @@
 """Configurations as YAML, and what they do to a pipeline."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tomesd_plus.evaluation.generation.timing import equal_time_rows
 from tomesd_plus.evaluation.speed import Speed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ABLATION = EXAMPLES / "ablation.yaml"
+ABLATION, GRID = EXAMPLES / "ablation.yaml", EXAMPLES / "grid.yaml"
 
 
 def test_a_bare_value_is_the_main_option():
@@ -158,3 +159,18 @@ def test_rows_of_equal_time_are_for_what_is_faster():
         rows = equal_time_rows(configurations, speeds, Sampling(steps=20))
         assert [row.steps for row in rows] == [15, 7]
     assert equal_time_rows(configurations, {}, Sampling(steps=20)) == []
+
+
+def test_the_grid_has_every_interval_ratio_and_direction():
+    rows = load_configurations(GRID)
+    merged, cached = [], []
+    for each in rows:
+        merge, cache = each.switches.get("merge", {}), each.switches.get("cache", {})
+        if not merge.keys() <= {"ratio", "schedule", "more_at", "cell_size"} or not cache.keys() <= {"interval"}:
+            continue
+        if merge:
+            merged.append((cache.get("interval", 1), merge["ratio"], merge.get("more_at", "constant")))
+        elif cache:
+            cached.append(cache["interval"])
+    assert sorted(merged) == sorted(product((1, 2, 3, 5), (0.25, 0.5, 0.75), ("constant", "noisy", "clean")))
+    assert sorted(cached) == [2, 3, 4, 5, 7]

@@ -83,7 +83,7 @@ ROWS = [
     Row("ControlNet Union (SDXL)", union, partial(call, control_image=[PICTURE], control_mode=[0]), level=4),
     Row("ControlNet-XS", xs, partial(draw, image=PICTURE), ways=("merging", "cache", "bare"),
         fast=("merging", "cache", "bare"),
-        refuses={"cache": "expected a UNet of Stable Diffusion"}),
+        refuses={"cache": "expected a diffusers pipeline with a UNet or a transformer"}),
     Row("T2I-Adapter", lambda: of(StableDiffusionAdapterPipeline, adapter=adapter()),
         partial(as_tensor, image=PICTURE)),
     slow(Row("T2I-Adapter, two",

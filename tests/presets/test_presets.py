@@ -46,7 +46,7 @@ def test_presets_merge_on_sdxl_too(name):
     ("name", "pattern"), [("quality", "FcFcFcFcFF"), ("balanced", "FcsFcsFcsF"), ("fast", "FscsFscsFF")]
 )
 def test_the_reports_follow(pipe, name, pattern):
-    report = apply_preset(pipe, name)
+    report = apply_preset(pipe, name, force=True)
     generate(pipe, num_inference_steps=10)
     assert kinds(report.cache) == pattern
     assert "cached steps" in str(report) and (report.merging is None) == (name not in MERGING)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 ALIKE = 0.8
 """Cosine from which on two latents are taken for successive ones; those of two pictures are nearly at right angles."""
+UNLIKE = 0.2
+"""Cosine below which they are none."""
 
 
 class Seen:
@@ -50,6 +52,10 @@ class Seen:
     def is_like(self, other: Tensor) -> bool:
         """True for two successive latents of one generation."""
         return self.equals(other) or self.likeness(other) > ALIKE
+
+    def is_unlike(self, other: Tensor) -> bool:
+        """True for latents that are nearly at right angles, as those of two pictures are."""
+        return self.likeness(other) < UNLIKE and not self.equals(other)
 
     def _in_common(self, other: Tensor) -> tuple[Tensor, Tensor]:
         batch = min(len(self.copy), len(other))

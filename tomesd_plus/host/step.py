@@ -18,8 +18,6 @@ MOST_CALLS = 4
 
 NEARER = 0.2
 """By so much a cosine must be larger for latents to follow on the one call rather than on the other."""
-UNLIKE = 0.2
-"""Cosine below which latents beyond a jump are another picture's, whatever the text."""
 
 _WHY_OUTSIDE = "token merging and caching choose at each step what runs: remove them before an export"
 
@@ -231,7 +229,7 @@ class StepTracker:
             jumps = self._gap is None or abs(ahead) > 2 * self._gap
         else:
             other, jumps = abs(ahead) > 1 and not same_text(text, latest.text), abs(ahead) > 1
-        return other or (jumps and latest.latents.likeness(sample) < UNLIKE)
+        return other or (jumps and latest.latents.is_unlike(sample))
 
     def _is_schedulers(self) -> bool:
         """True if the schedule is the pipeline's scheduler's own, which is made anew for each generation only."""
