@@ -36,7 +36,7 @@ def made(weights: str, way: str, captions: list[str], steps: int) -> tuple[list[
     if way.startswith("merging"):
         apply_token_merging(pipe, ratio=0.5)
     elif way != "nothing":
-        apply_preset(pipe, way)
+        apply_preset(pipe, way, force=True)
     pictures, start = [], process_time()
     for seed, caption in enumerate(captions):
         generator = torch.Generator().manual_seed(seed)

@@ -14,16 +14,8 @@ import gradio as gr
 from gradio_app import drawings, words
 from gradio_app.backend import Backend
 from gradio_app.handlers import CUSTOM, Handlers, Shown, level_choices
-from gradio_app.settings import (
-    MAX_GUIDANCE,
-    MAX_INTERVAL,
-    MAX_PROMPT,
-    MAX_RATIO,
-    MAX_SEED,
-    MAX_STEPS,
-    MERGED,
-    described,
-)
+from gradio_app.settings import MAX_GUIDANCE, MAX_INTERVAL, MAX_PROMPT, MAX_RATIO, MAX_SEED, MAX_STEPS, MERGED
+from tomesd_plus import CosineSchedule
 from tomesd_plus.evaluation.generation.models import usual_guidance
 from tomesd_plus.evaluation.names import TINY
 from tomesd_plus.presets import PRESETS
@@ -37,7 +29,6 @@ GRID_HEIGHT = "max(380px, calc(100vh - 220px))"
 MAX_WAITING = 32  # runs in the queue; further ones are refused
 KEPT_SECONDS = 3600  # a page's last result, on the server
 MAX_PAGES = 256  # whose last results are kept
-OPENING = "fast"  # the preset that the page opens with: the one that also merges
 RATIOS = ("0.1", "0.25", "0.4", "0.5", "0.6", "0.75")
 RUN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "hidden"}
 LIVE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -62,7 +53,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
                         with gr.Row():
                             compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
                             cancel = gr.Button("Cancel", variant="secondary", elem_id="cancel", min_width=80)
-                        candidate, curve = _candidate_fields(handlers)
+                        candidate, curve = _candidate_fields(backend)
                     with gr.Column(scale=1, min_width=320):
                         results = _results(backend)
                 with gr.Tab("Explore", id="explore"), gr.Row(equal_height=False):
@@ -178,31 +169,25 @@ def _picture_fields(backend: Backend, tiny: bool) -> dict[str, Any]:
     return dict(zip(names, (prompt, negative, seed, chance, steps, guidance, *sides), strict=True))
 
 
-def _candidate_fields(handlers: Handlers) -> tuple[dict[str, Any], gr.HTML]:
-    """What is compared, in the order of :func:`gradio_app.handlers.candidate_from`, and the curve.
-
-    The page opens with a preset, so the fields that it sets are locked.
-    """
-    backend = handlers.backend
-    near = described(backend.presets[OPENING], backend.pipe)
+def _candidate_fields(backend: Backend) -> tuple[dict[str, Any], gr.HTML]:
+    """What is compared, in the order of :func:`gradio_app.handlers.candidate_from`, and the curve."""
+    finest = backend.limits.levels[0]
     presets = [("none: set it below", CUSTOM)] + [(name, name) for name in backend.presets]
-    preset = gr.Dropdown(presets, value=OPENING, label="Preset", elem_id="preset")
-    ratio = gr.Slider(0, MAX_RATIO, near.ratio, step=0.05, label="Ratio: tokens merged", buttons=[],
-                      elem_id="ratio", interactive=False)  # fmt: skip
+    preset = gr.Dropdown(presets, value=CUSTOM, label="Preset", elem_id="preset")
+    ratio = gr.Slider(0, MAX_RATIO, 0.5, step=0.05, label="Ratio: tokens merged", buttons=[],
+                      elem_id="ratio")  # fmt: skip
     with gr.Row():
-        schedule = gr.Dropdown([*SCHEDULES, AUTO], value=near.schedule, label="Schedule", min_width=80,
-                               elem_id="schedule", interactive=False)  # fmt: skip
-        more_at = gr.Dropdown([("early steps", "noisy"), ("late steps", "clean")], value=near.more_at,
-                              label="More merging at", min_width=80, elem_id="more-at", interactive=False)  # fmt: skip
-    curve = gr.HTML(handlers.curve(OPENING, *([None] * 6)), elem_id="curve")
+        schedule = gr.Dropdown([*SCHEDULES, AUTO], value="cosine", label="Schedule", min_width=80, elem_id="schedule")
+        more_at = gr.Dropdown([("early steps", "noisy"), ("late steps", "clean")], value="noisy",
+                              label="More merging at", min_width=80, elem_id="more-at")  # fmt: skip
+    curve = gr.HTML(drawings.curve(CosineSchedule()), elem_id="curve")
     names = [("full" if level == 1 else f"down to 1/{level}", level) for level in backend.limits.levels]
     with gr.Row():
-        merged = gr.Dropdown(list(MERGED), value=near.merged, label="What is merged", min_width=80, scale=3,
-                             elem_id="merged", interactive=False)  # fmt: skip
-        level = gr.Dropdown(names, value=near.max_downsample, label="Resolutions", min_width=80, scale=2,
-                            elem_id="levels", interactive=False)  # fmt: skip
-    cache = gr.Slider(1, MAX_INTERVAL, near.cache_interval, step=1, label="Full step every (1: no cache)", buttons=[],
-                      elem_id="cache", interactive=False)  # fmt: skip
+        merged = gr.Dropdown(list(MERGED), value=next(iter(MERGED)), label="What is merged", min_width=80, scale=3,
+                             elem_id="merged")  # fmt: skip
+        level = gr.Dropdown(names, value=finest, label="Resolutions", min_width=80, scale=2, elem_id="levels")
+    cache = gr.Slider(1, MAX_INTERVAL, 1, step=1, label="Full step every (1: no cache)", buttons=[],
+                      elem_id="cache")  # fmt: skip
     return {
         "preset": preset,
         "ratio": ratio,

@@ -137,7 +137,7 @@ class TomesdPlans:
         height, width = math.ceil(latents.height / downsample), math.ceil(latents.width / downsample)
         if self._draws.generator is None:
             self._draws.generator = _copy_of_global_generator(hidden_states.device)
-        removed = int(tokens * self.ratio)
+        removed = int(tokens * min(self.ratio, 1.0))  # more are not there
         cell_height, cell_width = self.config.cell_size
         cells = (height // cell_height) * (width // cell_width)
         if removed <= 0 or cells in (0, tokens) or height * width != tokens:

@@ -17,9 +17,7 @@ from gradio_app.settings import Candidate, Picture
 from tomesd_plus import load_tiny_pipeline
 from tomesd_plus.evaluation.images import to_image
 
-OPTIONS = {"prompt": "a large star on a blue background", "steps": 3, "schedule": "constant",
-           "merged": "self-attention", "cache_interval": 1}  # fmt: skip
-OWN = OPTIONS | {"preset": "custom"}  # the page opens with a preset
+OPTIONS = {"prompt": "a large star on a blue background", "steps": 3, "schedule": "constant"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def client(app_url):
 
 def compare(client, **options):
     """Both pictures as arrays, the figures, the code."""
-    pictures, figures, code, *_ = client.predict(api_name="/compare", **(OWN | options))
+    pictures, figures, code, *_ = client.predict(api_name="/compare", **(OPTIONS | options))
     assert all(path.endswith(".png") for path in pictures)  # lossless
     return *(np.asarray(Image.open(path)) for path in pictures), figures, code
 
@@ -67,7 +65,7 @@ def test_users_at_once_get_their_own_pictures(client, app_url):
 
 
 def test_a_random_seed_is_told(client):
-    results = [client.predict(api_name="/compare", **OWN, random_seed=True) for _ in range(2)]
+    results = [client.predict(api_name="/compare", **OPTIONS, random_seed=True) for _ in range(2)]
     (first, second), (picture, other) = ([r[-1] for r in results], [np.asarray(Image.open(r[0][0])) for r in results])
     assert first != second and (picture != other).any()
     again, *_ = compare(client, seed=first)
@@ -96,7 +94,7 @@ def test_a_random_seed_is_told(client):
 )
 def test_what_is_out_of_bounds_is_refused_in_words(client, options, told):
     with pytest.raises(AppError, match=told):
-        client.predict(api_name="/compare", **(OWN | options))
+        client.predict(api_name="/compare", **(OPTIONS | options))
 
 
 def test_nothing_to_explore_is_refused_in_words(client):
