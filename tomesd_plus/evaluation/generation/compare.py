@@ -128,7 +128,7 @@ def peers_of(
     interval = cache_interval if cache_interval and cache_interval > 1 else 2
     for order, line in ((1, "linear"), (2, "quadratic")):
         options = {"interval": interval, "branch": "nothing", "order": order}
-        peers.append(Configuration(f"calls skipped, 1 of {interval} run, {line}", {"cache": options}))
+        peers.append(Configuration(f"1 of {interval} calls, {line}", {"cache": options}))
     if steps > AYS_STEPS and takes_timesteps(pipe):
         peers.append(Configuration("Align Your Steps, 10 steps", {"ays": {}}, steps=AYS_STEPS))
     return [*peers, Configuration("another seed", seed_offset=OTHER_SEED)]
