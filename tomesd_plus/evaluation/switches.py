@@ -153,7 +153,7 @@ def _preset(name: str = "balanced", force: bool = True) -> Switch:
 
     @contextmanager
     def switch_on(pipe: Any) -> Iterator[TokenMergingReport | None]:
-        with preset(pipe, chosen if force else name, force=force) as reports:
+        with preset(pipe, chosen if force else name) as reports:
             yield reports.merging
 
     # the level at which it merges depends on the model, which the manifest records too

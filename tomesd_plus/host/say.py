@@ -13,13 +13,8 @@ def warn(message: str, stacklevel: int = 2) -> None:
         message: What, why, and what to do.
         stacklevel: 2 is the line that has called the caller.
     """
-    frame = sys._getframe(min(stacklevel, _depth() - 1))
+    frame = sys._getframe(1)
+    for _ in range(stacklevel - 1):
+        frame = frame.f_back or frame  # beyond the stack: its outermost one
     module = frame.f_globals.get("__name__", "sys")
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, registry={})
-
-
-def _depth() -> int:
-    depth, frame = 0, sys._getframe(1)
-    while frame is not None:
-        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
-    return depth

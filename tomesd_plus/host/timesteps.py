@@ -40,7 +40,7 @@ class Schedule:
 
     def holds(self, timestep: Tensor) -> bool:
         """True if a timestep is a view into this memory."""
-        return self.storage.data_ptr() == timestep.untyped_storage().data_ptr()
+        return share_memory(self.storage, timestep)
 
     def unwritten(self, timestep: Tensor) -> bool:
         """True if nothing was written to it since it was read."""
@@ -95,6 +95,11 @@ def _is_one_of_many(timestep: Tensor) -> bool:
     """True for an entry of a longer tensor, as it is or expanded to the batch."""
     one = timestep.ndim == 0 or timestep.numel() == 1 or timestep.stride(0) == 0
     return one and _storage_elements(timestep) > 1
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """True if both are views into the same memory, as timesteps are into a scheduler's."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _storage_elements(tensor: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from tomesd_plus.host.models import finest_level, unet_of
 from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.config import ToMeConfig
 from tomesd_plus.presets.files import decoded, encoded, read, write
-from tomesd_plus.schedules.checks import is_whole
+from tomesd_plus.schedules.checks import is_number, is_whole
 
 LONGEST = 2000
 """Characters of a text."""
@@ -84,7 +83,7 @@ class Measured:
     def __post_init__(self) -> None:
         object.__setattr__(self, "beside", tuple(self.beside))
         _check(self)
-        if not isinstance(self.costs, Mapping) or not all(map(_is_number, self.costs.values())):
+        if not isinstance(self.costs, Mapping) or not all(map(is_number, self.costs.values())):
             raise ValueError(f"costs must map kinds of steps to numbers, not {self.costs!r}")
         if not all(isinstance(row, Row) for row in self.beside):
             raise ValueError("beside must be rows")
@@ -163,10 +162,6 @@ class Preset:
         return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-
-
 def _check(data: Any) -> None:
     """Check a dataclass's fields that are texts, numbers or truth values against what they are declared as."""
     wanted = {
@@ -183,7 +178,7 @@ def _check(data: Any) -> None:
         right = {
             "str": isinstance(value, str) and len(value) <= LONGEST and value.isprintable(),
             "int": is_whole(value, 0) and value <= LARGEST,
-            "float": _is_number(value) and 0 <= value <= LARGEST,
+            "float": is_number(value) and 0 <= value <= LARGEST,
             "bool": isinstance(value, bool),
         }[kind]
         if not right:

@@ -11,6 +11,7 @@ from tomesd_plus.host.names import solver_name
 from tomesd_plus.host.noise_level import NoiseLevels
 from tomesd_plus.host.say import warn
 from tomesd_plus.host.step import outside_graphs
+from tomesd_plus.host.timesteps import share_memory
 from tomesd_plus.host.transient import Transient
 
 FEW = 8
@@ -103,7 +104,9 @@ class Refusal:
             return
         scheduler = self._levels.scheduler
         timesteps, timestep = getattr(scheduler, "timesteps", None), call_of(denoiser, args, kwargs)[1]
-        if not isinstance(timesteps, Tensor) or timesteps is self._passed.value or not _is_part(timestep, timesteps):
+        if not isinstance(timesteps, Tensor) or timesteps is self._passed.value:
+            return
+        if not isinstance(timestep, Tensor) or not share_memory(timestep, timesteps):
             return
         solver, left = solver_name(scheduler), 1 - timestep.storage_offset() / len(timesteps)
         steps = getattr(scheduler, "num_inference_steps", None) or len(timesteps)
@@ -117,14 +120,6 @@ class Refusal:
                 f"the presets by name were not tried with {solver}: see with `tomesd-plus compare` if fewer steps are "
                 "closer here, or call tune, which finds what suits this pipeline."
             )
-
-
-def _is_part(timestep: Any, timesteps: Tensor) -> bool:
-    """True for a view into a scheduler's timesteps."""
-    return (
-        isinstance(timestep, Tensor)
-        and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-    )
 
 
 def refusals_on(denoiser: nn.Module) -> list[Refusal]:

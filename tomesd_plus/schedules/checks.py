@@ -1,7 +1,13 @@
 """Checks of numbers that configurations share."""
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite number; ``True`` and ``False`` are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def is_whole(value: Any, minimum: int) -> bool:

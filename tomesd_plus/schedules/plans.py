@@ -3,8 +3,9 @@
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
 from typing import Literal, cast
+
+from tomesd_plus.schedules.checks import is_number
 
 Depth = Literal["F", "C", "S"]
 """Full: all layers run. Cached: the outer ones do. Skipped: nothing runs."""
@@ -54,8 +55,7 @@ class StepPlan:
             raise ValueError("a plan that repeats has letters for any number of steps: give it no noise levels")
         levels = tuple(self.noise_levels)
         object.__setattr__(self, "noise_levels", levels)
-        numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in levels)
-        if not numbers or not all(isfinite(each) and 0 <= each <= 1 for each in levels):
+        if not all(is_number(each) and 0 <= each <= 1 for each in levels):
             raise ValueError("the noise levels of a plan must be numbers in [0, 1]")
         if len(levels) != len(self.letters) or any(late >= early for early, late in pairwise(levels)):
             raise ValueError(f"a plan of {len(self.letters)} steps needs as many noise levels, which fall")

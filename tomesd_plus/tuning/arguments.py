@@ -2,10 +2,9 @@
 
 import inspect
 from collections.abc import Sequence
-from math import isfinite
 from typing import Any
 
-from tomesd_plus.schedules.checks import is_whole
+from tomesd_plus.schedules.checks import is_number, is_whole
 
 RESERVED = {"prompt", "generator", "output_type", "num_inference_steps", "guidance_scale", "return_dict"}
 
@@ -28,25 +27,21 @@ def checked(
         raise ValueError("prompts must be texts")
     if (speedup is None) == (psnr is None):
         raise ValueError("give either speedup or psnr")
-    if psnr is not None and not (_is_number(psnr) and 0 < psnr < 100):
+    if psnr is not None and not (is_number(psnr) and 0 < psnr < 100):
         raise ValueError(f"psnr must be a number of dB between 0 and 100, not {psnr!r}")
     wanted = [] if speedup is None else list(speedup) if isinstance(speedup, Sequence) else [speedup]
-    if psnr is None and (not wanted or not all(_is_number(each) and each > 1 for each in wanted)):
+    if psnr is None and (not wanted or not all(is_number(each) and each > 1 for each in wanted)):
         raise ValueError(f"speedup must be a number larger than 1, or several, not {speedup!r}")
     for name, value, least in (("num_inference_steps", steps, 2), ("seed", seed, 0), ("batch_size", batch, 1)):
         if not (is_whole(value, least) or (name == "num_inference_steps" and value is None)):
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     if kind not in ("kept", "free"):
         raise ValueError(f"steps must be 'kept' or 'free', not {kind!r}")
-    if not _is_number(most) or most < 5:
+    if not is_number(most) or most < 5:
         raise ValueError(f"max_generations must be a number of at least 5, not {most!r}")
     if reserved := sorted(RESERVED & set(call)):
         raise ValueError(f"tune sets {', '.join(reserved)} itself: give prompts, seed and its own arguments")
     return wanted
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def default_steps(pipe: Any) -> int:

@@ -61,9 +61,7 @@ def record_fewer_steps(trials: Trials, speedup: float) -> None:
 
     Some solvers call more often than once a step, and image-to-image takes a part of the steps.
     """
-    steps = int(trials.task.steps / speedup + 1e-9) + 1
-    if steps >= trials.task.steps:
-        steps = trials.task.steps - 1
+    steps = min(int(trials.task.steps / speedup + 1e-9) + 1, trials.task.steps - 1)
     while usable(trials, steps) and steps >= 1:
         if trials.speedup(trials.untouched(steps)) >= speedup - 1e-6:
             return

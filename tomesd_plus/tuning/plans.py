@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Literal, cast
+
+from tomesd_plus.schedules.checks import is_number
 
 Merging = Literal["none", "cached", "all"]
 """Merge nothing; three quarters of the tokens on cached steps; and half of them on full steps too, or on these alone
@@ -29,9 +30,8 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            right = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
             optional = value is None and name.endswith("merged")
-            if not optional and not (right and 0 <= value <= 2):
+            if not optional and not (is_number(value) and 0 <= value <= 2):
                 raise ValueError(f"the cost {name} must be a share of a full step's in [0, 2], not {value!r}")
 
     @classmethod

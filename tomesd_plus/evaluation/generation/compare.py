@@ -116,8 +116,7 @@ def peers_of(
 
     tomesd at the same ratios; DeepCache at the same interval, if its package is installed; every second call skipped,
     with its output forecast along a line, as ZEUS (2026) does, and along a parabola; the ten steps of Align Your Steps
-    (https://arxiv.org/abs/2404.14507), if the scheduler takes timesteps and
-    ``steps`` are more; and another seed.
+    (https://arxiv.org/abs/2404.14507), if the scheduler takes timesteps and ``steps`` are more; and another seed.
     """
     peers = [
         Configuration(f"tomesd's way, {ratio:g}", {"tomesd": {"ratio": ratio, "max_downsample": max_downsample}})
