@@ -96,8 +96,10 @@ def build_demo(backend: Backend) -> gr.Blocks:
             **RUN,
         )
         status = results["status"]
-        cancel.click(handlers.cancelled, status, status, cancels=runs, **LIVE)
-        stop.click(handlers.cancelled, explore_status, explore_status, cancels=[exploring], **LIVE)
+        cancel.click(None, cancels=runs, **LIVE)
+        stop.click(None, cancels=[exploring], **LIVE)
+        for run, line in [*((run, status) for run in runs), (exploring, explore_status)]:
+            run.then(handlers.ended, line, line, **LIVE)  # after a cancelled run's last message, which lay over it else
         gr.on([field.change for field in candidate.values()], handlers.curve, list(candidate.values()), curve,
               trigger_mode="always_last", **LIVE)  # fmt: skip
         preset.input(handlers.preset, preset, others, **LIVE)

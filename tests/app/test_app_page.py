@@ -143,6 +143,18 @@ def test_cancel_stops_the_run_and_the_next_one_works(open_page, app_backend):
     assert not app_backend.remembers(Picture("a large star on a blue background", "", 77, 100, 3.0, 64, 64))
 
 
+def test_a_cancelled_run_tells_nothing_more(open_page):
+    """Where the request takes long, progress goes on to come in, and is not what stays."""
+    page = open_page()
+    page.route("**/cancel", lambda route: (page.wait_for_timeout(1500), route.continue_()))
+    ask(page, steps=100, seed=78)
+    expect(page.locator("#status")).to_contain_text(re.compile(r"step [1-9]\d* of 200"), timeout=LONG)
+    page.locator("button#cancel").click()
+    expect(page.locator("#status")).to_contain_text("Cancelled")
+    page.wait_for_timeout(1500)
+    expect(page.locator("#status")).to_contain_text("Cancelled")
+
+
 def test_exploring_can_be_cancelled(open_page):
     page = open_page()
     page.locator("#steps input[type=number]").fill("100")
