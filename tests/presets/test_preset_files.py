@@ -51,6 +51,13 @@ def test_what_is_saved_is_loaded(chosen, tmp_path):
     chosen.save(tmp_path / "mine.json")
     assert Preset.load(tmp_path / "mine.json") == chosen
     assert json.loads((tmp_path / "mine.json").read_text())["version"] == 1
+    assert Preset.from_json(chosen.to_json()) == chosen and chosen.to_json() == (tmp_path / "mine.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "\ud800", b"\xff", "[]", '{"format": "tomesd_plus preset"}', "1" * 2_000_000])
+def test_texts_that_are_no_presets_are_refused(text):
+    with pytest.raises(ValueError, match="^what was given as a preset is "):
+        Preset.from_json(text)
 
 
 def test_a_file_is_taken_wherever_a_name_is(pipe, tmp_path):

@@ -20,7 +20,7 @@ GROUPS = {AlgorithmTag.CACHER, AlgorithmTag.COMPILER, AlgorithmTag.QUANTIZER, Al
 WHY = {  # what Pruna says of the other algorithm by itself
     "other models": (ValueError, "Model is not compatible with"),
     "CUDA only": (ValueError, "not compatible with model device cpu"),
-    "not installed": (ImportError, ""),
+    "not installed": (ImportError, None),
 }
 
 

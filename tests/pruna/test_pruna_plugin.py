@@ -12,6 +12,7 @@ from pruna.algorithms.base.tags import AlgorithmTag
 from pruna_tools import IN_A_FRESH_PROCESS
 
 import tomesd_plus.integrations.pruna as plugin
+from tomesd_plus import merging_report
 
 ROOT = Path(__file__).parents[2]
 OURS = ("tome_sd", "tome_cache", "tome_vision")
@@ -73,7 +74,8 @@ assert before["tome_sd_reduction_ratio"] == 0.25 and empty.get_active_algorithms
 
 def test_a_saved_model_in_fresh_processes(tmp_path):
     model = smash(make_pipeline("sd"), SmashConfig(["deepcache", "tome_sd"], device="cpu"))
-    picture = generate(model.model)
+    picture, removed = generate(model.model), merging_report(model.model).removed
+    assert removed[1] > 0.3
     model.save_pretrained(tmp_path)
     load = f"model = PrunaModel.from_pretrained({str(tmp_path)!r})\n"
     done = run(load)
@@ -86,7 +88,7 @@ def test_a_saved_model_in_fresh_processes(tmp_path):
         "print('sum', generate(model.model).double().sum().item(), merging_report(model).removed)"
     )
     assert done.returncode == 0, done.stderr
-    assert f"sum {picture.double().sum().item()}" in done.stdout and "{1: 0.5" in done.stdout
+    assert f"sum {picture.double().sum().item()} {removed}" in done.stdout
     assert "before loading this model" not in done.stdout + done.stderr
 
 

@@ -9,7 +9,7 @@ from tomesd_plus.caching import FeatureCacheConfig
 from tomesd_plus.host.models import finest_level, unet_of
 from tomesd_plus.host.transformers import transformer_of
 from tomesd_plus.merging.config import ToMeConfig
-from tomesd_plus.presets.files import decoded, encoded, read, write
+from tomesd_plus.presets.files import MOST_BYTES, decoded, encoded, read, written
 from tomesd_plus.schedules.checks import is_number, is_whole
 
 LONGEST = 2000
@@ -143,23 +143,41 @@ class Preset:
         finest = finest_level(unet_of(pipe))
         return self.merging if finest == 1 else replace(self.merging_inside, max_downsample=finest)
 
+    def to_json(self) -> str:
+        """The content of its file."""
+        return written(encoded(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "what was given as a preset") -> "Preset":
+        """Read what :meth:`to_json` has written, or a stranger's text, of which every value is checked.
+
+        Args:
+            text: JSON, at most a megabyte.
+            where: What an error's message begins with.
+
+        Raises:
+            ValueError: It is no preset; the message says what is wrong.
+        """
+        kinds = (Preset, Measured, Row)
+        found = decoded(read(text, where), {kind.__name__: kind for kind in kinds}, where)
+        if not isinstance(found, Preset):
+            raise ValueError(f"{where} holds no preset but a {type(found).__name__}")
+        return found
+
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file."""
-        write(Path(path), encoded(self))
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Preset":
-        """Read what :meth:`save` has written, or a stranger's file, of which every value is checked.
+        """Read a file that :meth:`save` has written, or a stranger's, as :meth:`from_json` does.
 
         Raises:
             ValueError: It is no preset; the message says what is wrong.
             OSError: It cannot be read.
         """
-        kinds = (Preset, Measured, Row)
-        found = decoded(read(Path(path)), {kind.__name__: kind for kind in kinds}, str(path))
-        if not isinstance(found, Preset):
-            raise ValueError(f"{path} holds no preset but a {type(found).__name__}")
-        return found
+        with Path(path).open("rb") as file:
+            return cls.from_json(file.read(MOST_BYTES + 1), str(path))
 
 
 def _check(data: Any) -> None:

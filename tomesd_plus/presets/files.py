@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from tomesd_plus.caching import FeatureCacheConfig
@@ -101,23 +100,25 @@ def _mapping(data: dict[str, Any], kinds: dict[str, type[Any]], where: str, dept
     return made
 
 
-def write(path: Path, data: Any) -> None:
-    """Write a preset's data, with format and version."""
+def written(data: Any) -> str:
+    """A preset's data as JSON, with format and version."""
     text = json.dumps({"format": FORMAT, "version": VERSION, "preset": data}, indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return text + "\n"
 
 
-def read(path: Path) -> Any:
-    """Read a preset's data.
+def read(text: str | bytes, where: str) -> Any:
+    """The opposite of :func:`written`.
+
+    Args:
+        text: A stranger's, at most :data:`MOST_BYTES` long.
+        where: Stands before what an error says.
 
     Raises:
-        ValueError: The file is too large, no JSON, or of another format or version.
-        OSError: It cannot be read.
+        ValueError: It is too long, no JSON, or of another format or version.
     """
-    with path.open("rb") as file:
-        raw = file.read(MOST_BYTES + 1)
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(raw) > MOST_BYTES:
-        raise ValueError(f"{path} is larger than a preset can be ({MOST_BYTES:,} bytes)")
+        raise ValueError(f"{where} is larger than a preset can be ({MOST_BYTES:,} bytes)")
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number")
@@ -125,15 +126,15 @@ def read(path: Path) -> Any:
     try:
         data = json.loads(raw.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no preset: it cannot be read as JSON ({str(error)[:200]})") from error
+        raise ValueError(f"{where} is no preset: it cannot be read as JSON ({str(error)[:200]})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f'{path} is no preset: it does not say "format": "{FORMAT}"')
+        raise ValueError(f'{where} is no preset: it does not say "format": "{FORMAT}"')
     if data.get("version") != VERSION or isinstance(data["version"], bool):
         raise ValueError(
-            f"{path} is a preset of version {str(data.get('version'))[:20]}, and this package reads {VERSION}: make "
+            f"{where} is a preset of version {str(data.get('version'))[:20]}, and this package reads {VERSION}: make "
             "it anew with tune, or update the package"
         )
     unknown = sorted(str(key)[:100] for key in set(data) - {"format", "version", "preset"})
     if unknown or "preset" not in data:
-        raise ValueError(f"{path} is no preset: it has {', '.join(unknown) or 'no preset in it'}")
+        raise ValueError(f"{where} is no preset: it has {', '.join(unknown) or 'no preset in it'}")
     return data["preset"]

@@ -1,9 +1,7 @@
 """The feature cache, skipped calls and presets, as an algorithm of Pruna."""
 
 import json
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ConfigSpace import CategoricalHyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
@@ -151,19 +149,14 @@ def checked_preset(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value in PRESETS):
         return value
     preset = _from_content(value) if isinstance(value, dict) else preset_from(value)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "preset.json"
-        preset.save(path)
-        return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(preset.to_json())
 
 
 def _from_content(content: dict[str, Any]) -> Preset:
     """A preset from its file's content."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "preset.json"
-        try:
-            path.write_text(json.dumps(content), encoding="utf-8")
-            return Preset.load(path)
-        except (TypeError, ValueError) as error:
-            said = str(error).removeprefix(f"{path}").lstrip(" :")
-            raise ValueError(f"what is given as preset: {said}") from error
+    where = "what is given as preset"
+    try:
+        text = json.dumps(content)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be JSON: {error}") from error
+    return Preset.from_json(text, where)
