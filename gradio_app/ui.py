@@ -29,6 +29,7 @@ GRID_HEIGHT = "max(380px, calc(100vh - 220px))"
 MAX_WAITING = 32  # runs in the queue; further ones are refused
 KEPT_SECONDS = 3600  # a page's last result, on the server
 MAX_PAGES = 256  # whose last results are kept
+OPENING = "quality"  # of the presets by name the furthest above fewer steps, and never below (results/presets.csv)
 RATIOS = ("0.1", "0.25", "0.4", "0.5", "0.6", "0.75")
 RUN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "hidden"}
 LIVE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -99,10 +100,14 @@ def build_demo(backend: Backend) -> gr.Blocks:
         cancel.click(None, cancels=runs, **LIVE)
         stop.click(None, cancels=[exploring], **LIVE)
         for run, line in [*((run, status) for run in runs), (exploring, explore_status)]:
-            run.then(handlers.ended, line, line, **LIVE)  # after a cancelled run's last message, which lay over it else
+            run.then(
+                handlers.ended, line, line, **LIVE
+            )  # after a cancelled run's last message, which lay over it else
         gr.on([field.change for field in candidate.values()], handlers.curve, list(candidate.values()), curve,
               trigger_mode="always_last", **LIVE)  # fmt: skip
         preset.input(handlers.preset, preset, others, **LIVE)
+        # for a page only: callers of the API set what they name, and the others stay as they are declared
+        demo.load(lambda: [OPENING, *handlers.preset(OPENING)], None, [preset, *others], **LIVE)
         gr.on([results["step"].input, results["level"].input], handlers.overlay,
               [results[name] for name in ("view", "step", "level")], [results["overlay"], results["overlay_note"]],
               trigger_mode="always_last", **LIVE)  # fmt: skip

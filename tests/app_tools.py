@@ -52,8 +52,13 @@ def pictures(page):
     return [image.get_attribute("src") for image in images.all()]
 
 
-def set_ratio(page, ratio):
+def choose(page, preset):
+    page.locator("#preset input").click()
+    page.get_by_role("option", name=preset).click()
+
+
+def set_number(page, name, value):
     """As a person does: with the keyboard in the number beside the slider."""
-    field = page.locator("#ratio input[type=number]")
-    field.fill(str(ratio))
+    field = page.locator(f"#{name} input[type=number]")
+    field.fill(str(value))
     field.blur()

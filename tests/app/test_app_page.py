@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
-from app_tools import LONG, ask, expect, figure, pictures, set_ratio, wait
+from app_tools import LONG, ask, choose, expect, figure, pictures, set_number, wait
 
 from gradio_app.screenshots import BROWSER
 from gradio_app.settings import Picture
@@ -29,16 +29,23 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, app_url):
-    """Opens pages, each of a user of its own."""
+    """Opens pages, each of a user of its own; with no preset unless asked for, to set everything by hand."""
     contexts = []
 
-    def open_page(theme="light", **viewport):
+    def open_page(theme="light", preset=None, **viewport):
         context = browser.new_context(viewport=LAPTOP | viewport)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(LONG)
         page.goto(f"{app_url}?__theme={theme}")
         page.locator("#prompt textarea").wait_for()
+        expect(page.locator("#preset input")).to_have_value("quality")
+        if preset != "quality":
+            choose(page, preset or "none: set it below")
+            expect(page.locator("#ratio input[type=number]")).to_be_enabled(enabled=preset is None)
+        if preset is None:  # the fields stand as the preset sets them: merging alone from here
+            set_number(page, "ratio", 0.5)
+            set_number(page, "cache", 1)
         return page
 
     yield open_page
@@ -57,23 +64,23 @@ def test_type_generate_move_the_ratio(open_page):
     assert shown["height"] <= whole["height"] + 1  # the whole picture is seen
     assert re.fullmatch(r"[\d.]+×", figure(page, "Speed-up")) and re.fullmatch(r"[\d.]+ dB", figure(page, "PSNR"))
     psnr, removed, curve = figure(page, "PSNR"), figure(page, "Tokens removed"), page.locator("#curve").inner_html()
-    set_ratio(page, 0.75)
+    set_number(page, "ratio", 0.75)
     expect(page.locator("#status .done")).to_contain_text("remembered", timeout=LONG)
     second = pictures(page)
     assert second[0] == first[0] and second[1] != first[1]
     assert float(figure(page, "PSNR").split()[0]) < float(psnr.split()[0])
     assert figure(page, "Tokens removed") != removed and figure(page, "Tokens removed").startswith("75%")
     assert page.locator("#curve").inner_html() != curve
-    set_ratio(page, 0)
+    set_number(page, "ratio", 0)
     expect(page.locator("#figures")).to_contain_text("identical", timeout=LONG)
     assert len(set(pictures(page))) == 1
     page.locator("#prompt textarea").fill("a large star on a red background")
-    set_ratio(page, 0.5)
+    set_number(page, "ratio", 0.5)
     expect(page.locator("#status")).to_contain_text("Press Compare")
 
 
 def test_the_first_run_is_said_to_begin_with_a_warm_up(open_page):
-    page = open_page()
+    page = open_page(preset="quality")
     expect(page.locator("#status")).to_contain_text("warm-up")
     page.locator("#width input").fill("72")
     ask(page)
@@ -99,10 +106,19 @@ def test_difference_merge_map_and_code(open_page):
     expect(page.locator("#code")).to_contain_text("a large star on a blue background")
 
 
+def test_the_page_opens_with_the_best_preset(open_page):
+    page = open_page(preset="quality")
+    expect(page.locator("#ratio input[type=number]")).to_be_disabled()
+    expect(page.locator("#curve")).to_contain_text(PRESETS["quality"].description)
+    ask(page, steps=9)
+    wait(page)
+    expect(page.locator("#status")).to_contain_text("from the cache")
+    page.get_by_role("tab", name="Code").click()
+    expect(page.locator("#code")).to_contain_text('preset(pipe, "quality")')
+
+
 def test_a_preset_takes_the_place_of_the_other_settings(open_page):
-    page = open_page()
-    page.locator("#preset input").click()
-    page.get_by_role("option", name=re.compile("^balanced")).click()
+    page = open_page(preset="balanced")
     expect(page.locator("#ratio input[type=number]")).to_be_disabled()
     expect(page.locator("#cache input[type=number]")).to_have_value("3")
     expect(page.locator("#curve")).to_contain_text(PRESETS["balanced"].description)
@@ -169,7 +185,7 @@ def test_exploring_can_be_cancelled(open_page):
 def test_two_pages_at_once_keep_their_own_settings_and_pictures(open_page):
     pages = {ratio: open_page() for ratio in (0.25, 0.75)}
     for ratio, page in pages.items():
-        set_ratio(page, ratio)
+        set_number(page, "ratio", ratio)
         page.locator("#schedule input").click()
         page.get_by_role("option", name="constant").click()
     for page in pages.values():
