@@ -56,7 +56,7 @@ def test_what_is_saved_is_loaded(chosen, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "\ud800", b"\xff", "[]", '{"format": "tomesd_plus preset"}', "1" * 2_000_000])
 def test_texts_that_are_no_presets_are_refused(text):
-    with pytest.raises(ValueError, match="^what was given as a preset is "):
+    with pytest.raises(ValueError, match=r"^what was given as a preset is "):
         Preset.from_json(text)
 
 
