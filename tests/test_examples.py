@@ -29,6 +29,7 @@ WRITES = {
     "vision_accuracy.py": ["vision-accuracy.csv"],
     "vision_threads.py": ["vision-threads.csv"],
     "vision_saliency.py": [],  # needs a package and pictures of its own, and says so
+    "tune.py": ["tuned.json", "tuned.png", "untouched.png"],
     "tune_methods.py": ["tune-methods.csv"],
     "preset_table.py": ["presets.csv", "presets.md"],
     "front.py": ["front.csv", *(f"front-dpm++2m-{each}.json" for each in ("2", "2.5", "3", "4"))],
@@ -39,6 +40,7 @@ SLOW = (
     "from_tomesd.py",
     "quantization.py",
     "transformer_proxy.py",
+    "tune.py",
     "tune_methods.py",
     "front.py",
     "preset_table.py",

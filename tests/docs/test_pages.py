@@ -37,7 +37,16 @@ def test_links_lead_to_files(page):
 def test_every_example_is_listed():
     page = (ROOT / "docs" / "examples.md").read_text()
     names = {path.name for path in (ROOT / "examples").glob("*.py")} - {"__init__.py"}
-    assert not [name for name in names if f"`{name}`" not in page and not name.startswith("pruna_")]
+    assert not [name for name in names if f"`{name}`" not in page]
+
+
+def test_every_short_example_has_its_picture_or_what_it_prints():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    short, table = page.split("## Those that made a table")
+    for path in (ROOT / "examples").glob("*.py"):
+        if 0 < len(path.read_text().splitlines()) < 40 and f"`{path.name}`" not in table and "pruna" not in path.name:
+            after = short[short.index(f"[`{path.name}`]") :].split("\n[`")[0]
+            assert "](pictures/" in after or "```text" in after, path.name
 
 
 def test_every_option_of_merging_and_caches_is_listed():

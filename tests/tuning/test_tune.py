@@ -134,6 +134,22 @@ def test_costs_are_measured_where_none_are_given(dpm):
     assert told.costs_measured and 0 <= told.costs["skipped"] < 1 and told.whole_speedup
 
 
+@pytest.mark.parametrize("slow", [{0}, {0, 3}, {1, 2}, {0, 1, 4, 5}])
+def test_a_busy_machine_does_not_change_costs(dpm, monkeypatch, slow):
+    """Where other work slows whole generations down, every one of a way among them but one, shares stay."""
+    true = {("none", "F"): 1.0, ("none", "C"): 0.25, ("none", "S"): 0.0, ("all", "F"): 0.75, ("all", "C"): 0.125}
+    generations = []
+
+    def calls(task, prompts, plan):
+        generations.append(plan)
+        factor = 3.0 if len(generations) - 1 in slow else 1.0
+        return [(letter, true.get((plan.merging, letter), 0.0) * factor) for letter in plan.letters]
+
+    monkeypatch.setattr(costs, "_calls", calls)
+    found = costs.measured_costs(Task(dpm, 6, 1.0, 0, 1, SMALL), [(0, "a")], True)
+    assert found == Costs(0.25, 0.0, 0.125, 0.75)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
