@@ -1,13 +1,14 @@
 """``tomesd-plus tune``, and what it writes wherever presets are taken; schedulers by name."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 from conftest import make_pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from tomesd_plus import Preset
+from tomesd_plus import Preset, tune
 from tomesd_plus.cli import app
 from tomesd_plus.evaluation.configurations import parse_configuration
 from tomesd_plus.evaluation.errors import ModelError
@@ -49,6 +50,26 @@ def test_tune_writes_presets_that_other_commands_take(folder, tmp_path, monkeypa
     cli("generate", "a cat", *common, "--preset", "tuned/1.1x.json", "--out", "pictures")
     switch = parse_configuration("preset: tuned/1.1x.json").switches
     assert switch["preset"]["name"] == "tuned/1.1x.json"
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_steps_are_kept_unless_asked_otherwise(folder, tmp_path, monkeypatch, free):
+    """And with how many to call is told."""
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = {}
+
+    def tuned(pipe, prompts, **options):
+        asked.update(options)
+        kept = tune(pipe, prompts, **options | {"steps": "kept"})
+        return [replace(each, steps=4 if free else each.steps) for each in kept]
+
+    monkeypatch.setattr("tomesd_plus.tuning.tune", tuned)
+    common = ("tune", "a cat", "--model", folder, "--steps", 6, "--size", 32, "--speedup", 1.1, "--generations", 6)
+    arguments = [*common, "--out", tmp_path, *(["--free"] if free else [])]
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+    assert asked["steps"] == ("free" if free else "kept")
+    assert ("other numbers of steps: 1.1x.json with 4." in result.output) == free
 
 
 def test_schedulers_by_name(pipe):

@@ -1,6 +1,7 @@
 """Presets as files: saved and loaded, carried over to other steps, and strangers' files."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,27 @@ def test_it_is_carried_over_to_other_steps_without_a_word(pipe):
     for steps, pattern in carried:  # with more steps none but the plan's own runs of skipped ones
         generate(pipe, num_inference_steps=steps)
         assert kinds(report.cache) == pattern
+
+
+def test_a_preset_for_fewer_steps_says_so_once_where_it_is_called_with_others(pipe):
+    here = replace(MEASURED, model=model_name(pipe.unet), scheduler=scheduler_name(pipe.scheduler), steps=12)
+    report = apply_preset(pipe, replace(PLAN, measured=here))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generate(pipe, num_inference_steps=8)
+    with pytest.warns(UserWarning, match="to be called with num_inference_steps=8, .* was called with 12") as told:
+        for _ in range(2):
+            generate(pipe, num_inference_steps=12)
+    assert len(told) == 1 and report.cache.full > 4
+    remove_preset(pipe)
+    assert not hooks(pipe)
+
+
+def test_a_preset_of_fewer_steps_alone_says_so_when_it_is_applied(pipe):
+    here = replace(MEASURED, model=model_name(pipe.unet), scheduler=scheduler_name(pipe.scheduler), steps=12)
+    with pytest.warns(UserWarning, match="call with num_inference_steps=8"):
+        apply_preset(pipe, Preset("8 steps", None, None, steps=8, measured=here))
+    assert not hooks(pipe)
 
 
 def test_carried_over_the_last_step_stays_full(pipe):

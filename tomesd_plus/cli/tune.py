@@ -39,7 +39,7 @@ def tune_command(
         float | None, typer.Option(help="In place of --speedup: the fastest within so many dB.", show_default=False)
     ] = None,
     steps: Steps = 20,
-    free: Annotated[bool, typer.Option(help="Let it choose fewer solver steps, too.")] = True,
+    free: Annotated[bool, typer.Option(help="Let it choose fewer solver steps, too.")] = False,
     guidance: Guidance = None,
     scheduler: Scheduler = None,
     seed: Seed = 0,
@@ -83,6 +83,9 @@ def tune_command(
     console.print(table_of(rows, f"{model}, {scheduler or type(pipe.scheduler).__name__}, {steps} steps, {where}"))
     figure(rows, out / "plot.png")
     console.print(f"Presets, table and plot: {out}")
+    others = [f"{row['what']} with {row['steps']}" for row in rows if row["what"].endswith(".json")]
+    if any(preset.steps != steps for preset in presets):
+        console.print(f"To be called with other numbers of steps: {', '.join(others)}.")
 
 
 def rows_of(preset: "Preset", name: str) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from tomesd_plus.merging.attachment import attachments_on
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets.data import Preset
 from tomesd_plus.presets.named import PRESETS, preset_by_name
-from tomesd_plus.presets.tested import Refusal, refusals_on
+from tomesd_plus.presets.tested import FirstCall, first_calls_on
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,15 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False)
         raise
     _warn_of_another(pipe, found)
     own = feature_cache_on(denoiser_of(pipe))
-    if isinstance(chosen, str) and chosen in PRESETS and not force and own is not None:
-        Refusal(chosen, pipe, own).attach(denoiser_of(pipe))
+    name = chosen if isinstance(chosen, str) and chosen in PRESETS and not force else None
+    fewer = found.steps if found.measured is not None and found.steps != found.measured.steps else None
+    if own is not None and (name is not None or fewer is not None):
+        FirstCall(name, fewer, pipe, own).attach(denoiser_of(pipe))
+    elif fewer is not None:
+        warn(
+            f"all of this preset's speed is in its number of steps: call with num_inference_steps={fewer}",
+            stacklevel=2,
+        )
     return PresetReport(merging, cache)
 
 
@@ -94,8 +101,8 @@ def remove_preset(pipe: Any) -> None:
     cache = feature_cache_on(denoiser)
     if cache is not None:
         cache.check_removable()  # before anything goes
-    for refusal in refusals_on(denoiser):
-        refusal.detach()
+    for each in first_calls_on(denoiser):
+        each.detach()
     if _merges(pipe):
         remove_token_merging(pipe)
     elif cache is None:
@@ -111,8 +118,8 @@ def preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False) -> It
     try:
         yield reports
     finally:
-        for refusal in refusals_on(denoiser_of(pipe)):
-            refusal.detach()
+        for each in first_calls_on(denoiser_of(pipe)):
+            each.detach()
         try:
             if reports.merging is not None:
                 remove_token_merging(_merged_part(pipe))

@@ -1,4 +1,4 @@
-"""Where the presets by name were compared with fewer steps, and where they are refused."""
+"""Where the presets by name were compared with fewer steps, and what is said of a preset at a generation's first call."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def why_not(name: str, solver: str, steps: int, taken: int | None = None) -> str
     Args:
         name: The preset's.
         solver: As :func:`~tomesd_plus.host.names.solver_name` says.
-        steps: Of the scheduler.
+        steps: Of the scheduler. Numbers that were not tried are judged by the nearest that was.
         taken: How many of them a generation takes: image-to-image takes a part. All by default.
 
     Example:
@@ -59,29 +59,35 @@ def why_not(name: str, solver: str, steps: int, taken: int | None = None) -> str
         )
     nearest = min(STEPS, key=lambda each: abs(each - steps))
     if (name, solver, nearest) in MISSES:
+        here = "" if nearest == steps else f" ({steps} were not tried)"
         return (
-            f"with {solver} at {nearest} steps the pictures of the preset {name!r} were further from the untouched "
-            f"ones than those of fewer steps in the same time. Call tune, which finds what suits this pipeline{force}"
+            f"with {solver} at {nearest} steps{here} the pictures of the preset {name!r} were further from the "
+            "untouched ones than those of fewer steps in the same time. Call tune, which finds what suits this "
+            f"pipeline{force}"
         )
     return None
 
 
-class Refusal:
-    """Refuses a preset by name at a generation's first call, when solver and steps are known; a hook on a denoiser.
+class FirstCall:
+    """Looks at a generation's first call, when solver and steps are known; a hook on a denoiser.
+
+    It refuses a preset by name, and says if one that was chosen to be called with fewer steps is called with others.
 
     Args:
-        name: The preset's.
+        name: Of a preset that may be refused; ``None``: another is, or the user insists.
+        steps: With how many the preset is to be called; ``None``: with any.
         pipe: The pipeline; its scheduler may be changed at any time. Calls whose timesteps are not its own, as those
             of another pipeline with the same denoiser, are let pass.
-        cache: The preset's; without it nothing is refused any more.
+        cache: The preset's; without it there is nothing to say any more.
     """
 
-    def __init__(self, name: str, pipe: Any, cache: FeatureCache) -> None:
+    def __init__(self, name: str | None, steps: int | None, pipe: Any, cache: FeatureCache) -> None:
         self.name = name
+        self.steps = steps
         self._levels = NoiseLevels(pipe, needed=False)
         self._cache = cache
         self._passed: Transient[Tensor] = Transient()  # timesteps that were found right
-        self._told: set[str] = set()
+        self._told: set[str | int] = set()
         self._handle: Any = None
 
     def attach(self, denoiser: nn.Module) -> None:
@@ -108,12 +114,23 @@ class Refusal:
             return
         if not isinstance(timestep, Tensor) or not share_memory(timestep, timesteps):
             return
-        solver, left = solver_name(scheduler), 1 - timestep.storage_offset() / len(timesteps)
+        left = 1 - timestep.storage_offset() / len(timesteps)
         steps = getattr(scheduler, "num_inference_steps", None) or len(timesteps)
-        reason = why_not(self.name, solver, steps, round(steps * left))
+        if self.name is not None:
+            self._judge(self.name, solver_name(scheduler), steps, round(steps * left))
+        if self.steps is not None and steps != self.steps and steps not in self._told:
+            self._told.add(steps)
+            warn(
+                f"this preset is to be called with num_inference_steps={self.steps}, fewer than the untouched pictures "
+                f"have, and was called with {steps}: it is carried over, neither as fast nor as close as measured."
+            )
+        self._passed.value = timesteps
+
+    def _judge(self, name: str, solver: str, steps: int, taken: int) -> None:
+        """Refuse a preset by name, or say once that it was not tried with a solver."""
+        reason = why_not(name, solver, steps, taken)
         if reason is not None:
             raise ValueError(reason)
-        self._passed.value = timesteps
         if solver not in SOLVERS | self._told:
             self._told.add(solver)
             warn(
@@ -122,6 +139,6 @@ class Refusal:
             )
 
 
-def refusals_on(denoiser: nn.Module) -> list[Refusal]:
+def first_calls_on(denoiser: nn.Module) -> list[FirstCall]:
     """Those whose hooks are on a denoiser."""
-    return owners_of_hooks(denoiser, Refusal)
+    return owners_of_hooks(denoiser, FirstCall)
