@@ -1,4 +1,4 @@
-"""Where the presets by name were compared with fewer steps, and what is said of a preset at a generation's first call."""
+"""Where the presets by name were compared with fewer steps, and what is said at a generation's first call."""
 
 from typing import Any
 
@@ -121,8 +121,8 @@ class FirstCall:
         if self.steps is not None and steps != self.steps and steps not in self._told:
             self._told.add(steps)
             warn(
-                f"this preset is to be called with num_inference_steps={self.steps}, fewer than the untouched pictures "
-                f"have, and was called with {steps}: it is carried over, neither as fast nor as close as measured."
+                f"this preset is to be called with num_inference_steps={self.steps}, fewer than the untouched "
+                f"pictures have, and was called with {steps}: carried over it is not as fast and close as measured."
             )
         self._passed.value = timesteps
 
