@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from tomesd_plus.scope import generation
     from tomesd_plus.tiny import load_tiny_pipeline
-    from tomesd_plus.tuning import tune
+    from tomesd_plus.tuning import Costs, tune
     from tomesd_plus.vision.report import TowerReport
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "AdaptiveRatio",
     "ConstantSchedule",
     "CosineSchedule",
+    "Costs",
     "FeatureCacheConfig",
     "FeatureCacheReport",
     "FullSteps",
@@ -94,7 +95,7 @@ _HOMES = {
     ],
     "scope": ["generation"],
     "tiny": ["load_tiny_pipeline"],
-    "tuning": ["tune"],
+    "tuning": ["Costs", "tune"],
     "vision.report": ["TowerReport"],
 }
 """The module of each public name; ``tomesd`` is a module itself."""

@@ -1,8 +1,11 @@
 """The README and the site: what must have its place, and what must be as it is drawn."""
 
+import contextlib
 import importlib.util
+import inspect
 import re
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,28 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 def test_every_public_name_has_its_place():
     shown = re.findall(r"^::: tomesd_plus\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(shown) == sorted(tomesd_plus.__all__)
+
+
+def test_what_public_names_take_and_give_has_its_place_too():
+    """But for what no user makes or reads: a model's hooks, and what reports look at."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    inside = {"Attachment", "FeatureCache", "ModelReport"}
+    found = set()
+    for each in filter(callable, (getattr(tomesd_plus, name) for name in tomesd_plus.__all__)):
+        members = [member for name, member in vars(each).items() if name[0] != "_"] if inspect.isclass(each) else []
+        for member in [each, *(getattr(member, "fget", None) or member for member in members)]:
+            with contextlib.suppress(NameError, TypeError):  # a name that only a type checker imports; no annotations
+                found |= {kind for hint in typing.get_type_hints(member).values() for kind in own_classes(hint)}
+    names = {kind.__name__ for kind in found} - inside
+    assert {"Costs", "Measured", "StepRecord", "CacheStep"} <= names
+    assert not [name for name in names if not re.search(rf"^::: tomesd_plus\.([\w.]+\.)?{name}$", page, re.MULTILINE)]
+
+
+def own_classes(hint):
+    if inspect.isclass(hint) and hint.__module__.startswith("tomesd_plus"):
+        yield hint
+    for inner in typing.get_args(hint):
+        yield from own_classes(inner)
 
 
 def test_the_readme_is_short_and_its_first_screen_tells_all():

@@ -55,7 +55,8 @@ class Measured:
         held_out: How many were kept aside.
         speedup: Of the denoising calls, by the costs.
         whole_speedup: Of a whole generation; ``None`` where costs were given and so no times measured.
-        psnr, held_out_psnr: As in :class:`Row`.
+        psnr: As in :class:`Row`.
+        held_out_psnr: As in :class:`Row`.
         costs: Of a step of each kind, as shares of a full one.
         costs_measured: True if they were measured on this device, false if they were given.
         generations: How often the prompts' pictures were made to find it.

@@ -21,6 +21,9 @@ class Costs:
         cached_merged: A cached step that merges three quarters of its tokens; ``None``: never chosen.
         full_merged: A full step that merges half of the tokens in the layers which cached steps skip, or in a
             transformer in all; likewise.
+
+    Raises:
+        ValueError: A cost is no number in [0, 2].
     """
 
     cached: float
@@ -36,7 +39,14 @@ class Costs:
 
     @classmethod
     def of(cls, given: "Costs | Mapping[str, float]") -> "Costs":
-        """Costs as they are, or from a mapping of their names."""
+        """Costs as they are, or from a mapping of their names.
+
+        Args:
+            given: Either; ``cached`` must be among the names.
+
+        Raises:
+            ValueError: It is something else, or has other names.
+        """
         if isinstance(given, Costs):
             return given
         names = {"cached", "skipped", "cached_merged", "full_merged"}
@@ -51,7 +61,12 @@ class Costs:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def of_letter(self, letter: str, merging: Merging = "none") -> float:
-        """The cost of a step."""
+        """The cost of a step.
+
+        Args:
+            letter: F, C or S: full, cached or skipped.
+            merging: What the plan merges; its kind's cost must be known.
+        """
         if letter == "S":
             return self.skipped
         if letter == "C":

@@ -20,7 +20,8 @@ class LayerTokens:
 
     Args:
         name: In the model.
-        before, after: Tokens before and after it, class and register tokens counted.
+        before: Tokens that it took, class and register tokens counted.
+        after: Tokens that it left, likewise.
         reason: Why it removed fewer than were asked for, if it did.
     """
 
