@@ -74,6 +74,16 @@ def test_every_short_example_has_its_picture_or_what_it_prints():
             assert "](pictures/" in after or "```text" in after, path.name
 
 
+def test_the_table_of_pipelines_has_its_notes_and_counts_its_cells():
+    page = (ROOT / "docs" / "pipelines.md").read_text()
+    rows, notes = page.split("## Notes")
+    cells = [cell.strip() for line in rows.splitlines() if line.startswith("| ") for cell in line.split("|")[2:-1]]
+    numbers = {int(each) for cell in cells for each in re.findall(r"\[(\d+)\]", cell)}
+    assert sorted(numbers) == [int(each) for each in re.findall(r"^(\d+)\. ", notes, re.MULTILINE)]
+    total, *counts = map(int, re.findall(r"\d+", page[page.index("In all ") :]))
+    assert total == sum(counts) and counts[0] == cells.count("✓") > 100
+
+
 def test_every_option_of_merging_and_caches_is_listed():
     page = (ROOT / "docs" / "options.md").read_text()
     fields = [*tomesd_plus.ToMeConfig.__dataclass_fields__, *tomesd_plus.FeatureCacheConfig.__dataclass_fields__]

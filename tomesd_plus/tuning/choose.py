@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ REPEATED = 3
 """Repeated patterns that are tried on pictures, the likeliest best."""
 FEWER = (0.8, 0.65, 0.5)
 """Solver steps, as shares of the untouched pictures', that plans of fewer steps may have."""
+SURE = 2
+"""Plans that are tried whatever work is left: the likeliest best of each kind."""
 PATIENCE = 15
 """Changes of the best plan that are tried in vain before it is left."""
 
@@ -33,8 +36,11 @@ def choose(trials: Trials, wanted: Sequence[float], free: bool) -> Iterator[floa
     for number, speedup in enumerate(wanted):
         yield speedup
         end = trials.spent + trials.left / (len(wanted) - number)
-        for plan in [*simple_plans(trials, speedup, free), *planned(trials, gains, weights, speedup, free)]:
+        for plan in simple_plans(trials, speedup, free):
             trials.error(plan)
+        for rank, plan in enumerate(planned(trials, gains, weights, speedup, free)):
+            if rank < SURE or trials.spent < end:
+                trials.error(plan)
         better(trials, gains, weights, speedup, free, end)
 
 
@@ -108,7 +114,7 @@ def _free_steps(trials: Trials, speedup: float) -> list[int]:
 
 
 def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free: bool) -> list[Plan]:
-    """The plans that dynamic programming gives, and repeated patterns, the likeliest best of each first."""
+    """The plans that dynamic programming gives, and repeated patterns, in turn, the likeliest best of each first."""
     budget = budget_of(trials, speedup)
     found: dict[Plan, float] = {}
     patterns: dict[Plan, float] = {}
@@ -127,7 +133,8 @@ def planned(trials: Trials, gains: Tensor, weights: Tensor, speedup: float, free
                 if plan is not None and not _idle(plan, trials.caches):
                     found.setdefault(plan.called_with(steps), base + errors.of(plan))
     likely = sorted(patterns, key=lambda plan: patterns[plan])[:REPEATED]
-    return [*sorted(found, key=lambda plan: found[plan]), *likely]
+    in_turn = zip_longest(sorted(found, key=lambda plan: found[plan]), likely)
+    return [plan for pair in in_turn for plan in pair if plan is not None]
 
 
 def best_of(trials: Trials, speedup: float, free: bool) -> Plan | None:

@@ -71,7 +71,9 @@ def tune(
         steps: ``"kept"``, or ``"free"``: plans of fewer solver steps may be chosen too; the preset's ``steps`` then
             says with how many to call. Without it fewer steps stand beside the result and may be better: then a
             warning says so.
-        max_generations: How much work it may be, in untouched generations of all prompts that are chosen on.
+        max_generations: How much work it may be, in untouched generations of all prompts that are chosen on. Recording
+            and probes, even caches and skips, which are never to be closer, and two finalists a speed are made
+            whatever it says: some 8, and at each speed-up ``s`` 13 / s (with ``steps="free"`` 25 / s).
         batch_size: Prompts in one call: more are faster, and take more memory.
         progress: Show a bar with the time left.
         call: What else each call of the pipeline is given: ``image``, ``mask_image``, ``height``, …
