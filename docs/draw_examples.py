@@ -1,4 +1,4 @@
-"""Run the short examples, and lay what each draws side by side: ``docs/pictures/example-*.png``; two minutes of a core."""
+"""Run the short examples, and lay what each draws side by side: ``docs/pictures/example-*.png``; two minutes."""
 
 import os
 import runpy
