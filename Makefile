@@ -46,7 +46,7 @@ docs: $(INSTALLED)  ## the site, into site/; a warning or a broken link is an er
 release-check: $(INSTALLED)  ## wheel and sdist: built, checked, installed in a fresh environment, run outside the clone
 	PYTHON=$(BIN)/python .ci/release-check
 
-pictures: $(INSTALLED)  ## docs/pictures/ anew, four minutes of a core
+pictures: $(INSTALLED)  ## docs/pictures/ and docs/compare.png anew, five minutes of a core
 	$(BIN)/python docs/draw_pictures.py
 	$(BIN)/python docs/draw_examples.py
 

@@ -1,7 +1,12 @@
-"""Run the short examples, and lay what each draws side by side: ``docs/pictures/example-*.png``. Two minutes."""
+"""Run the short examples, and lay what each draws side by side: ``docs/pictures/example-*.png``; two minutes.
+
+And ``docs/compare.png``, by ``tomesd-plus compare``.
+"""
 
 import os
 import runpy
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -47,6 +52,9 @@ def main() -> None:
             pictures = {name: Image.open(f"{name}.png").convert("RGB") for name in names}
             sheet(pictures, ROOT / "docs" / "pictures" / f"example-{example.replace('_', '-')}.png")
             os.chdir(ROOT)
+    path = ROOT / "docs" / "compare.png"
+    subprocess.run([sys.executable, "-m", "tomesd_plus", "compare", "--no-peers", "--out", path], check=True)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 if __name__ == "__main__":

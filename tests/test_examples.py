@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.front import in_the_time
 from examples.train_tiny.data import FONT_PATHS
 from tomesd_plus.vision.versions import OLDEST, is_too_old
 
@@ -70,3 +71,13 @@ def test_examples_run(name, tmp_path, monkeypatch, capsys):
     if name == "report.py":
         out = capsys.readouterr().out
         assert "Tokens removed: " in out and "level 2" in out and out.count("noise level") == 10
+
+
+def test_fewer_steps_are_compared_in_equal_time():
+    fewer = [("FFFF", "4.00", "20"), ("F" * 8, "2.00", "40"), ("Align Your Steps", "2.00", "99")]
+    rows = [{"kind": "fewer steps", "plan": plan, "speed-up": speed, "PSNR dB": psnr} for plan, speed, psnr in fewer]
+    rows += [{"kind": "tuned", "plan": "FFF", "speed-up": "3.00", "PSNR dB": "99"}]
+    between = in_the_time(rows, 16 / 6)  # six steps' time
+    assert between is not None and abs(between - 30) < 1e-9
+    assert in_the_time(rows, 4.0) == 20 and in_the_time(rows, 2.0) == 40
+    assert in_the_time(rows, 4.2) is None and in_the_time(rows, 1.9) is None
