@@ -39,7 +39,7 @@ def start(
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise EvaluationError("the app needs gradio: pip install 'tomesd-plus[app]'") from error
+        raise EvaluationError("the app needs gradio: pip install 'gradio>=6,<7'") from error
     import torch
 
     from gradio_app.backend import Backend

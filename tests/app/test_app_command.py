@@ -23,7 +23,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(app, ["app"])
-    assert result.exit_code == 2 and "pip install 'tomesd-plus[app]'" in result.stderr
+    assert result.exit_code == 2 and "pip install 'gradio>=6,<7'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
