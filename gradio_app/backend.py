@@ -146,7 +146,8 @@ class Backend:
                          bool(refused)),
             steps=self._steps(picture),
             removed={level: share for level, share in report.removed.items() if share} if report else {},
-            cached_steps=cached.cached + cached.skipped if cached else 0,
+            cached_steps=cached.cached if cached else 0,
+            skipped_steps=cached.skipped if cached else 0,
             merge_maps=merge_maps,
             notes=(*_notes(report), *refused),
         )  # fmt: skip

@@ -33,6 +33,7 @@ class Result:
         ssim: 1 for equal pictures.
         removed: Share of tokens removed at each level, over all steps.
         cached_steps: Steps that ran the outer layers only.
+        skipped_steps: Steps that ran nothing.
         steps: Of each picture; some schedulers make more of them than were asked for.
         merge_maps: (rows, columns) by step, from 0, and level: how many tokens each was merged with, itself counted.
         remembered: The baseline is of an earlier run, and so is its time.
@@ -50,6 +51,7 @@ class Result:
     steps: int
     removed: dict[int, float] = field(default_factory=dict)
     cached_steps: int = 0
+    skipped_steps: int = 0
     merge_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     remembered: bool = False
     warmed_up: bool = False

@@ -59,8 +59,8 @@ def finished(results: Sequence[Result], device: str) -> str:
         notes.append("First run of its kind: an untimed warm-up went before.")
     if first.remembered:
         notes.append("The picture without merging is remembered, and so is its time.")
-    if len(results) == 1 and first.cached_steps:
-        notes.append(f"Steps that took deep features from the cache: {first.cached_steps}.")
+    if len(results) == 1 and first.cached_steps + first.skipped_steps:
+        notes.append(f"Of {first.steps} steps {first.cached_steps} were cached, {first.skipped_steps} skipped.")
     for result in results:
         notes += [
             f"{result.candidate.name.capitalize()}: {note}" if len(results) > 1 else note for note in result.notes
@@ -108,6 +108,7 @@ def numbers(result: Result) -> dict[str, Any]:
         "baseline_memory_mib": result.baseline.memory_mib,
         "removed": {str(level): share for level, share in result.removed.items()},
         "cached_steps": result.cached_steps,
+        "skipped_steps": result.skipped_steps,
         "remembered": result.remembered,
         "warmed_up": result.warmed_up,
         "notes": list(result.notes),

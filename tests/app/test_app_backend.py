@@ -36,6 +36,10 @@ def test_a_comparison_has_both_pictures_and_their_figures(backend):
     assert result.merged.seconds > 0 and result.merged.memory_mib > 0 and result.speedup > 0
     assert set(result.merge_maps) == {(step, 1) for step in range(STEPS)}
     assert result.merge_maps[0, 1].shape == (16, 16) and result.merge_maps[0, 1].max() > 1
+    result = backend.compare(picture(steps=9), Candidate(preset="balanced"))
+    assert (result.cached_steps, result.skipped_steps) == (3, 2)
+    assert "Of 9 steps 3 were cached, 2 skipped." in words.finished([result], backend.device)
+    assert words.numbers(result)["skipped_steps"] == 2
     assert untouched(backend.pipe)
 
 

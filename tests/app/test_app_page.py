@@ -112,7 +112,7 @@ def test_the_page_opens_with_the_best_preset(open_page):
     expect(page.locator("#curve")).to_contain_text(PRESETS["quality"].description)
     ask(page, steps=9)
     wait(page)
-    expect(page.locator("#status")).to_contain_text("from the cache")
+    expect(page.locator("#status")).to_contain_text("Of 9 steps 4 were cached, 0 skipped")
     page.get_by_role("tab", name="Code").click()
     expect(page.locator("#code")).to_contain_text('preset(pipe, "quality")')
 
@@ -124,7 +124,7 @@ def test_a_preset_takes_the_place_of_the_other_settings(open_page):
     expect(page.locator("#curve")).to_contain_text(PRESETS["balanced"].description)
     ask(page)
     wait(page)
-    expect(page.locator("#status")).to_contain_text("from the cache")
+    expect(page.locator("#status")).to_contain_text("Of 3 steps 1 were cached, 0 skipped")
     page.get_by_role("tab", name="Code").click()
     expect(page.locator("#code")).to_contain_text('preset(pipe, "balanced"')
 
