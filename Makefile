@@ -16,6 +16,8 @@ app: $(INSTALLED)  ## the comparison app, in a browser
 	$(BIN)/python -m gradio_app
 
 test: $(INSTALLED)  ## every test but the slow ones, a process on each core
+	@$(BIN)/python -m pip show -q pruna 2>/dev/null || \
+		echo "Pruna is not installed, so tests/pruna is skipped: make test-pruna"
 	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED)  ## the tests marked slow

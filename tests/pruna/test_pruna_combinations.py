@@ -87,17 +87,33 @@ def test_pruna_itself_refuses_the_model(other, ours):
 
 @pytest.mark.parametrize("other, ours", [cell for cell, said in CELLS.items() if said not in {"yes", "itself", *WHY}])
 def test_they_are_refused_together(other, ours):
-    assert CELLS[other, ours] in ("two caches", "another kind of model", "twice the same")
+    assert CELLS[other, ours] in ("two caches", "another kind of model")
     with pytest.raises((ValueError, ImportError), match=r"incompatible|not import"):
         smashed(make(ours), [other, ours])
 
 
-def test_all_at_once(tmp_path):
-    names = ["qkv_diffusers", "torchao", "tome_sd", "tome_cache"]
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["qkv_diffusers", "torchao", "tome_sd", "tome_cache"],
+        ["torchao", "tome_sd", "tome_cache", "torch_compile"],
+        ["deepcache", "tome_sd", "torch_compile"],
+    ],
+)
+def test_all_at_once(names, tmp_path, no_code_generation):
     together = smashed(make_pipeline("sd"), names)
     first = generate(together)
-    assert merging_report(together).removed[1] > 0.3 and torch.equal(first, generate(together))
+    assert torch.equal(first, generate(together))
     assert torch.equal(first, generate(saved_and_loaded(make_pipeline("sd"), names, tmp_path)))
+    without = smashed(make_pipeline("sd"), [name for name in names if name != "tome_sd"])
+    assert not torch.equal(first, generate(without))
+    if "torch_compile" not in names:
+        assert merging_report(together).removed[1] > 0.3
+
+
+def test_pruna_refuses_deepcache_beside_torchao():
+    with pytest.raises(ValueError, match="incompatible"):
+        smashed(make_pipeline("sd"), ["deepcache", "torchao"])
 
 
 def test_compiled_merging_makes_a_graph_for_each_plateau(no_code_generation):
@@ -125,3 +141,24 @@ def test_a_compiled_cache_has_two_graphs(no_code_generation):
     assert counters["stats"]["unique_graphs"] == 2
     eager = smashed(make_pipeline("sd"), ["tome_cache"])
     assert torch.allclose(picture, generate(eager, num_inference_steps=6), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "hyperparameters, graphs",
+    [
+        ({"tome_cache": {"preset": "quality"}}, 2),
+        ({"tome_cache": {"preset": "balanced"}}, 4),
+        ({"tome_cache": {"preset": "fast", "force": True}}, 3),
+        ({"tome_cache": {}, "tome_sd": {}}, 6),
+    ],
+)
+def test_graphs_of_presets_and_of_merging_with_a_cache(hyperparameters, graphs, no_code_generation):
+    generate(smashed(make_pipeline("sd"), hyperparameters | {"torch_compile": True}), num_inference_steps=9)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("preset", ["quality", "balanced"])
+def test_a_preset_that_merges_nothing_goes_with_tome_sd(preset):
+    pipe = smashed(make_pipeline("sd"), {"tome_cache": {"preset": preset}, "tome_sd": {}})
+    generate(pipe, num_inference_steps=9)
+    assert merging_report(pipe).removed[1] > 0.1

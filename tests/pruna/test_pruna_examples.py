@@ -24,7 +24,7 @@ def test_smash(tmp_path, monkeypatch):
 
 
 def test_speed(tmp_path, monkeypatch):
-    assert run("pruna_speed.py", tmp_path, monkeypatch, "1", "1", "4") == ["pruna.csv"]
+    assert run("pruna_speed.py", tmp_path, monkeypatch, "1", "1", "9") == ["pruna.csv"]
     with (tmp_path / "pruna.csv").open() as file:
         made = list(csv.DictReader(file))
     with (ROOT / "results" / "pruna.csv").open() as file:

@@ -1,6 +1,7 @@
 """Registering: once, for configurations of before too, and named by saved models where it is missing."""
 
 import importlib
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ import pruna_tools
 from conftest import generate, make_pipeline
 from pruna import AlgorithmRegistry, SmashConfig, smash
 from pruna.algorithms.base.tags import AlgorithmTag
+from pruna.logging.logger import pruna_logger
 from pruna_tools import IN_A_FRESH_PROCESS
 
 import tomesd_plus.integrations.pruna as plugin
 from tomesd_plus import merging_report
+from tomesd_plus.integrations.pruna.base import NEEDED
 
 ROOT = Path(__file__).parents[2]
 OURS = ("tome_sd", "tome_cache", "tome_vision")
@@ -59,17 +62,31 @@ def test_compatibility_is_declared_on_both_sides():
 def test_a_configuration_of_before_the_import_goes_on():
     done = run(
         """
+import copy, pickle
 before = SmashConfig({"deepcache": {"interval": 4}, "torchao": {"quant_type": "int8wo"}}, device="cpu")
 empty = SmashConfig(device="cpu")
+copied, pickled = copy.deepcopy(before), pickle.loads(pickle.dumps(before))
 import tomesd_plus.integrations.pruna
-before.add({"tome_sd": {"reduction_ratio": 0.25}})
 empty.add("tome_cache")
-assert before["deepcache_interval"] == 4 and before["torchao_quant_type"] == "int8wo"
-assert sorted(before.get_active_algorithms()) == ["deepcache", "tome_sd", "torchao"]
-assert before["tome_sd_reduction_ratio"] == 0.25 and empty.get_active_algorithms() == ["tome_cache"]
+assert empty.get_active_algorithms() == ["tome_cache"]
+assert before == copied == pickled
+for each in (before, copied, pickled):
+    each.add({"tome_sd": {"reduction_ratio": 0.25}})
+    assert each["deepcache_interval"] == 4 and each["torchao_quant_type"] == "int8wo"
+    assert sorted(each.get_active_algorithms()) == ["deepcache", "tome_sd", "torchao"]
+    assert each["tome_sd_reduction_ratio"] == 0.25
 """
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_log_takes_any_record():
+    """What Pruna says of the plug-in's own mark is left out; a record that cannot be formatted is no error."""
+
+    def passes(text, *arguments):
+        return bool(pruna_logger.filter(logging.LogRecord("pruna", logging.WARNING, "", 0, text, arguments, None)))
+
+    assert passes("%d of %d", "a") and not passes(f"Setting {NEEDED} deprecated.")
 
 
 def test_a_saved_model_in_fresh_processes(tmp_path):

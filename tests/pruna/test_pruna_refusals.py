@@ -9,8 +9,10 @@ from conftest import generate, make_pipeline
 from pruna import SmashConfig
 from pruna.logging.logger import pruna_logger
 from pruna_tools import make_vit, smashed
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tomesd_plus import remove_feature_cache, remove_token_merging
+from tomesd_plus.presets import PRESETS
 
 
 @pytest.mark.parametrize("algorithm", ["tome_sd", "tome_cache", "tome_vision"])
@@ -69,8 +71,12 @@ def test_wrong_values_are_refused_when_they_are_given(hyperparameters, said):
 @pytest.mark.parametrize(
     "algorithms, said",
     [
-        ({"tome_sd": {"adaptive": True, "schedule": "linear"}}, "tome_sd: adaptive .* leave out one of both"),
+        ({"tome_sd": {"adaptive": True, "schedule": "linear"}}, "tome_sd: adaptive .* leave out schedule"),
+        ({"tome_sd": {"similarity": 0.5}}, "tome_sd: similarity .* leave out similarity"),
         ({"tome_cache": {"preset": "fast", "interval": 2}}, "tome_cache: a preset .* leave out interval"),
+        ({"tome_cache": {"skip": "calls", "forecast": 0.5}}, "tome_cache: .* leave out forecast"),
+        ({"tome_cache": {"force": True}}, "tome_cache: force keeps a preset by name .* leave out force"),
+        ({"tome_cache": {"preset": PRESETS["fast"], "force": True}}, "tome_cache: .* leave out force"),
         ({"tome_sd": {}, "tome_cache": {"preset": "fast"}}, "tome_cache: the preset merges tokens itself"),
         (["tome_cache", "deepcache"], "deepcache is incompatible with tome_cache"),
     ],
@@ -82,10 +88,30 @@ def test_contradictions_are_refused_before_anything_is_changed(algorithms, said)
     assert torch.equal(generate(pipe), generate(make_pipeline("sd")))
 
 
-def test_contradictions_of_a_tower():
-    for hyperparameters in ({"adaptive": True, "reduction_ratio": 0.5}, {"adaptive": True, "method": "evit"}):
-        with pytest.raises(ValueError, match="tome_vision: "):
-            smashed(make_vit(), {"tome_vision": hyperparameters})
+@pytest.mark.parametrize(
+    "hyperparameters, said",
+    [
+        ({"adaptive": True, "reduction_ratio": 0.5}, "leave out reduction_ratio"),
+        ({"adaptive": True, "r": 4, "inflection": 1.0}, "leave out r and inflection"),
+        ({"adaptive": True, "method": "evit"}, "not for 'evit'"),
+        ({"adaptive": True, "method": "ats", "similarity": 0.5}, "leave out similarity"),
+        ({"similarity": 0.5}, "leave out similarity"),
+        ({"r": 4, "reduction_ratio": 0.5}, "reduction_ratio says how much is removed, so leave out r"),
+        ({"inflection": 1.0, "reduction_ratio": 0.5}, "leave out inflection"),
+    ],
+)
+def test_contradictions_of_a_tower(hyperparameters, said):
+    with pytest.raises(ValueError, match=f"tome_vision: .*{said}$"):
+        smashed(make_vit(), {"tome_vision": hyperparameters})
+
+
+@pytest.mark.parametrize("method", ["evit", "ats"])
+def test_a_method_that_a_tower_lacks_the_token_for_is_refused_before_anything_is_changed(method):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=8))
+    with pytest.raises(ValueError, match=rf"tome_vision: the method '{method}' looks at the class token"):
+        smashed(model, {"half": True, "tome_vision": {"method": method}})
+    assert next(model.parameters()).dtype == torch.float32
 
 
 def test_smashing_twice_says_how_to_take_it_off():

@@ -1,12 +1,15 @@
 """Smashing with tome_sd and tome_cache: the same bits as by this package's own functions, before and after saving."""
 
 import copy
+import logging
+from pathlib import Path
 
 import pruna_tools
 import pytest
 import torch
 from conftest import generate, make_pipeline
 from pruna import SmashConfig, smash
+from pruna.logging.logger import pruna_logger
 from pruna_tools import saved_and_loaded, smashed
 
 from tomesd_plus import (
@@ -17,6 +20,7 @@ from tomesd_plus import (
     apply_feature_cache,
     apply_preset,
     apply_token_merging,
+    load_tiny_pipeline,
     merging_report,
     remove_token_merging,
 )
@@ -98,7 +102,7 @@ def test_a_preset_is_saved_with_the_model(given, tmp_path):
         assert chosen["preset"]["description"] == "tuned"
     expected = make_pipeline("sd")
     apply_preset(expected, preset, force=True)
-    configured = SmashConfig({"tome_cache": {"preset": chosen}}, device="cpu")
+    configured = SmashConfig({"tome_cache": {"preset": chosen, "force": given == "name"}}, device="cpu")
     file.unlink()  # it is not needed any more
     model = smash(make_pipeline("sd"), configured)
     picture = generate(model.model)
@@ -108,6 +112,33 @@ def test_a_preset_is_saved_with_the_model(given, tmp_path):
     assert torch.equal(picture, generate(loaded.model))
     if given != "name":
         assert loaded.smash_config["tome_cache_preset"]["preset"]["description"] == "tuned"
+
+
+def test_a_preset_by_name_is_refused_at_few_steps(tmp_path):
+    """As by ``apply_preset``, and after loading too; ``force`` keeps it, which the test above has."""
+    model = smash(make_pipeline("sd"), SmashConfig({"tome_cache": {"preset": "fast"}}, device="cpu"))
+    model.save_pretrained(tmp_path)
+    loaded = pruna_tools.PrunaModel.from_pretrained(tmp_path)
+    for pipe in (model.model, loaded.model):
+        with pytest.raises(ValueError, match="the preset 'fast' is for 9 steps and more: with 4 "):
+            generate(pipe, num_inference_steps=4)
+
+
+def test_warnings_go_to_the_log(tmp_path):
+    """Pruna hides warnings: that a preset is for another scheduler is told when it is smashed, and when loaded."""
+    tuned = Path(__file__).parents[2] / "results" / "front-euler-2.5.json"
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    pruna_logger.addHandler(handler)
+    try:
+        model = smash(load_tiny_pipeline(), SmashConfig({"tome_cache": {"preset": tuned}}, device="cpu"))
+        model.save_pretrained(tmp_path)
+        pruna_tools.PrunaModel.from_pretrained(tmp_path)
+    finally:
+        pruna_logger.removeHandler(handler)
+    told = [line for line in lines if line.startswith("tome_cache: this preset was chosen on another scheduler")]
+    assert len(told) == 2
 
 
 def test_configurations_keep_their_own_presets():

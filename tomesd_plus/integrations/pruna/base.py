@@ -1,6 +1,8 @@
 """What the algorithms have in common: how they refuse, and how they are saved and loaded."""
 
+import warnings
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from pruna.algorithms.base.pruna_base import PrunaAlgorithmBase
@@ -81,6 +83,36 @@ class TomesdPlus(PrunaAlgorithmBase):
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.algorithm_name}: {error}") from error
 
+    def _apply(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> Any:
+        """
+        Switch on what the hyperparameters say; warnings go to Pruna's log, for `smash` and loading hide warnings.
+
+        Parameters
+        ----------
+        model : Any
+            The model to apply the algorithm to.
+        smash_config : SmashConfigPrefixWrapper
+            The hyperparameters.
+
+        Returns
+        -------
+        Any
+            The same model.
+        """
+        with warnings.catch_warnings(record=True) as told:
+            warnings.filterwarnings("always", module=r"tomesd_plus\.")
+            self._switch_on(model, smash_config)
+        for each in told:
+            pruna_logger.warning(f"{self.algorithm_name}: {each.message}")
+        return model
+
+    def _refuse_idle(self, smash_config: SmashConfigPrefixWrapper, names: Iterable[str], why: str) -> None:
+        """Raise ValueError if one of these hyperparameters was given, which ``why`` says have no effect."""
+        defaults = {each.name: each.default_value for each in self.get_hyperparameters()}
+        given = [name for name in names if smash_config[name] != defaults[name]]
+        if given:
+            raise ValueError(f"{why}, so leave out {' and '.join(given)}")
+
     @abstractmethod
     def _look_at(self, model: Any) -> None:
         """Raise TypeError if the model has nothing to work on."""
@@ -88,6 +120,10 @@ class TomesdPlus(PrunaAlgorithmBase):
     @abstractmethod
     def _check(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
         """Raise TypeError or ValueError if the algorithm cannot be applied."""
+
+    @abstractmethod
+    def _switch_on(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
+        """Change the model as the hyperparameters say."""
 
 
 def refuse_merged(model: Any) -> None:

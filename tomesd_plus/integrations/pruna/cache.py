@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ConfigSpace import CategoricalHyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
 from pruna.algorithms.base.tags import AlgorithmTag as tags
+from pruna.config.hyperparameters import Boolean
 from pruna.config.smash_config import SmashConfigPrefixWrapper
 
 from tomesd_plus.caching import FeatureCacheConfig
@@ -14,9 +15,6 @@ from tomesd_plus.host.models import denoiser_of, unet_of
 from tomesd_plus.integrations.pruna.base import TomesdPlus, refuse_merged
 from tomesd_plus.integrations.pruna.checked import Checked
 from tomesd_plus.presets import PRESETS, Preset, apply_preset, preset_by_name, preset_from
-
-OWN = {"interval": 3, "forecast": 0.85, "skip": "layers"}
-"""The hyperparameters of ``tome_cache`` in place of which a preset stands, with their defaults."""
 
 
 class TomeCache(TomesdPlus):
@@ -80,12 +78,25 @@ class TomeCache(TomesdPlus):
                     "found: the Preset, its file's path, or the file's content, as which it is saved with the model."
                 },
             ),
+            Boolean(
+                "force",
+                default=False,
+                meta={"desc": "Keep a preset by name also where it is refused: at few steps, or with some solvers."},
+            ),
         ]
 
     def _look_at(self, model: Any) -> None:
         denoiser_of(model)
 
     def _check(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
+        chosen = smash_config["preset"]
+        if chosen is not None:
+            given = "a preset says what runs at which step"
+            self._refuse_idle(smash_config, ["interval", "forecast", "skip"], given)
+        elif smash_config["skip"] == "calls":
+            self._refuse_idle(smash_config, ["forecast"], "what skipped calls give is always forecast")
+        if not isinstance(chosen, str):
+            self._refuse_idle(smash_config, ["force"], "force keeps a preset by name where it is refused")
         preset = preset_of(smash_config)
         if preset.merging is not None:
             if smash_config["tome_sd"]:
@@ -99,32 +110,14 @@ class TomeCache(TomesdPlus):
                 "load it anew"
             )
 
-    def _apply(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> Any:
-        """
-        Put the cache on the denoiser, and merge tokens where a preset does.
-
-        Parameters
-        ----------
-        model : Any
-            The pipeline, or its denoiser.
-        smash_config : SmashConfigPrefixWrapper
-            The hyperparameters.
-
-        Returns
-        -------
-        Any
-            The same model.
-        """
-        apply_preset(model, preset_of(smash_config))
-        return model
+    def _switch_on(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
+        chosen = smash_config["preset"]
+        by_name = isinstance(chosen, str)  # which is refused at some steps
+        apply_preset(model, chosen if by_name else preset_of(smash_config), force=smash_config["force"])
 
 
 def preset_of(values: Any) -> Preset:
-    """What ``tome_cache`` switches on.
-
-    Raises:
-        ValueError: A preset is given, and what it says too.
-    """
+    """What ``tome_cache`` switches on."""
     chosen = values["preset"]
     if chosen is None:
         skips_calls = values["skip"] == "calls"
@@ -134,9 +127,6 @@ def preset_of(values: Any) -> Preset:
             forecast=0.0 if skips_calls else values["forecast"],
         )
         return Preset(f"a full step every {values['interval']}", None, cache, merging_inside=None)
-    given = [name for name, default in OWN.items() if values[name] != default]
-    if given:
-        raise ValueError(f"a preset says what runs at which step, so leave out {' and '.join(given)}")
     return preset_by_name(chosen) if isinstance(chosen, str) else _from_content(chosen)
 
 

@@ -1,6 +1,8 @@
 """A hyperparameter of Pruna's configurations that takes whatever a check accepts."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,8 @@ class Checked(Hyperparameter):
             name=name,
             default_value=default_value,
             vector_dist=ConstantVectorDistribution(np.float64(0)),  # to draw a value is to take the default
-            transformer=_Numbered(check, default_value),
-            neighborhood=lambda *_, **__: np.empty(0),
+            transformer=_Numbered(check, [default_value]),
+            neighborhood=_no_neighbours,
             size=1,
             neighborhood_size=0,
             value_cast=None,
@@ -49,14 +51,21 @@ class Checked(Hyperparameter):
         return np.float64(self._transformer.number(value))
 
 
+def _no_neighbours(*_: Any, **__: Any) -> Any:
+    return np.empty(0)
+
+
+@dataclass
 class _Numbered:
-    """Numbers values in the order of their coming: ConfigSpace's configurations hold numbers only."""
+    """Numbers values in the order of their coming: ConfigSpace's configurations hold numbers only.
+
+    Two are equal that check alike: those of copied configurations may have seen other values since.
+    """
 
     lower_vectorized, upper_vectorized = np.float64(0), np.float64(np.inf)
 
-    def __init__(self, check: Check, default_value: Any) -> None:
-        self.check = check
-        self.values = [default_value]
+    check: Check
+    values: list[Any] = field(compare=False)
 
     def number(self, value: Any) -> int:
         kept = self.check(value)
@@ -67,7 +76,7 @@ class _Numbered:
     def to_value(self, vector: Any) -> Any:
         found = np.empty(len(vector), dtype=object)
         for index, number in enumerate(vector):
-            found[index] = self.values[int(number)]
+            found[index] = copy.deepcopy(self.values[int(number)])  # each configuration may change its own
         return found
 
     def to_vector(self, value: Any) -> Any:

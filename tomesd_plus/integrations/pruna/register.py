@@ -11,7 +11,7 @@ OLDEST = "0.3.4"
 def register() -> None:
     """Add the algorithms to Pruna's registry and configurations; a second call does nothing.
 
-    Configurations that were made before go on working, and know the algorithms from now on.
+    Configurations that were made before, and copies of them, go on working, and know the algorithms from now on.
 
     Raises:
         ImportError: Pruna is not installed, or too old.
@@ -30,15 +30,16 @@ def register() -> None:
     if NEEDED in SMASH_SPACE:
         return
     configs = [each for each in gc.get_objects() if issubclass(type(each), SmashConfig)]
-    earlier = [each for each in configs if getattr(each, "config_space", None) is SMASH_SPACE]
+    earlier = [each for each in configs if isinstance(getattr(each, "config_space", None), type(SMASH_SPACE))]
     values = [dict(each._configuration) for each in earlier]  # by numbers, which stand elsewhere afterwards
     SMASH_SPACE.add(Boolean(NEEDED))
-    pruna_logger.addFilter(lambda record: NEEDED not in record.getMessage())  # it calls the setting deprecated
+    pruna_logger.addFilter(lambda record: NEEDED not in str(record.msg))  # it calls the setting deprecated
     for kind in (TomeSD, TomeCache, TomeVision):
         AlgorithmRegistry.register_algorithm(kind())
     for kind in (TomeSD, TomeCache, TomeVision):
         _tell_partners(AlgorithmRegistry, AlgorithmRegistry[kind.algorithm_name])
     for smash_config, kept in zip(earlier, values, strict=True):
+        smash_config.config_space = SMASH_SPACE  # a deep copy has a copy of it
         smash_config._configuration = SMASH_SPACE.get_default_configuration()
         for name in sorted(kept, key=SMASH_SPACE.get_all_algorithms().__contains__, reverse=True):
             smash_config._configuration[name] = kept[name]  # algorithms first: hyperparameters exist by them
@@ -49,7 +50,9 @@ def _tell_partners(registry: Any, algorithm: Any) -> None:
     known = {each.algorithm_name: each for each in registry.get_all_algorithms()}
     for mine, theirs in (("compatible_before", "compatible_after"), ("compatible_after", "compatible_before")):
         for name in getattr(algorithm, mine):
-            names = list(getattr(known[name], theirs)) if name in known else [algorithm.algorithm_name]
+            if name not in known:  # in another version of Pruna
+                continue
+            names = list(getattr(known[name], theirs))
             if algorithm.algorithm_name not in names:
                 setattr(known[name], theirs, [*names, algorithm.algorithm_name])
 

@@ -109,41 +109,21 @@ class TomeSD(TomesdPlus):
         unet_of(model)
 
     def _check(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
+        if smash_config["adaptive"]:
+            self._refuse_idle(smash_config, ["schedule"], "adaptive looks at the tokens, whatever the step")
+        else:
+            self._refuse_idle(smash_config, ["similarity"], "similarity is for adaptive merging")
         merging_of(model, smash_config)
         refuse_merged(model)
 
-    def _apply(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> Any:
-        """
-        Merge tokens in the UNet, and in ControlNets beside it.
-
-        Parameters
-        ----------
-        model : Any
-            The pipeline, or its UNet.
-        smash_config : SmashConfigPrefixWrapper
-            The hyperparameters.
-
-        Returns
-        -------
-        Any
-            The same model.
-        """
+    def _switch_on(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
         apply_token_merging(model, merging_of(model, smash_config))
-        return model
 
 
 def merging_of(model: Any, values: Any) -> ToMeConfig:
-    """The options of ``tome_sd`` for a model.
-
-    Raises:
-        ValueError: Hyperparameters contradict each other.
-    """
+    """The options of ``tome_sd`` for a model."""
     most, schedule = values["reduction_ratio"], values["schedule"]
     if values["adaptive"]:
-        if schedule != "auto":
-            raise ValueError(
-                f"adaptive looks at the tokens and schedule={schedule!r} at the step, so leave out one of both"
-            )
         steps = range(ADAPTIVE_RATIOS + 1)
         ratio: Any = AdaptiveRatio(values["similarity"], tuple(most * step / ADAPTIVE_RATIOS for step in steps))
     else:

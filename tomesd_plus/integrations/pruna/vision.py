@@ -92,40 +92,34 @@ class TomeVision(TomesdPlus):
         towers_of(model)
 
     def _check(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
+        method = smash_config["method"]
+        if smash_config["adaptive"]:
+            why = "adaptive says how much is removed"
+            self._refuse_idle(smash_config, ["r", "inflection", "reduction_ratio"], why)
+        elif smash_config["reduction_ratio"]:
+            self._refuse_idle(smash_config, ["r", "inflection"], "reduction_ratio says how much is removed")
+        if not smash_config["adaptive"] or method == "ats":
+            self._refuse_idle(smash_config, ["similarity"], "similarity is for adaptive merging")
         tower_options(smash_config)
+        if METHODS[method].needs_class_token and not all(tower.prefix for tower in towers_of(model)):
+            raise ValueError(
+                f"the method {method!r} looks at the class token, and a tower of this model has none: take 'merging'"
+            )
         refuse_merged(model)
 
-    def _apply(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> Any:
-        """
-        Put hooks on the model's vision towers.
-
-        Parameters
-        ----------
-        model : Any
-            A model or pipeline of transformers.
-        smash_config : SmashConfigPrefixWrapper
-            The hyperparameters.
-
-        Returns
-        -------
-        Any
-            The same model.
-        """
+    def _switch_on(self, model: Any, smash_config: SmashConfigPrefixWrapper) -> None:
         apply_token_merging(model, **tower_options(smash_config))
-        return model
 
 
 def tower_options(values: Any) -> dict[str, Any]:
     """The options of ``tome_vision``, checked.
 
     Raises:
-        ValueError: Hyperparameters contradict each other.
+        ValueError: The method cannot be adaptive.
     """
     method, r, ratio = values["method"], values["r"], values["reduction_ratio"]
     options: dict[str, Any] = {"method": method}
     if values["adaptive"]:
-        if ratio:
-            raise ValueError("adaptive and reduction_ratio both say how much is removed, so leave out one of both")
         if method != "ats":
             options["similarity"] = values["similarity"]
     elif ratio:
