@@ -10,7 +10,7 @@ INSTALL ?= -e '.[dev]'
 	screenshots architecture pictures pipelines tables lint types format install clean
 
 demo: $(INSTALLED)  ## compare on the embedded pipeline: prints a table, writes compare.png
-	$(BIN)/tomesd-plus compare --out compare.png
+	$(BIN)/tomesd-plus compare --preset quality --preset balanced --preset fast --out compare.png
 
 app: $(INSTALLED)  ## the comparison app, in a browser
 	$(BIN)/python -m gradio_app
