@@ -21,12 +21,14 @@ def untouched(pipe):
 
 # The page in a browser ----------------------------------------------------------------------------------------------
 
-LONG = 60_000  # ms, for what takes pictures
+LONG = 120_000  # ms: a busy machine takes long for anything
 
 
 def expect(locator):
     """Playwright's, imported when it is first used: the backend's tests do without."""
-    return import_module("playwright.sync_api").expect(locator)
+    expect_ = import_module("playwright.sync_api").expect
+    expect_.set_options(timeout=LONG)
+    return expect_(locator)
 
 
 def ask(page, prompt="a large star on a blue background", steps=3, seed=0):
@@ -37,7 +39,7 @@ def ask(page, prompt="a large star on a blue background", steps=3, seed=0):
 
 
 def wait(page, status="#status"):
-    expect(page.locator(f"{status} .running")).to_have_count(0, timeout=LONG)
+    expect(page.locator(f"{status} .running")).to_have_count(0)
     expect(page.locator(f"{status} .done")).to_be_visible(timeout=LONG)
 
 

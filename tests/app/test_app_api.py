@@ -124,10 +124,10 @@ def test_a_full_queue_is_told(monkeypatch):
 
 def test_a_cancelled_job_gives_way_to_the_next(client, app_backend):
     before, merged, *_ = compare(client, seed=3)
-    job = client.submit(api_name="/compare", **(OPTIONS | {"steps": 100, "seed": 3}))
+    job = client.submit(api_name="/compare", **(OPTIONS | {"steps": 100, "seed": 3, "width": 128, "height": 128}))
     assert next(iter(job))  # what comes first says that it waits or runs
     job.cancel()
     after, merged_after, figures, _ = compare(client, seed=3)
     assert figures["remembered"]
     assert (after == before).all() and (merged_after == merged).all()
-    assert not app_backend.remembers(Picture(OPTIONS["prompt"], "", 3, 100, 3.0, 64, 64))
+    assert not app_backend.remembers(Picture(OPTIONS["prompt"], "", 3, 100, 3.0, 128, 128))
