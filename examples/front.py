@@ -161,7 +161,8 @@ def draw(path: Path) -> None:
         f"PSNR in dB to the untouched pictures, mean of {rows[0]['captions']} captions that nothing was chosen on, "
         "and in brackets the speed-up by the costs of Stable Diffusion 1.5's shape, at least that of the column. "
         "Fewer steps without a bracket are in the time of the tuned plan, on the line between the two next numbers "
-        "of steps in front.csv; with one, they are the next ones, as there is no such line.\n\n"
+        "of steps in front.csv, Align Your Steps left out; with one, they are the next ones, as there is no such "
+        "line.\n\n"
     )
     path.with_suffix(".md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 

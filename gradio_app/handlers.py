@@ -156,10 +156,6 @@ class Handlers:
             note = f"{(merge_map > 1).float().mean():.0%} of the tokens are in a group."
         return to_image(merge_map_overlay(pixels / 255, merge_map)), note
 
-    def ended(self, shown: str) -> str:
-        """The status after a run: unchanged if it was told, and otherwise it was cancelled."""
-        return words.status(words.CANCELLED) if words.is_running(shown) else shown
-
     def _shown(self, picture: Picture, result: Result) -> Shown:
         """A result as the fields of the page."""
         baseline, merged = result.baseline.pixels, result.merged.pixels

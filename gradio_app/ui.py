@@ -100,9 +100,7 @@ def build_demo(backend: Backend) -> gr.Blocks:
         cancel.click(None, cancels=runs, **LIVE)
         stop.click(None, cancels=[exploring], **LIVE)
         for run, line in [*((run, status) for run in runs), (exploring, explore_status)]:
-            run.then(
-                handlers.ended, line, line, **LIVE
-            )  # after a cancelled run's last message, which lay over it else
+            run.then(None, line, line, js=words.ENDED, **LIVE)  # once a cancelled run tells nothing more
         gr.on([field.change for field in candidate.values()], handlers.curve, list(candidate.values()), curve,
               trigger_mode="always_last", **LIVE)  # fmt: skip
         preset.input(handlers.preset, preset, others, **LIVE)

@@ -1,5 +1,6 @@
 """What the page says: figures, progress, errors; as HTML, and as numbers for callers of the API."""
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -36,9 +37,8 @@ def status(text: str, kind: str = "idle") -> str:
     return f'<div class="status {kind}" role="status">{text}</div>'
 
 
-def is_running(shown: str) -> bool:
-    """True if a line of :func:`status` shows a run in progress."""
-    return 'class="status running"' in shown
+ENDED = f"shown => shown.includes('class=\"status running\"') ? {json.dumps(status(CANCELLED))} : shown"
+"""In the page: its status after a run, which was cancelled if nothing else was told."""
 
 
 def progress_bar(progress: Progress) -> str:

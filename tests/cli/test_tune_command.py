@@ -60,16 +60,17 @@ def test_steps_are_kept_unless_asked_otherwise(folder, tmp_path, monkeypatch, fr
 
     def tuned(pipe, prompts, **options):
         asked.update(options)
-        kept = tune(pipe, prompts, **options | {"steps": "kept"})
-        return [replace(each, steps=4 if free else each.steps) for each in kept]
+        first, *others = tune(pipe, prompts, **options | {"steps": "kept"})
+        return [first, *(replace(each, steps=4 if free else each.steps) for each in others)]
 
     monkeypatch.setattr("tomesd_plus.tuning.tune", tuned)
-    common = ("tune", "a cat", "--model", folder, "--steps", 6, "--size", 32, "--speedup", 1.1, "--generations", 6)
+    common = ("tune", "a cat", "--model", folder, "--steps", 6, "--size", 32, "--speedup", 1.1, "--speedup", 1.3,
+              "--generations", 6)  # fmt: skip
     arguments = [*common, "--out", tmp_path, *(["--free"] if free else [])]
     result = CliRunner().invoke(app, [str(each) for each in arguments])
     assert result.exit_code == 0, result.output
     assert asked["steps"] == ("free" if free else "kept")
-    assert ("other numbers of steps: 1.1x.json with 4." in result.output) == free
+    assert ("other numbers of steps: 1.3x.json with 4." in result.output) == free
 
 
 def test_schedulers_by_name(pipe):

@@ -61,6 +61,12 @@ def test_texts_that_are_no_presets_are_refused(text):
         Preset.from_json(text)
 
 
+@pytest.mark.parametrize("given", [None, 3, {}, Preset("", None, None)])
+def test_what_is_no_text_is_refused(given):
+    with pytest.raises(ValueError, match="must be JSON text"):
+        Preset.from_json(given)
+
+
 def test_a_file_is_taken_wherever_a_name_is(pipe, tmp_path):
     PLAN.save(tmp_path / "mine.json")
     plain = generate(pipe, num_inference_steps=8)
@@ -98,9 +104,12 @@ def test_a_preset_for_fewer_steps_says_so_once_where_it_is_called_with_others(pi
 
 def test_a_preset_of_fewer_steps_alone_says_so_when_it_is_applied(pipe):
     here = replace(MEASURED, model=model_name(pipe.unet), scheduler=scheduler_name(pipe.scheduler), steps=12)
-    with pytest.warns(UserWarning, match="call with num_inference_steps=8"):
-        apply_preset(pipe, Preset("8 steps", None, None, steps=8, measured=here))
+    for target in (pipe, pipe.unet):
+        with pytest.warns(UserWarning, match="to be called with num_inference_steps=8"):
+            apply_preset(target, Preset("8 steps", None, None, steps=8, measured=here))
     assert not hooks(pipe)
+    with pytest.warns(UserWarning, match="to be called with num_inference_steps=8"):  # no scheduler is known
+        apply_preset(pipe.unet, replace(PLAN, measured=replace(here, scheduler="none")))
 
 
 def test_carried_over_the_last_step_stays_full(pipe):

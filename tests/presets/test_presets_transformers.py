@@ -1,5 +1,7 @@
 """Presets on transformers: those that skip calls or merge go on and off, those that cache layers are refused."""
 
+import warnings
+
 import pytest
 import torch
 from cache_tools import kinds
@@ -20,6 +22,8 @@ from tomesd_plus import (
     remove_preset,
     remove_token_merging,
 )
+from tomesd_plus.host.names import model_name, scheduler_name
+from tomesd_plus.presets import Measured
 
 SKIPS = FeatureCacheConfig(plan="FFSFSS")
 MERGES = ToMeConfig(ratio=LinearSchedule(0.7, 0.3))
@@ -100,6 +104,22 @@ def test_options_of_cached_steps_are_refused(options, words):
         apply_preset(pipe, Preset("mine", ToMeConfig(ratio=0.5, **options), SKIPS))
     with pytest.warns(UserWarning, match="nothing to remove"):
         remove_preset(pipe)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_preset_for_fewer_steps_says_so_where_it_is_called_with_others(family):
+    """Flux gives its transformer no timestep of the scheduler's own."""
+    pipe = make_pipeline(family)
+    told = Measured(
+        model_name(pipe.transformer), scheduler_name(pipe.scheduler), 12, 3.0, "4 × 4", "CPU", "torch", 1, 0, 2.0,
+        None, 30.0, None, {"cached": 0.1}, False, 6,
+    )  # fmt: skip
+    apply_preset(pipe, Preset("", None, FeatureCacheConfig(plan="FSSFSF"), steps=6, measured=told))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generate(pipe, num_inference_steps=6)
+    with pytest.warns(UserWarning, match="to be called with num_inference_steps=6, .* was called with 12"):
+        generate(pipe, num_inference_steps=12)
 
 
 @pytest.mark.parametrize(

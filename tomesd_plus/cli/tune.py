@@ -83,8 +83,9 @@ def tune_command(
     console.print(table_of(rows, f"{model}, {scheduler or type(pipe.scheduler).__name__}, {steps} steps, {where}"))
     figure(rows, out / "plot.png")
     console.print(f"Presets, table and plot: {out}")
-    others = [f"{row['what']} with {row['steps']}" for row in rows if row["what"].endswith(".json")]
-    if any(preset.steps != steps for preset in presets):
+    presets_rows = [row for row in rows if row["what"].endswith(".json")]
+    others = [f"{row['what']} with {row['steps']}" for row in presets_rows if row["steps"] != str(steps)]
+    if others:
         console.print(f"To be called with other numbers of steps: {', '.join(others)}.")
 
 

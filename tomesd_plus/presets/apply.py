@@ -17,7 +17,7 @@ from tomesd_plus.merging.attachment import attachments_on
 from tomesd_plus.merging.report import TokenMergingReport
 from tomesd_plus.presets.data import Preset
 from tomesd_plus.presets.named import PRESETS, preset_by_name
-from tomesd_plus.presets.tested import FirstCall, first_calls_on
+from tomesd_plus.presets.tested import FirstCall, Refusal, StepsCheck, first_calls_on
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False)
             what to do.
 
     Returns:
-        Reports that follow the pipeline as it runs.
+        Reports that follow the pipeline as it runs. A preset that ``tune`` chose with fewer solver steps than the
+        untouched pictures have warns where it is called with another number than its ``steps``.
 
     Raises:
         TypeError: ``pipe`` has no such model, or the preset caches layers that it does not have.
@@ -79,15 +80,13 @@ def apply_preset(pipe: Any, chosen: str | Path | Preset, *, force: bool = False)
         raise
     _warn_of_another(pipe, found)
     own = feature_cache_on(denoiser_of(pipe))
-    name = chosen if isinstance(chosen, str) and chosen in PRESETS and not force else None
+    if own is not None and isinstance(chosen, str) and chosen in PRESETS and not force:
+        FirstCall(Refusal(chosen), pipe, own).attach(denoiser_of(pipe))
     fewer = found.steps if found.measured is not None and found.steps != found.measured.steps else None
-    if own is not None and (name is not None or fewer is not None):
-        FirstCall(name, fewer, pipe, own).attach(denoiser_of(pipe))
-    elif fewer is not None:
-        warn(
-            f"all of this preset's speed is in its number of steps: call with num_inference_steps={fewer}",
-            stacklevel=2,
-        )
+    if fewer is not None and own is not None and getattr(pipe, "scheduler", None) is not None:
+        FirstCall(StepsCheck(fewer), pipe, own).attach(denoiser_of(pipe))
+    elif fewer is not None:  # nothing tells the steps of a call
+        warn(f"this preset is to be called with num_inference_steps={fewer}", stacklevel=2)
     return PresetReport(merging, cache)
 
 

@@ -104,7 +104,7 @@ class Preset:
         merging_inside: What to merge where the outer layers have none, as in SDXL: there is nothing to merge on cached
             steps. ``None``: as ``merging`` says.
         steps: With how many steps to call the pipeline; ``None``: any number. A plan with noise levels is carried over
-            to other numbers.
+            to other numbers; where ``steps`` are fewer than those it was measured beside, a warning tells.
         measured: Where it was chosen; ``None`` for those by name, whose figures are in ``results/``.
 
     Raises:

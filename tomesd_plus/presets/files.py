@@ -116,6 +116,8 @@ def read(text: str | bytes, where: str) -> Any:
     Raises:
         ValueError: It is too long, no JSON, or of another format or version.
     """
+    if not isinstance(text, (str, bytes)):
+        raise ValueError(f"{where} must be JSON text, not {type(text).__name__}")
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(raw) > MOST_BYTES:
         raise ValueError(f"{where} is larger than a preset can be ({MOST_BYTES:,} bytes)")

@@ -69,25 +69,19 @@ def why_not(name: str, solver: str, steps: int, taken: int | None = None) -> str
 
 
 class FirstCall:
-    """Looks at a generation's first call, when solver and steps are known; a hook on a denoiser.
-
-    It refuses a preset by name, and says if one that was chosen to be called with fewer steps is called with others.
+    """Looks at a generation's first call, when the scheduler's steps are known; a hook on a denoiser.
 
     Args:
-        name: Of a preset that may be refused; ``None``: another is, or the user insists.
-        steps: With how many the preset is to be called; ``None``: with any.
-        pipe: The pipeline; its scheduler may be changed at any time. Calls whose timesteps are not its own, as those
-            of another pipeline with the same denoiser, are let pass.
-        cache: The preset's; without it there is nothing to say any more.
+        look: Given the scheduler and the call's timestep; returns True once this schedule is found right.
+        pipe: The pipeline; its scheduler may be changed at any time.
+        cache: The preset's; without it there is nothing to look at any more.
     """
 
-    def __init__(self, name: str | None, steps: int | None, pipe: Any, cache: FeatureCache) -> None:
-        self.name = name
-        self.steps = steps
-        self._levels = NoiseLevels(pipe, needed=False)
+    def __init__(self, look: "Refusal | StepsCheck", pipe: Any, cache: FeatureCache) -> None:
+        self._look = look
+        self._levels = NoiseLevels(pipe, needed=False)  # which finds a copied pipeline's scheduler, too
         self._cache = cache
-        self._passed: Transient[Tensor] = Transient()  # timesteps that were found right
-        self._told: set[str | int] = set()
+        self._right: Transient[Tensor] = Transient()  # timesteps that were found right
         self._handle: Any = None
 
     def attach(self, denoiser: nn.Module) -> None:
@@ -109,26 +103,32 @@ class FirstCall:
             self.detach()
             return
         scheduler = self._levels.scheduler
-        timesteps, timestep = getattr(scheduler, "timesteps", None), call_of(denoiser, args, kwargs)[1]
-        if not isinstance(timesteps, Tensor) or timesteps is self._passed.value:
+        timesteps = getattr(scheduler, "timesteps", None)
+        if not isinstance(timesteps, Tensor) or timesteps is self._right.value:
             return
-        if not isinstance(timestep, Tensor) or not share_memory(timestep, timesteps):
-            return
-        left = 1 - timestep.storage_offset() / len(timesteps)
-        steps = getattr(scheduler, "num_inference_steps", None) or len(timesteps)
-        if self.name is not None:
-            self._judge(self.name, solver_name(scheduler), steps, round(steps * left))
-        if self.steps is not None and steps != self.steps and steps not in self._told:
-            self._told.add(steps)
-            warn(
-                f"this preset is to be called with num_inference_steps={self.steps}, fewer than the untouched "
-                f"pictures have, and was called with {steps}: carried over it is not as fast and close as measured."
-            )
-        self._passed.value = timesteps
+        if self._look(scheduler, call_of(denoiser, args, kwargs)[1]):
+            self._right.value = timesteps
 
-    def _judge(self, name: str, solver: str, steps: int, taken: int) -> None:
-        """Refuse a preset by name, or say once that it was not tried with a solver."""
-        reason = why_not(name, solver, steps, taken)
+
+class Refusal:
+    """Refuses a preset by name where fewer steps are closer, and says once with which solver it was not tried.
+
+    Args:
+        name: The preset's. Calls whose timesteps are not the scheduler's own, as those of another pipeline with the
+            same denoiser, are let pass.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._told: set[str] = set()
+
+    def __call__(self, scheduler: Any, timestep: Any) -> bool:
+        """Look at a call; raises ValueError if the preset is refused."""
+        if not isinstance(timestep, Tensor) or not share_memory(timestep, scheduler.timesteps):
+            return False
+        solver, left = solver_name(scheduler), 1 - timestep.storage_offset() / len(scheduler.timesteps)
+        steps = getattr(scheduler, "num_inference_steps", None) or len(scheduler.timesteps)
+        reason = why_not(self.name, solver, steps, round(steps * left))
         if reason is not None:
             raise ValueError(reason)
         if solver not in SOLVERS | self._told:
@@ -137,6 +137,30 @@ class FirstCall:
                 f"the presets by name were not tried with {solver}: see with `tomesd-plus compare` if fewer steps are "
                 "closer here, or call tune, which finds what suits this pipeline."
             )
+        return True
+
+
+class StepsCheck:
+    """Says once if a preset that was chosen to be called with fewer steps is called with another number.
+
+    Args:
+        steps: With how many it is to be called.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._told: set[int] = set()
+
+    def __call__(self, scheduler: Any, timestep: Any) -> bool:
+        """Look at a call of whatever timestep: some transformers are given none of the scheduler's own."""
+        steps = getattr(scheduler, "num_inference_steps", None)
+        if steps is not None and steps != self.steps and steps not in self._told:
+            self._told.add(steps)
+            warn(
+                f"this preset is to be called with num_inference_steps={self.steps}, fewer than the untouched "
+                f"pictures have, and was called with {steps}: carried over it is not as fast and close as measured."
+            )
+        return steps is not None
 
 
 def first_calls_on(denoiser: nn.Module) -> list[FirstCall]:

@@ -19,7 +19,7 @@ REPEATED = 3
 FEWER = (0.8, 0.65, 0.5)
 """Solver steps, as shares of the untouched pictures', that plans of fewer steps may have."""
 SURE = 2
-"""Plans that are tried whatever work is left: the likeliest best of each kind."""
+"""Plans that are tried whatever work is left: as a rule the likeliest best of each of two kinds."""
 PATIENCE = 15
 """Changes of the best plan that are tried in vain before it is left."""
 

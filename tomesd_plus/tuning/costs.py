@@ -12,9 +12,9 @@ from tomesd_plus.tuning.pictures import Task, switched_on
 from tomesd_plus.tuning.plans import Costs, Plan
 
 PATTERNS = 3
-"""In a generation."""
+"""How often a generation repeats the pattern of steps."""
 ROUNDS = 3
-"""Generations of each way."""
+"""Generations with merging, and as many without."""
 
 
 def measured_costs(task: Task, prompts: Sequence[tuple[int, str]], caches: bool) -> Costs:

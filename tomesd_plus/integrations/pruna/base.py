@@ -101,13 +101,15 @@ class TomesdPlus(PrunaAlgorithmBase):
         """
         with warnings.catch_warnings(record=True) as told:
             warnings.filterwarnings("always", module=r"tomesd_plus\.")
-            self._switch_on(model, smash_config)
-        for each in told:
-            pruna_logger.warning(f"{self.algorithm_name}: {each.message}")
+            try:
+                self._switch_on(model, smash_config)
+            finally:
+                for each in told:
+                    pruna_logger.warning(f"{self.algorithm_name}: {each.message}")
         return model
 
     def _refuse_idle(self, smash_config: SmashConfigPrefixWrapper, names: Iterable[str], why: str) -> None:
-        """Raise ValueError if one of these hyperparameters was given, which ``why`` says have no effect."""
+        """Raise ValueError if one of these hyperparameters is not its default; ``why`` says they have no effect."""
         defaults = {each.name: each.default_value for each in self.get_hyperparameters()}
         given = [name for name in names if smash_config[name] != defaults[name]]
         if given:

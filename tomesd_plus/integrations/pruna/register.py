@@ -11,7 +11,8 @@ OLDEST = "0.3.4"
 def register() -> None:
     """Add the algorithms to Pruna's registry and configurations; a second call does nothing.
 
-    Configurations that were made before, and copies of them, go on working, and know the algorithms from now on.
+    Configurations in memory that were made before, and copies of them, go on working, and know the algorithms from
+    now on.
 
     Raises:
         ImportError: Pruna is not installed, or too old.
