@@ -2,6 +2,7 @@
 
 import gc
 
+import diffusers
 import pytest
 import torch
 from accelerate.hooks import ModelHook as AccelerateHook
@@ -72,6 +73,10 @@ def test_nothing_of_ours_stays_in_a_hosts_chain(pipe, wrapper, when):
     assert torch.equal(generate(pipe), plain)
 
 
+NEEDS_A_GPU = int(diffusers.__version__.split(".")[1]) < 36 and torch.accelerator.current_accelerator() is None
+
+
+@pytest.mark.skipif(NEEDS_A_GPU, reason="group offloading of diffusers 0.35 fails on a machine without a GPU")
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 @pytest.mark.parametrize("branch", [0, "nothing"])
 @pytest.mark.parametrize("cache_first", [True, False])
