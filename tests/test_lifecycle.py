@@ -266,7 +266,11 @@ def test_saving_and_loading(feature, pipe, tmp_path):
 
 
 def test_two_threads(feature, pipe):
-    """Two pipelines of the same components, with a scheduler each, give in two threads what they give in turn."""
+    """Two pipelines of the same components, with a scheduler each, give in two threads what they give in turn.
+
+    And with a tokenizer each: transformers' keep the padding of the latest call, so untouched pipelines that share one
+    now and then give other pictures in two threads.
+    """
     feature.on(pipe)
     steps, seeds = {0: 4, 1: 6}, range(2)  # out of step with each other
     in_turn = {seed: generate(pipe, seed, num_inference_steps=steps[seed]) for seed in seeds}
@@ -276,6 +280,7 @@ def test_two_threads(feature, pipe):
     def run(seed):
         own = type(pipe)(**pipe.components, requires_safety_checker=False)
         own.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        own.tokenizer = copy.deepcopy(pipe.tokenizer)
         own.set_progress_bar_config(disable=True)
         start.wait()
         made[seed] += [generate(own, seed, num_inference_steps=steps[seed]) for _ in range(4)]
