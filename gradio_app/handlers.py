@@ -1,8 +1,9 @@
 """What the page's events do: from the values of its fields to the values of its fields, by name."""
 
 import secrets
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from html import escape
+from threading import Event
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -12,7 +13,7 @@ from torch import Tensor
 from gradio_app import drawings, words
 from gradio_app.backend import Backend
 from gradio_app.results import Result
-from gradio_app.runs import Progress, follow
+from gradio_app.runs import Cancelled, OnProgress, follow
 from gradio_app.settings import MAX_SEED, Candidate, Picture, Refused, described
 from tomesd_plus import ConstantSchedule, Schedule
 from tomesd_plus.evaluation.images import to_image
@@ -35,9 +36,11 @@ class Handlers:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self._stops: dict[str, Event] = {}  # of the runs under way, by user
 
     def compare(
         self,
+        request: gr.Request,
         prompt: str,
         negative_prompt: str,
         seed: float | None,
@@ -61,12 +64,17 @@ class Handlers:
         """
         picture = picture_from(prompt, negative_prompt, seed, random_seed, steps, guidance_scale, width, height)
         candidate = candidate_from(preset, ratio, schedule, more_at, merged, max_downsample, cache_interval)
-        progress = follow(lambda on_progress, stop: self.backend.compare(picture, candidate, on_progress, stop))
-        result = yield from _stepwise(progress, picture.seed)
-        yield self._shown(picture, result)
+        result = yield from self._stepwise(
+            lambda on_progress, stop: self.backend.compare(picture, candidate, on_progress, stop),
+            picture.seed,
+            request,
+        )
+        if result is not None:
+            yield self._shown(picture, result)
 
     def compare_again(
         self,
+        request: gr.Request,
         prompt: str,
         negative_prompt: str,
         seed: float | None,
@@ -80,12 +88,13 @@ class Handlers:
         """A slider was let go: compare if that costs one picture, with the seed there is."""
         picture = (prompt, negative_prompt, seed, False, steps, guidance_scale, width, height)
         if self.backend.remembers(picture_from(*picture)):
-            yield from self.compare(*picture, *candidate)
+            yield from self.compare(request, *picture, *candidate)
         else:
             yield {"status": words.status(words.NOT_REMEMBERED)}
 
     def explore(
         self,
+        request: gr.Request,
         tried: list[str],
         prompt: str,
         negative_prompt: str,
@@ -113,8 +122,13 @@ class Handlers:
             else candidate_from(CUSTOM, float(name), *others)
             for name in tried
         ]
-        progress = follow(lambda on_progress, stop: self.backend.explore(picture, candidates, on_progress, stop))
-        results = yield from _stepwise(progress, picture.seed)
+        results = yield from self._stepwise(
+            lambda on_progress, stop: self.backend.explore(picture, candidates, on_progress, stop),
+            picture.seed,
+            request,
+        )
+        if results is None:
+            return
         baseline = results[0].baseline
         grid = [(to_image(baseline.pixels), f"without merging · {baseline.seconds:.2f} s")]
         grid += [(to_image(result.merged.pixels), words.caption(result)) for result in results]
@@ -156,6 +170,42 @@ class Handlers:
             note = f"{(merge_map > 1).float().mean():.0%} of the tokens are in a group."
         return to_image(merge_map_overlay(pixels / 255, merge_map)), note
 
+    def cancel(self, request: gr.Request) -> None:
+        """Stop the run under way of this page's user: gradio's own way to cancel misses one now and then."""
+        stop = self._stops.get(_user(request))
+        if stop is not None:
+            stop.set()
+
+    def _stepwise(
+        self, call: Callable[[OnProgress, Event], T], seed: int, request: gr.Request
+    ) -> Generator[Shown, None, T | None]:
+        """Show the seed and progress, and an error in words; return what the run returns, ``None`` if cancelled."""
+        user, stop = _user(request), Event()
+        self._stops[user] = stop
+        progress = follow(call, stop)
+        shown: Shown = {"status": words.status("Waiting for a turn …", "running")}
+        yield {"seed": seed, **shown}
+        try:
+            while True:
+                try:
+                    event = next(progress)
+                except StopIteration as ended:
+                    return ended.value
+                if event is not None:
+                    shown = {"status": words.progress_bar(event)}
+                yield shown
+        except Cancelled:
+            yield {"status": words.status(words.CANCELLED)}
+            return None
+        except Exception as error:
+            text = escape(words.in_words(error))
+            yield {"status": words.status(text, "failed")}
+            raise gr.Error(text, print_exception=False) from None
+        finally:
+            progress.close()
+            if self._stops.get(user) is stop:
+                del self._stops[user]
+
     def _shown(self, picture: Picture, result: Result) -> Shown:
         """A result as the fields of the page."""
         baseline, merged = result.baseline.pixels, result.merged.pixels
@@ -180,30 +230,14 @@ class Handlers:
         }
 
 
+def _user(request: gr.Request) -> str:
+    """Whose page, or client of the API, has asked."""
+    return request.session_hash or ""
+
+
 def level_choices(levels: Sequence[int]) -> list[tuple[str, int]]:
     """The choices of the merge map's level."""
     return [(f"level {level}", level) for level in levels]
-
-
-def _stepwise(progress: Generator[Progress | None, None, T], seed: int) -> Generator[Shown, None, T]:
-    """Show the seed and progress, and an error in words; return what the run returns."""
-    shown: Shown = {"status": words.status("Waiting for a turn …", "running")}
-    yield {"seed": seed, **shown}
-    try:
-        while True:
-            try:
-                event = next(progress)
-            except StopIteration as ended:
-                return ended.value
-            if event is not None:
-                shown = {"status": words.progress_bar(event)}
-            yield shown
-    except Exception as error:
-        text = escape(words.in_words(error))
-        yield {"status": words.status(text, "failed")}
-        raise gr.Error(text, print_exception=False) from None
-    finally:
-        progress.close()
 
 
 def picture_from(

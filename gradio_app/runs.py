@@ -72,7 +72,9 @@ class _Ended(Generic[T]):
     error: BaseException | None = None
 
 
-def follow(call: Callable[[OnProgress, threading.Event], T]) -> Generator[Progress | None, None, T]:
+def follow(
+    call: Callable[[OnProgress, threading.Event], T], stop: threading.Event | None = None
+) -> Generator[Progress | None, None, T]:
     """Run a call in a thread of its own and yield its progress; what it returns or raises comes last.
 
     While there is nothing new it yields ``None`` now and then: a generator can be closed only where it yields.
@@ -82,9 +84,10 @@ def follow(call: Callable[[OnProgress, threading.Event], T]) -> Generator[Progre
 
     Args:
         call: Takes a callback for progress, and an event; once that is set it should end.
+        stop: The event, for whoever else may set it.
     """
     events: SimpleQueue[Progress | _Ended[T]] = SimpleQueue()
-    stop = threading.Event()
+    stop = threading.Event() if stop is None else stop
 
     def run() -> None:
         try:

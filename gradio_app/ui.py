@@ -97,8 +97,8 @@ def build_demo(backend: Backend) -> gr.Blocks:
             **RUN,
         )
         status = results["status"]
-        cancel.click(None, cancels=runs, **LIVE)
-        stop.click(None, cancels=[exploring], **LIVE)
+        cancel.click(handlers.cancel, cancels=runs, **LIVE)
+        stop.click(handlers.cancel, cancels=[exploring], **LIVE)
         for run, line in [*((run, status) for run in runs), (exploring, explore_status)]:
             run.then(None, line, line, js=words.ENDED, **LIVE)  # once a cancelled run tells nothing more
         gr.on([field.change for field in candidate.values()], handlers.curve, list(candidate.values()), curve,
