@@ -177,7 +177,7 @@ def test_cancel_stops_the_run_and_the_next_one_works(open_page, long_run):
 
 @pytest.mark.parametrize("request_is", ["late", "lost"])
 def test_a_cancelled_run_tells_nothing_more(open_page, long_run, request_is):
-    """Whether gradio's own request to cancel takes long or does nothing, the run is stopped, and that is what stays."""
+    """Whether gradio's own request to cancel takes long or does nothing, the run is stopped, and that stays."""
     page = open_page()
     if request_is == "late":
         page.route("**/cancel", lambda route: (page.wait_for_timeout(1500), route.continue_()))
