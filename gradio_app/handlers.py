@@ -184,8 +184,8 @@ class Handlers:
         self._stops[user] = stop
         progress = follow(call, stop)
         shown: Shown = {"status": words.status("Waiting for a turn …", "running")}
-        yield {"seed": seed, **shown}
         try:
+            yield {"seed": seed, **shown}
             while True:
                 try:
                     event = next(progress)
